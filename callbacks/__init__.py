@@ -1,0 +1,15 @@
+"""The Lightning layer: one callback a way to train with one eta_hat. Installed as ``lightning_sparse.callbacks``."""
+
+if __name__ != "lightning_sparse.callbacks":
+    raise ImportError(
+        f"this folder was imported as {__name__!r}; it is installed as 'lightning_sparse.callbacks': "
+        "run 'pip install -e .' in the project's folder and import it from there"
+    )
+
+from lightning_sparse.callbacks.adaptive_mask import AdaptiveMask
+from lightning_sparse.callbacks.adaptive_prox import AdaptiveProx
+from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.callbacks.reweighted_penalty import ReweightedPenalty
+from lightning_sparse.callbacks.sparsity_monitor import SparsityMonitor
+
+__all__ = ["AdaptiveMask", "AdaptiveProx", "ReweightedPenalty", "Sparsifier", "SparsityMonitor"]

@@ -1,0 +1,141 @@
+"""Form: the arguments that every sparsity callback shares, their conversion, and what a form says of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from lightning_sparse import _checks, attach, duality
+from lightning_sparse.callbacks import _refusals, _report
+from lightning_sparse.duality import MaskRule, Penalty
+from lightning_sparse.schedules import Schedule, as_schedule
+
+Other = TypeVar("Other", bound="Form")
+
+
+class Form(Callback):
+    """A way to train with one eta_hat, and how another way is made of it.
+
+    Args:
+        penalty: a Penalty, or a MaskRule (whose penalty is then used).
+        lam: strength, a number or a Schedule; by default a MaskRule's own.
+        select: glob patterns on parameter names, a leading ``!`` excludes; by default every weight matrix.
+        tol: a weight counts as zero when its keep probability is below ``tol``.
+        freeze: the last share of the optimiser steps, trained without penalty or noise and with the support frozen.
+        threshold: also zero are weights of at most this magnitude; required by penalties that only shrink.
+        gap_samples: masks drawn at each epoch's end to log ``sparsity/duality_gap``; 0 does not measure it.
+    """
+
+    needs_separable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        penalty: Penalty | MaskRule,
+        lam: float | Schedule | None = None,
+        select: Sequence[str] | None = None,
+        tol: float = 0.05,
+        freeze: float = 0.0,
+        threshold: float | None = None,
+        gap_samples: int = 0,
+    ) -> None:
+        self.given = penalty
+        self.penalty = _refusals.check_penalty(penalty, self.needs_separable, type(self).__name__)
+        self.schedule = as_schedule(_refusals.strength(penalty, lam))
+        self.select = _refusals.check_patterns(select)
+        self.tol = _checks.between("tol", tol, 0, 1)
+        self.freeze = _checks.between("freeze", freeze, 0, 1, closed="l")
+        self.threshold = None if threshold is None else _checks.between("threshold", threshold, 0, float("inf"), closed="l")
+        self.gap_samples = int(_checks.between("gap_samples", gap_samples, 0, 1e6, closed="l"))
+        self._forget()
+
+    def _forget(self) -> None:
+        """The state of a callback that is not fitting."""
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.step, self.total = 0, float("inf")
+        self.attachment: attach.Attachment | None = None
+        self.support: dict[str, Tensor] | None = None  # where weights may live, once frozen
+        self._handles: list[Any] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._restored: dict[str, Any] | None = None
+        self._batch: tuple[Any, int] | None = None  # the last one trained on, for the duality gap
+        self._closures = 0
+
+    # -- conversion ---------------------------------------------------------------------------------------------------
+
+    def _shared(self) -> dict[str, Any]:
+        names = ("select", "tol", "freeze", "threshold", "gap_samples")
+        return {"penalty": self.given, "lam": self.schedule} | {name: getattr(self, name) for name in names}
+
+    def to_mask(self, **changes: Any) -> Form:
+        """The AdaptiveMask with the same penalty, lam, selection and schedule."""
+        from lightning_sparse.callbacks.adaptive_mask import AdaptiveMask
+
+        return self._become(AdaptiveMask, changes)
+
+    def to_penalty(self, **changes: Any) -> Form:
+        """The ReweightedPenalty with the same penalty, lam, selection and schedule."""
+        from lightning_sparse.callbacks.reweighted_penalty import ReweightedPenalty
+
+        return self._become(ReweightedPenalty, changes)
+
+    def to_prox(self, **changes: Any) -> Form:
+        """The AdaptiveProx with the same penalty, lam, selection and schedule."""
+        from lightning_sparse.callbacks.adaptive_prox import AdaptiveProx
+
+        return self._become(AdaptiveProx, changes)
+
+    def _become(self, form: type[Other], changes: dict[str, Any]) -> Other:
+        return form(**(self._shared() | changes))
+
+    # -- what the form uses ---------------------------------------------------------------------------------------------
+
+    @property
+    def lam(self) -> float:
+        """The strength in force: the schedule's at the current step, its final value before a fit."""
+        return self.schedule(self.step, self.total) if self.parameters else self.schedule.lam
+
+    @property
+    def frozen(self) -> bool:
+        """The fine-tuning share has begun."""
+        return self.support is not None
+
+    def eta(self, name: str, w: Tensor) -> Tensor:
+        """The eta that the form uses for weights ``w`` of a parameter."""
+        return self.penalty.eta_hat(w)
+
+    def keep_probability(self, name: str) -> Tensor:
+        """alpha of each weight of a parameter, as this form uses it."""
+        w = self._live(name)
+        return duality.keep_probability(self.eta(name, w), self.lam) if self.lam > 0 else torch.ones_like(w)
+
+    def zeros(self, name: str) -> Tensor:
+        """Which weights of a parameter count as zero: outside a frozen support, below ``tol``, or below ``threshold``."""
+        if self.support is not None:
+            return ~self.support[name]
+        w = self._live(name)
+        below = (self.keep_probability(name) < self.tol) | (w == 0)
+        return below if self.threshold is None else below | (w.abs() <= self.threshold)
+
+    def thresholded(self, name: str) -> Tensor:
+        """A parameter's weights with true zeros: what evaluation and files see."""
+        return self._live(name).masked_fill(self.zeros(name), 0.0)
+
+    def _owned(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter, dict[str, Any]]]:
+        """(name, parameter, group) of each selected parameter that ``optimizer`` updates."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        return [(names[id(p)], p, group) for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+
+    def _live(self, name: str) -> Tensor:
+        return self.parameters[name].detach() if self.attachment is None else self.attachment.live(name)
+
+    def figures(self) -> dict[str, float]:
+        """The values that are logged, as fractions in [0, 1] where they are shares."""
+        return _report.figures(self)
+
+    def recipe(self) -> dict[str, Any]:
+        """A JSON-able description of the callback."""
+        return {"class_path": type(self).__name__, "init_args": {k: _report.describe(v) for k, v in self._shared().items()}}

@@ -1,0 +1,94 @@
+"""What a Sparsifier logs, and where."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_sparse import attach, counts, duality, masked_loss
+from lightning_sparse.callbacks import _wandb
+from lightning_sparse.curvature import Curvature
+from lightning_sparse.noise import Gaussian
+
+if TYPE_CHECKING:
+    from lightning_sparse.callbacks._form import Form
+
+
+_SMALLEST_KEEP = 1e-3  # bounds the drawn noise, as AdaptiveMask's alpha_min does
+
+
+def describe(value: Any) -> Any:
+    """A frozen dataclass or a Curvature as class_path and init_args; numbers, strings and lists as they are."""
+    if isinstance(value, Curvature):
+        return {"class_path": type(value).__name__, "init_args": value.settings()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        arguments = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"class_path": type(value).__name__, "init_args": arguments}
+    return value if isinstance(value, (int, float, str, bool, list, type(None))) else repr(value)
+
+
+@torch.no_grad()
+def figures(callback: Form) -> dict[str, float]:
+    """``sparsity/...``: zeros after the threshold over selected weights, in total and per parameter, and the form's state."""
+    zeros = {name: callback.zeros(name) for name in callback.parameters}
+    weights = [callback.thresholded(name) for name in callback.parameters]
+    return counts.figures(counts.count_zeros(callback.parameters, zeros)) | {
+        "sparsity/keep_probability": counts.mean(callback.keep_probability(name) for name in callback.parameters),
+        "sparsity/lam": callback.lam,
+        "sparsity/penalty": duality.penalty_value(callback.penalty, weights, callback.lam),
+    }
+
+
+def start(callback: Form, trainer: Trainer) -> None:
+    """The recipe goes into a W&B run's config."""
+    _wandb.log_recipe(trainer.loggers, callback.recipe())
+
+
+def epoch(callback: Form, trainer: Trainer, pl_module: LightningModule) -> None:
+    """At a training epoch's end: the figures to every logger, the total to the progress bar."""
+    values = figures(callback)
+    if callback.gap_samples:
+        values["sparsity/duality_gap"] = duality_gap(callback, pl_module)
+    distributed = trainer.world_size > 1
+    pl_module.log("sparsity/total", values.pop("sparsity/total"), prog_bar=True, sync_dist=distributed)
+    pl_module.log_dict(values, sync_dist=distributed)
+    if _is_picture_epoch(trainer):
+        _log_pictures(callback, trainer)
+
+
+def _is_picture_epoch(trainer: Trainer) -> bool:
+    """About 50 times a run, and at its end: histograms and tables are large."""
+    epochs = trainer.max_epochs or -1
+    every = max(1, epochs // 50)
+    return trainer.current_epoch % every == 0 or trainer.current_epoch == epochs - 1
+
+
+def _log_pictures(callback: Form, trainer: Trainer) -> None:
+    if _wandb.wandb_loggers(trainer.loggers):
+        keep = {name: callback.keep_probability(name) for name in callback.parameters}
+        weights = {name: callback.thresholded(name) for name in callback.parameters}
+        _wandb.log_figures(trainer.loggers, trainer.global_step, keep, weights)
+
+
+def duality_gap(callback: Form, module: LightningModule) -> float:
+    """E_s L(s w) - L(w) - (lam / 2) sum w^2 / eta_hat(w) on the last batch trained on, in evaluation mode."""
+    if callback._batch is None or callback.lam == 0:
+        return 0.0
+    weights = {name: callback._live(name) for name in callback.parameters}
+    keep = {name: callback.keep_probability(name).clamp(min=_SMALLEST_KEEP) for name in weights}
+    noise, generator = Gaussian(), torch.Generator(module.device).manual_seed(callback.step)
+    with attach.quiet(module):
+        loss = attach.loss_of_weights(module, callback._batch)
+        return masked_loss.duality_gap(loss, weights, callback.penalty, callback.lam, noise, callback.gap_samples, generator, keep)
+
+
+def finish(callback: Form, trainer: Trainer) -> None:
+    """After training: the figures of the true zeros, once more to every logger, and into a W&B run's summary."""
+    values = figures(callback)
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    _wandb.log_summary(trainer.loggers, values)

@@ -1,0 +1,166 @@
+"""AdaptiveMask: the mask form."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_sparse import _checks, attach
+from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.curvature import Curvature, EmpiricalFisher
+from lightning_sparse.duality import MaskRule, Penalty
+from lightning_sparse.noise import Gaussian, Noise, output_noise, variance
+from lightning_sparse.schedules import Schedule
+
+
+class AdaptiveMask(Sparsifier):
+    """Each batch is run with weights ``s * w``; s has mean 1 and a keep probability that follows |w| (AdaDrop, GaussDrop).
+
+    Args:
+        noise: the masks' distribution, ScaledBernoulli() or Gaussian(local=...).
+        curvature: the estimate of H_jj that calibrates the noise, so that it realises lam * Omega; None leaves the noise
+            uncalibrated, a curvature-weighted penalty.
+        alpha_min: smallest keep probability that noise is drawn with; it bounds the noise's variance by 1 / alpha_min.
+
+    The other arguments are :class:`Sparsifier`'s.
+    """
+
+    needs_separable = False
+
+    def __init__(
+        self,
+        penalty: Penalty | MaskRule,
+        lam: float | Schedule | None = None,
+        select: Sequence[str] | None = None,
+        tol: float = 0.05,
+        freeze: float = 0.0,
+        threshold: float | None = None,
+        gap_samples: int = 0,
+        noise: Noise = Gaussian(local=True),  # noqa: B008 - frozen
+        curvature: Curvature | None = EmpiricalFisher(),  # noqa: B008 - copied below
+        alpha_min: float = 1e-3,
+    ) -> None:
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples)
+        if not isinstance(noise, Noise):
+            raise TypeError(f"noise must be a Noise such as ScaledBernoulli() or Gaussian(), got {noise!r}")
+        if not isinstance(curvature, (Curvature, type(None))):
+            raise TypeError(f"curvature must be a Curvature such as EmpiricalFisher(), or None, got {curvature!r}")
+        self.noise, self.curvature = noise, copy.deepcopy(curvature)  # an estimate is this callback's own
+        self._spread: dict[str, Tensor] = {}
+        self._local: dict[str, nn.Module] = {}
+        self.alpha_min = _checks.between("alpha_min", alpha_min, 0, 1)
+        self._generator: torch.Generator | None = None
+
+    def recipe(self) -> dict[str, Any]:
+        described = super().recipe()
+        curvature = None if self.curvature is None else repr(self.curvature)
+        described["init_args"] |= {"noise": repr(self.noise), "curvature": curvature, "alpha_min": self.alpha_min}
+        return described
+
+    # -- what the form uses ---------------------------------------------------------------------------------------------
+
+    def eta(self, name: str, w: Tensor) -> Tensor:
+        """eta_hat(w), times H_jj where curvature calibrates: infinite (no noise, no zero) before its first estimate."""
+        eta = super().eta(name, w)
+        if self.curvature is None:
+            return eta
+        estimate = self.curvature.estimate(name)
+        return torch.full_like(eta, torch.inf) if estimate is None else eta * estimate.to(eta)
+
+    def _noisy_alpha(self, name: str) -> Tensor:
+        alpha = self.keep_probability(name)
+        return alpha.clamp(min=self.alpha_min)
+
+    # -- life cycle -------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._generator = torch.Generator(device=pl_module.device)
+        self._generator.manual_seed((torch.initial_seed() + trainer.global_rank) % 2**63)
+        if self.curvature is not None:
+            self.curvature.reset()
+            self.curvature.generator = self._generator
+        super().on_fit_start(trainer, pl_module)
+        if self.attachment is not None:
+            self._install(pl_module, self.attachment)
+
+    def _install(self, pl_module: LightningModule, attachment: attach.Attachment) -> None:
+        if self.curvature is not None:
+            self.curvature.attach(pl_module, attachment)
+        self._local = attach.layers(pl_module, self.parameters) if self.noise.local else {}
+        for name, layer in self._local.items():
+            attachment.on_forward(layer, partial(self._blur, name))
+        attachment.mask_gradients()
+
+    def _blur(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        spread = self._spread.get(name)
+        return output if spread is None else output + output_noise(layer, inputs[0], spread, self._generator)
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        attachment = self.attachment
+        if attachment is None or self.frozen:
+            return
+        if self.curvature is not None:
+            self.curvature.begin(self.step, _batch_size(batch))
+        for name in self.parameters:
+            alpha = self._noisy_alpha(name)
+            if name in self._local:
+                self._spread[name] = variance(alpha)
+            else:
+                attachment.multiply(name, self.noise.sample(alpha, self._generator))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        super().on_before_backward(trainer, pl_module, loss)
+        if self.curvature is not None and not self.frozen:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            factor = 1.0 if scaler is None else float(scaler.get_scale())
+            self.curvature.before_backward(factor / (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1))
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_batch()
+        if self.curvature is not None:
+            self.curvature.end(lambda value: trainer.strategy.reduce(value, reduce_op="mean") if trainer.world_size > 1 else value)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._end_batch()  # a step that returned no loss had no backward
+
+    def _end_batch(self) -> None:
+        if self.attachment is not None:
+            self.attachment.restore()
+        self._spread = {}
+
+    def _close(self) -> None:
+        super()._close()
+        self._spread = {}
+
+    # -- state --------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.curvature is not None:
+            state["curvature"] = self.curvature.state_dict()
+        if self._generator is not None:
+            state["generator"] = self._generator.get_state()
+        return state
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        if self.curvature is not None and "curvature" in state:
+            self.curvature.load_state_dict(state["curvature"], self.parameters)
+        if self._generator is not None and "generator" in state:
+            self._generator.set_state(state["generator"])
+        super()._resume(state)
+
+
+def _batch_size(batch: Any) -> int:
+    """Samples in a batch: the length of the first tensor found in it."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((size for size in map(_batch_size, items) if size > 1), 1)

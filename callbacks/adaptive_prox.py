@@ -1,0 +1,66 @@
+"""AdaptiveProx: the proximal form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_sparse import proximal
+from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.duality import MaskRule, Penalty
+from lightning_sparse.schedules import Schedule
+
+Metric = Literal["auto", "adam", "plain"]
+
+
+class AdaptiveProx(Sparsifier):
+    """After each optimiser step ``w <- w / (1 + rho lam / eta_hat(w))`` (AdaProx), or the exact prox of rho lam omega.
+
+    Args:
+        metric: rho_j is the learning rate ("plain") or lr / (sqrt(v_hat_j) + eps) as in Adam's own step ("adam");
+            "auto" takes Adam's where the optimiser keeps second moments.
+        exact: the exact prox, which reaches zeros by itself, in place of the reweighted step.
+
+    The other arguments are :class:`Sparsifier`'s.
+    """
+
+    def __init__(
+        self,
+        penalty: Penalty | MaskRule,
+        lam: float | Schedule | None = None,
+        select: Sequence[str] | None = None,
+        tol: float = 0.05,
+        freeze: float = 0.0,
+        threshold: float | None = None,
+        gap_samples: int = 0,
+        metric: Metric = "auto",
+        exact: bool = False,
+    ) -> None:
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples)
+        if metric not in ("auto", "adam", "plain"):
+            raise ValueError(f"metric must be 'auto', 'adam' or 'plain', got {metric!r}")
+        self.metric, self.exact = metric, exact
+
+    def recipe(self) -> dict[str, Any]:
+        described = super().recipe()
+        described["init_args"] |= {"metric": self.metric, "exact": self.exact}
+        return described
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            if self.metric == "adam" and not all("betas" in group for group in optimizer.param_groups):
+                name = type(optimizer).__name__
+                raise ValueError(f"metric='adam' needs an optimiser with second moments, got {name}; use metric='plain'")
+        super().on_fit_start(trainer, pl_module)
+
+    @torch.no_grad()
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        lam = self.lam
+        step = proximal.exact_step if self.exact else proximal.reweighted_step
+        for _, parameter, group in self._owned(optimizer):
+            if parameter.grad is not None:
+                rho = proximal.step_size(optimizer, parameter, group, self.metric)
+                parameter.data.copy_(step(self.penalty, parameter.data, rho, lam))

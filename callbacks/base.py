@@ -1,0 +1,151 @@
+"""Sparsifier: when things happen in a fit; what they compute is elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_sparse import attach, proximal
+from lightning_sparse.callbacks import _refusals, _report
+from lightning_sparse.callbacks._form import Form
+from lightning_sparse.select import select as select_parameters
+
+
+class Sparsifier(Form):
+    """Base of the callbacks that train a network to true zeros: their life cycle. The arguments are Form's."""
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(select=self.select)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._close()
+            self._forget()
+            _refusals.check_run(self, trainer)
+            self.parameters = select_parameters(pl_module, self.select)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _refusals.check_optimizers(self, trainer)
+        _refusals.check_overlap(self, trainer)
+        self.total = _refusals.total_steps(self, trainer)
+        self.attachment = attach.Attachment(pl_module, self.parameters, self.thresholded)
+        if self._restored is not None:
+            self._resume(self._restored)
+        self._optimizers = [optimizer for optimizer in trainer.optimizers if self._owned(optimizer)]
+        self._handles = [optimizer.register_step_post_hook(self._stepped) for optimizer in self._optimizers]
+        _report.start(self, trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._maybe_freeze()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch, self._closures = (batch, batch_idx), 0
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        self._closures += 1
+        _refusals.check_closures(self, pl_module, optimizer, self._closures)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        _refusals.check_loss(self, loss)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """After a real optimiser step (not a skipped one, not an accumulation batch)."""
+        self._closures = 0
+        if self.frozen:
+            self._hold_support(optimizer)
+        else:
+            self.after_step(optimizer)
+        if optimizer is self._optimizers[0]:  # the clock
+            self.step += 1
+            self._maybe_freeze()
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """What a form does to the weights after an optimiser step; nothing by default."""
+
+    @torch.no_grad()
+    def _hold_support(self, optimizer: torch.optim.Optimizer) -> None:
+        support = self.support or {}
+        for name, parameter, _ in self._owned(optimizer):
+            parameter.data.masked_fill_(~support[name], 0.0)
+
+    @torch.no_grad()
+    def _maybe_freeze(self) -> None:
+        if not self.frozen and self.freeze and self.step >= round(self.total * (1 - self.freeze)):
+            self.settle()
+            support = {name: ~self.zeros(name) for name in self.parameters}
+            self.prune()
+            self.support = support
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Bring to rest at zero what only oscillates around it (a gradient step never lands there)."""
+        for optimizer in self._optimizers if self.lam > 0 else []:
+            for _, parameter, group in self._owned(optimizer):
+                rho = proximal.step_size(optimizer, parameter, group, "auto")
+                parameter.data.masked_fill_(proximal.rests(self.penalty, parameter.data, rho, self.lam), 0.0)
+
+    @torch.no_grad()
+    def prune(self) -> None:
+        """Make the zeros of every selected parameter true, for good."""
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(self.thresholded(name))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.attachment is not None:
+            self.attachment.show()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.attachment is not None:
+            self.attachment.restore()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _report.epoch(self, trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.frozen:
+            self.settle()
+        self.prune()
+        _report.finish(self, trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """Live weights back, hooks removed."""
+        if self.attachment is not None:
+            self.attachment.detach()
+        self.attachment = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._optimizers, self._batch = [], [], None
+
+    # -- state --------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the step, and the live values where the file holds the threshold's zeros."""
+        taken = {name: self._live(name)[self.thresholded(name) == 0].cpu() for name in self.parameters}
+        return {"step": self.step, "frozen": self.frozen, "taken": taken}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.attachment is None and self.parameters:  # saved after an exception: the views are gone, the state is not
+            attach.write_view(checkpoint["state_dict"], pl_module, self.parameters, self.thresholded)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    @torch.no_grad()
+    def _resume(self, state: dict[str, Any]) -> None:
+        _refusals.check_state(self, state)
+        self.step = state["step"]
+        for name, taken in state["taken"].items():
+            parameter = self.parameters[name]
+            parameter.data[parameter == 0] = taken.to(parameter)
+        if state["frozen"]:
+            self.support = {name: parameter.detach() != 0 for name, parameter in self.parameters.items()}

@@ -1,0 +1,94 @@
+"""Logs how many weights of any model are zero, with or without a sparsity callback beside it."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_sparse import counts
+from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.select import select
+
+
+class SparsityMonitor(Callback):
+    """Logs ``sparsity/total`` and ``sparsity/<parameter name>``, the share of exact zeros in [0, 1], tied weights once.
+
+    For a dense model, a loaded sparse one, or one pruned by other means; list it after Lightning's ModelPruning, whose
+    ``weight_orig`` times ``weight_mask`` it reports as ``weight``. It logs at the end of training epochs (when the last
+    one is not due, once more at the end of fit), and at the end of a validation or test run of its own.
+
+    Beside a Sparsifier in fit, that callback's figures win (zeros after its threshold, over its selection): the monitor
+    then logs the other selected parameters and leaves ``sparsity/total`` to it.
+
+    Args:
+        select: patterns on parameter names as in every callback here; None is the default selection.
+        every_n_epochs: training epochs from one report to the next, at least 1.
+
+    Raises ValueError at the start of a run for a pattern that matches nothing or a model without selectable weights.
+    """
+
+    def __init__(self, select: list[str] | None = None, every_n_epochs: int = 1) -> None:
+        if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be a whole number >= 1, got {every_n_epochs!r}")
+        if isinstance(select, str):
+            raise TypeError(f"select must be a list of patterns or None, got the string {select!r}; write [{select!r}]")
+        self.select, self.every_n_epochs = select, every_n_epochs
+        self._names: list[str] = []
+        self._fresh = False
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(select=self.select)
+
+    def figures(self, module: LightningModule, skip: set[str] | None = None) -> dict[str, float]:
+        """The shares by logged name of what was selected when the run started, without the parameters in ``skip``."""
+        weights = dict(counts.weight_in_use(module, name) for name in self._names)
+        return counts.figures(counts.count_zeros({name: w for name, w in weights.items() if name not in (skip or set())}))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._choose(pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._fresh = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._log(trainer, pl_module, self._shown(trainer, pl_module))
+            self._fresh = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._fresh:
+            shown = self._shown(trainer, pl_module)
+            for logger in trainer.loggers:
+                logger.log_metrics(shown, step=trainer.global_step)
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in shown.items()})
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._choose(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._log(trainer, pl_module, self.figures(pl_module))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._choose(pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, self.figures(pl_module))
+
+    def _choose(self, module: LightningModule) -> None:
+        self._names = [counts.weight_in_use(module, name)[0] for name in select(module, self.select, trainable=False)]
+
+    def _shown(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        """What this callback may log in fit: all of it, or what a Sparsifier does not report itself."""
+        owners = [callback for callback in trainer.callbacks if isinstance(callback, Sparsifier)]  # type: ignore[attr-defined]
+        shown = self.figures(module, {name for callback in owners for name in callback.parameters})
+        return {name: value for name, value in shown.items() if not owners or name != "sparsity/total"}
+
+    def _log(self, trainer: Trainer, module: LightningModule, shown: dict[str, float]) -> None:
+        distributed = trainer.world_size > 1
+        rest = {name: value for name, value in shown.items() if name != "sparsity/total"}
+        module.log_dict(rest, on_step=False, on_epoch=True, sync_dist=distributed)
+        if len(rest) < len(shown):
+            module.log("sparsity/total", shown["sparsity/total"], on_step=False, on_epoch=True, prog_bar=True, sync_dist=distributed)

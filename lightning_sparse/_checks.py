@@ -1,0 +1,41 @@
+"""Argument checks shared by the package: one sentence each, saying what was given and what is accepted."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+
+def number(name: str, value: object) -> float:
+    """Return ``value`` as a float; raise TypeError unless it is a real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    return float(value)
+
+
+def positive(name: str, value: object) -> float:
+    """Return ``value`` if it is a finite number above zero; raise ValueError otherwise."""
+    checked = number(name, value)
+    if not (math.isfinite(checked) and checked > 0):
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+    return checked
+
+
+def between(name: str, value: object, low: float, high: float, *, closed: str = "") -> float:
+    """Return ``value`` if it lies between ``low`` and ``high``; ``closed`` holds "l" and "r" for ends that count."""
+    checked = number(name, value)
+    above = checked >= low if "l" in closed else checked > low
+    below = checked <= high if "r" in closed else checked < high
+    if not (above and below):
+        interval = f"{'[' if 'l' in closed else '('}{low:g}, {high:g}{']' if 'r' in closed else ')'}"
+        raise ValueError(f"{name} must lie in {interval}, got {value!r}")
+    return checked
+
+
+def closest(word: str, known: Iterable[str], count: int = 3) -> str:
+    """Return a hint such as ``"; closest: 'a', 'b'"``, empty when nothing is near."""
+    names = list(known)
+    lowered = {name.lower(): name for name in names}
+    near = [lowered[hit] for hit in difflib.get_close_matches(word.lower(), lowered, n=count, cutoff=0.4)]
+    return "; closest: " + ", ".join(repr(name) for name in near) if near else ""

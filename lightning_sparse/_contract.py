@@ -1,0 +1,44 @@
+"""How a contract check says what broke, shared by the checks of :mod:`lightning_sparse.testing`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.duality import MaskRule, Penalty
+
+DTYPES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.04}  # and the error allowed against float64
+
+
+class ContractError(AssertionError):
+    """A penalty or a mask rule breaks the contract of its base class."""
+
+
+def fail(subject: object, what: str, w: Tensor, wrong: Tensor, detail: str = "") -> None:
+    """Raise, naming the first w where ``wrong`` holds."""
+    if wrong.any():
+        raise ContractError(f"{subject!r}: {what} at w = {w.reshape(-1)[int(wrong.reshape(-1).nonzero()[0])]:.6g}{detail}")
+
+
+def close(subject: object, what: str, w: Tensor, value: Tensor, wanted: Tensor, relative: float, absolute: float = 0.0) -> None:
+    """Raise, naming w and both values, where ``value`` differs from ``wanted``; equal infinities are close."""
+    near = (value - wanted).abs() <= relative * wanted.abs() + absolute
+    wrong = ~(near | (value == wanted))
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        fail(subject, f"{what} is {value[at]:.8g}, expected {wanted[at]:.8g},", w, wrong)
+
+
+def same_kind(subject: object, what: str, value: Tensor, like: Tensor) -> None:
+    if value.shape != like.shape or value.dtype != like.dtype:
+        raise ContractError(
+            f"{subject!r}: {what} must keep shape and dtype: got {tuple(value.shape)}, {value.dtype} for {tuple(like.shape)}, {like.dtype}"
+        )
+
+
+def weights(subject: Penalty | MaskRule) -> Tensor:
+    """Weights to try: log-spaced, or for a subject that is not separable a few distinct ones of the right count."""
+    if subject.separable:
+        return torch.logspace(-6, 6, 97, dtype=torch.float64)
+    width = int(getattr(subject, "width", 24))
+    return torch.linspace(0.1, 2.0, width, dtype=torch.float64).roll(width // 3)

@@ -1,0 +1,173 @@
+"""The only file that touches a user's module: weights replaced for a while, views for files, hooks; all undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.select import owners
+
+View = Callable[[str], Tensor]
+
+
+class _Hook:
+    """A hook that a copy or a pickle of the module does not carry along."""
+
+    def __init__(self, function: Callable[..., Any] | None = None) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args) if self.function else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+class Attachment:
+    """Holds the live weights while the parameters' data are masked or thresholded, and serves files a view of them.
+
+    ``view(name)`` is what ``state_dict()`` and evaluation see of a selected parameter. Between :meth:`multiply` or
+    :meth:`show` and :meth:`restore` the data differ from the live weights; keys, parameter objects and the module's
+    class never change.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], view: View) -> None:
+        self.parameters, self.view = dict(parameters), view
+        self._live: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        for _, owner, attribute, parameter in owners(module):
+            if id(parameter) in names:
+                self._serve(owner, attribute, names[id(parameter)])
+
+    def _serve(self, owner: nn.Module, attribute: str, name: str) -> None:
+        def replace(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+            if not isinstance(state.get(prefix + attribute), nn.Parameter):  # keep_vars=True hands out the parameter
+                state[prefix + attribute] = self.view(name)
+
+        self._handles.append(owner.register_state_dict_post_hook(_Hook(replace)))
+
+    def live(self, name: str) -> Tensor:
+        """The weights that the optimiser owns, whatever the parameter's data are just now."""
+        return self._live[name] if name in self._live else self.parameters[name].detach()
+
+    @torch.no_grad()
+    def multiply(self, name: str, mask: Tensor) -> None:
+        """Put ``live * mask`` into the parameter's data and ``mask`` before its gradient, until :meth:`restore`."""
+        parameter = self.parameters[name]
+        self._live[name] = parameter.detach().clone()
+        self._masks[name] = mask
+        parameter.data.mul_(mask)
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Put the view into every parameter's data, until :meth:`restore`."""
+        self.restore()
+        for name, parameter in self.parameters.items():
+            shown = self.view(name)
+            self._live[name] = parameter.detach().clone()
+            parameter.data.copy_(shown)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the live weights back, bit for bit."""
+        for name, live in self._live.items():
+            self.parameters[name].data.copy_(live)
+        self._live.clear()
+        self._masks.clear()
+
+    def mask_gradients(self) -> None:
+        """Let each parameter's gradient be multiplied by the mask in force, before anything else sees it."""
+        for name, parameter in self.parameters.items():
+            self._handles.append(parameter.register_hook(_Hook(lambda grad, name=name: self._scaled(name, grad))))
+
+    def _scaled(self, name: str, grad: Tensor) -> Tensor | None:
+        return grad * self._masks[name] if name in self._masks else None
+
+    def on_gradient(self, name: str, function: Callable[[Tensor], None]) -> None:
+        """Call ``function(gradient)`` with each backward's gradient of a parameter, before a mask multiplies it."""
+        self._handles.append(self.parameters[name].register_hook(_Hook(function)))
+
+    def on_forward(self, layer: nn.Module, function: Callable[[nn.Module, tuple[Any, ...], Any], Any]) -> None:
+        """Call ``function(layer, inputs, output)`` after each forward of ``layer``; what it returns replaces the output."""
+        self._handles.append(layer.register_forward_hook(_Hook(function)))
+
+    def detach(self) -> None:
+        """Undo everything: live weights back, hooks removed."""
+        self.restore()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def write_view(state: dict[str, Any], module: nn.Module, parameters: Mapping[str, nn.Parameter], view: View) -> None:
+    """Put the view of each selected parameter into a state dict of ``module``, under every name that it has there."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for key, _, _, parameter in owners(module):
+        if id(parameter) in names and key in state:
+            state[key] = view(names[id(parameter)])
+
+
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def layers(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Module]:
+    """For each selected ``weight`` of a Linear or ConvNd layer that is really called: its layer, by parameter name.
+
+    A weight with several owners, and a subclass such as attention's output projection (whose forward is bypassed), is
+    left out: what happens to it cannot be seen from one layer's input and output.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: dict[str, list[nn.Module]] = {}
+    for _, owner, attribute, parameter in owners(module):
+        if id(parameter) in names:
+            known = type(owner) in LAYERS and attribute == "weight"
+            found.setdefault(names[id(parameter)], []).extend([owner] if known else [owner, owner])
+    return {name: hits[0] for name, hits in found.items() if len(hits) == 1}
+
+
+@contextmanager
+def quiet(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode with ``log`` and ``log_dict`` silenced, for extra passes through a LightningModule's step."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    for name in ("log", "log_dict"):
+        object.__setattr__(module, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            object.__delattr__(module, name)
+        for part in training:
+            part.training = True
+
+
+def loss_of_weights(module: Any, batch: tuple[Any, int]) -> Callable[[dict[str, Tensor]], Tensor]:
+    """The loss of ``module.training_step`` on one batch as a function of some of its weights, by name."""
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            result = torch.func.functional_call(_Step(module), {f"module.{name}": w for name, w in weights.items()}, batch)
+        value: Tensor = result["loss"] if isinstance(result, dict) else result
+        return value
+
+    return loss
+
+
+class _Step(nn.Module):
+    """A module whose forward is another's training step, so that its weights can be given as arguments."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Any, index: int) -> Any:
+        return self.module.training_step(batch, index)

@@ -1,0 +1,105 @@
+"""What the user typed wrong, in one line: the parser's nested reports reduced to their causes, with the closest names."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+
+from lightning_sparse import _checks
+
+_STRUCTURE = (
+    "Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>", "Not a valid subclass", "Subclass types",
+    "a class path (str)", "a dict with", "a dict without", "Import path", "Expected a path but",
+)  # fmt: skip
+
+
+class UsageError(Exception):
+    """A mistake in the command line or a recipe; its text is all that the user is shown."""
+
+
+def explain(text: str, keys: Iterable[str] = ()) -> str:
+    """The causes in a report of jsonargparse, one a line, each with its key and the closest names.
+
+    ``keys`` are the dotted keys that the parser knows. A report that is not understood is returned whole.
+    """
+    causes = list(dict.fromkeys(_causes(text, list(keys))))
+    return "\n".join(causes) or text
+
+
+def _causes(text: str, keys: list[str]) -> Iterator[str]:
+    path: list[tuple[int, str]] = []
+    owner, bases = "", ""
+    for line in text.splitlines():
+        depth, cause = len(line) - len(line.lstrip()), line.strip().removeprefix("- ")
+        if key := re.match(r"Parser key \"([^\"]+)\":(.*)", cause):
+            path = [entry for entry in path if entry[0] < depth] + [(depth, key[1])]
+            cause = key[2].strip()
+        elif given := re.match(r"Problem with given class_path '([^']+)':", cause):
+            owner = given[1]
+            continue
+        bases = cause if cause.startswith("Subtypes:") else bases
+        if cause and not cause.startswith(_STRUCTURE):
+            where = ".".join(name for _, name in path)
+            sentence = _sentence(cause, where, owner, bases, keys)
+            yield from [sentence] if sentence else []
+
+
+def _sentence(cause: str, where: str, owner: str, bases: str, keys: list[str]) -> str:
+    """One cause in words; empty for a class that is known and merely not of the second kind in a union."""
+    prefix = f"{where}: " if where else ""
+    if option := re.match(r"(?:Option|Key) '([^']+)' is not (?:accepted|expected)", cause):
+        return f"{prefix}{owner.rpartition('.')[2]} takes no {option[1]!r}{_checks.closest(option[1], parameters(owner))}"
+    if name := re.match(r"Expected a dot import path string: (\S+)", cause):
+        known = class_names(bases)
+        return "" if name[1] in known else f"{prefix}no class {name[1]!r}{_checks.closest(name[1], known)}"
+    if option := re.search(r"does not accept option '([^']+)'|Unrecognized arguments: (?:--)?([\w.+-]+)", cause, re.IGNORECASE):
+        return f"no key {option[1] or option[2]!r}{_near_key(option[1] or option[2], keys)}"
+    return prefix + cause
+
+
+def parameters(class_path: str) -> list[str]:
+    """The names that the class at a dotted path takes; none if it cannot be imported."""
+    found = _import(class_path)
+    return [name for name in inspect.signature(found).parameters if name != "self"] if found else []
+
+
+def class_names(text: str) -> set[str]:
+    """Names of all public concrete classes below the dotted class paths that ``text`` mentions."""
+    found: set[str] = set()
+    for path in re.findall(r"[A-Za-z_][\w.]*\.[\w]+", text):
+        if base := _import(path):
+            found.update(cls.__name__ for cls in below(base) if not inspect.isabstract(cls))
+    return {name for name in found if not name.startswith("_")}
+
+
+def _import(path: str) -> type | None:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError):
+        return None
+    return found if isinstance(found, type) else None
+
+
+def below(base: type) -> Iterator[type]:
+    """A class and all its imported subclasses."""
+    yield base
+    for cls in base.__subclasses__():
+        yield from below(cls)
+
+
+def _near_key(key: str, keys: list[str]) -> str:
+    """The closest known keys, compared at the first part of ``key`` that is unknown there."""
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        prefix = parts[:depth]
+        here = {known.split(".")[depth] for known in keys if known.split(".")[:depth] == prefix and known.count(".") >= depth}
+        if part not in here:
+            return _qualified(_checks.closest(part, here), prefix)
+    return ""
+
+
+def _qualified(hint: str, prefix: list[str]) -> str:
+    return re.sub(r"'([^']+)'", lambda hit: f"'{'.'.join([*prefix, hit[1]])}'", hint)

@@ -1,0 +1,73 @@
+"""``lightning-sparse plot LogSum 'MCP: {c: 0.7}' -o penalties.png``: curves of any penalties."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import jsonargparse
+import yaml
+
+import lightning_sparse.mask_rules
+import lightning_sparse.penalties  # noqa: F401  (short class names resolve once their classes are imported)
+from lightning_sparse import plots
+from lightning_sparse.cli.errors import UsageError, below, explain
+from lightning_sparse.duality import MaskRule, Penalty
+
+_HELP = (
+    "class names, alone (then with the class's first example) or as YAML with their arguments: 'MCP: {c: 0.7}', "
+    "or as in recipes: '{class_path: MCP, init_args: {c: 0.7}}'"
+)
+
+
+def run(verb: str, words: list[str]) -> int:
+    """Parse the penalties, draw them and print the file's path."""
+    parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description="Draw omega, eta_hat, f and alpha of penalties.")
+    parser.add_argument("penalties", nargs="+", metavar="PENALTY", help=_HELP)
+    parser.add_argument("-o", "--output", default="penalties.png", help="the PNG file (default: %(default)s)")
+    parser.add_argument("--lam", type=float, default=1.0, help="strength at which alpha is drawn (default: %(default)s)")
+    parser.add_argument("--w-max", type=float, default=4.0, help="largest weight (default: %(default)s)")
+    given = parser.parse_args(words)
+    try:
+        figure = plots.penalty_curves([read(word) for word in given.penalties], given.lam, given.w_max)
+        print(plots.save(figure, given.output))
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(str(error)) from error
+    return 0
+
+
+def read(word: str) -> Penalty | MaskRule:
+    """The penalty or mask rule that one word of the command line names.
+
+    Raises UsageError with the closest class names or arguments.
+    """
+    try:
+        tree = yaml.safe_load(word)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{word!r} is neither a class name nor YAML: {error}") from None
+    if not isinstance(tree, (str, dict)):
+        raise UsageError(f"{word!r} is neither a class name nor a mapping such as 'MCP: {{c: 0.7}}'")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("penalty", type=Penalty | MaskRule)
+    try:
+        parsed = parser.parse_object({"penalty": _described(tree)})
+        found: Penalty | MaskRule = parser.instantiate_classes(parsed)["penalty"]
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        raise UsageError(explain(str(getattr(error, "message", error)))) from None
+    return found
+
+
+def _described(tree: Any) -> Any:
+    """``Name`` and ``{Name: arguments}`` as class_path and init_args."""
+    if isinstance(tree, str):
+        return {"class_path": tree, "init_args": _example(tree)}
+    if isinstance(tree, dict) and len(tree) == 1 and "class_path" not in tree:
+        name, arguments = next(iter(tree.items()))
+        return {"class_path": name, "init_args": arguments or {}}
+    return tree
+
+
+def _example(name: str) -> dict[str, Any]:
+    classes = {cls.__name__: cls for base in (Penalty, MaskRule) for cls in below(base)}
+    examples = getattr(classes.get(name.rpartition(".")[2]), "examples", ())
+    return dict(examples[0]) if examples else {}

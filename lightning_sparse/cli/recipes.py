@@ -1,0 +1,74 @@
+"""The packaged recipes: found by name, listed with what they reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from lightning_sparse import _checks
+from lightning_sparse.cli.errors import UsageError
+
+
+def folder() -> Path:
+    """The folder that holds the packaged recipes."""
+    return Path(str(files("lightning_sparse.recipes")))
+
+
+def names() -> list[str]:
+    """Every packaged recipe, such as ``digits`` and ``overlay/reweighted_penalty``."""
+    return sorted(path.relative_to(folder()).with_suffix("").as_posix() for path in folder().rglob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a path that exists, or a packaged name with or without ``.yaml``.
+
+    Raises UsageError with the closest names otherwise.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    packaged = name.removesuffix(".yaml")
+    if packaged in names():
+        return folder() / f"{packaged}.yaml"
+    raise UsageError(f"no recipe {name!r}{_checks.closest(packaged, names())}; neither a file nor one of {', '.join(names())}")
+
+
+def about(path: Path) -> dict[str, str]:
+    """The ``key: text`` lines of the comment that opens a recipe (``summary``, ``reaches``, ``command``)."""
+    head: list[str] = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        head.append(line.lstrip("#").removeprefix(" "))
+    fields = yaml.safe_load("\n".join(head)) or {}
+    return {key: " ".join(str(value).split()) for key, value in fields.items()}
+
+
+def with_paths(words: Sequence[str]) -> list[str]:
+    """The command line with the recipe names after ``--config`` (or ``-c``) replaced by their files."""
+    done: list[str] = []
+    for word in words:
+        flag, equals, name = word.partition("=")
+        if equals and flag in ("--config", "-c"):
+            done.append(f"{flag}={find(name)}")
+        else:
+            done.append(str(find(word)) if done[-1:] in (["--config"], ["-c"]) else word)
+    return done
+
+
+def run(verb: str, words: list[str]) -> int:
+    """``lightning-sparse recipes``: print each recipe with what it reaches; ``recipes NAME``: the path of one, for scripts."""
+    if words[:1] in (["-h"], ["--help"]) or len(words) > 1:
+        print(f"usage: lightning-sparse {verb} [NAME]   list the packaged recipes, or print the path of one")
+        return 0 if len(words) == 1 else 2
+    if words:
+        print(find(words[0]))
+        return 0
+    for name in names():
+        print(name)
+        for key, text in about(folder() / f"{name}.yaml").items():
+            print(f"  {key + ':':9} {text}")
+        print()
+    return 0

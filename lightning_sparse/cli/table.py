@@ -1,0 +1,51 @@
+"""The table that ``fit`` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from lightning_sparse.cli.report import Result, Trained
+
+
+def show(result: Result) -> None:
+    """Print the table and where the files lie."""
+    columns = {"dense twin": result.dense, "sparse": result.sparse}
+    shown = {title: trained for title, trained in columns.items() if trained is not None}
+    table = Table(title="counted and tested from the checkpoint files", title_justify="left")
+    table.add_column("")
+    for title in shown:
+        table.add_column(title, justify="right")
+    for label, cells in rows(list(shown.values())):
+        table.add_row(label, *cells)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for label, path in result.files.items():
+        print(f"{label + ':':17} {path}")
+
+
+def rows(columns: list[Trained]) -> list[tuple[str, list[str]]]:
+    """(label, one cell for each network): test metrics, non-zero weights per layer and in total, compression, time."""
+    names = list(dict.fromkeys(name for column in columns for name in column.metrics))
+    metrics = [(name, [f"{column.metrics[name]:.4f}" for column in columns]) for name in names]
+    layers = [(f"non-zero {name}", [_count(*column.zeros[name]) for column in columns]) for name in columns[0].zeros]
+    total = [_count(column.size - column.nonzero, column.size) for column in columns]
+    return [
+        *metrics,
+        *layers,
+        ("non-zero, total", total),
+        ("zeros", [f"{100 * (1 - column.nonzero / column.size):.2f} %" for column in columns]),
+        ("compression (weights / non-zero)", [_ratio(column) for column in columns]),
+        ("training seconds", [f"{column.seconds:.1f}" for column in columns]),
+    ]
+
+
+def _count(zeros: int, size: int) -> str:
+    return f"{size - zeros} of {size}"
+
+
+def _ratio(column: Trained) -> str:
+    return f"{column.size / column.nonzero:.1f}x" if column.nonzero else "all zero"

@@ -1,0 +1,128 @@
+"""SparseCLI: LightningCLI with packaged recipes, a top-level ``sparsify`` key and a report at the end of ``fit``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import lightning_sparse.curvature
+import lightning_sparse.mask_rules
+import lightning_sparse.noise
+import lightning_sparse.penalties
+import lightning_sparse.schedules  # noqa: F401  (short class names resolve once their classes are imported)
+from lightning_sparse.callbacks import Sparsifier
+from lightning_sparse.cli import recipes
+from lightning_sparse.cli.errors import UsageError, explain
+from lightning_sparse.cli.report import Report, Result, Scribe
+
+MISTAKES = (ValueError, TypeError, ImportError, AttributeError, MisconfigurationException)
+_STRICT = {"exit_on_error": False, "allow_abbrev": False}
+Front = TypeVar("Front", bound="SparseCLI")
+
+
+class SparseCLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` from a recipe.
+
+    ``--config`` takes a file or a packaged recipe's name. The callback under ``sparsify`` is appended to the Trainer's, so
+    that ``--sparsify AdaptiveMask`` swaps the form and ``--sparsify.penalty L1`` the penalty. After ``fit`` the figures
+    stand in ``result``. Raises UsageError, naming the closest keys or classes, before anything is trained or written.
+    """
+
+    trainer: Any
+    result: Result | None = None
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.words = recipes.with_paths(args)
+        super().__init__(save_config_callback=None, seed_everything_default=0, args=self.words)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(**(kwargs | _STRICT))
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_subclass_arguments(Sparsifier, "sparsify", required=False, help="The callback that makes the network sparse.")
+        parser.add_class_arguments(Report, "report")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            known = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys(branches=True)}
+            raise UsageError(explain(str(error.message), known)) from None
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except MISTAKES as error:
+            raise UsageError(explain(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self.settings
+        self.scribe = Scribe(self.recipe())
+        extra = [callback for callback in (settings.get("sparsify"), self.scribe) if callback is not None]
+        own = settings["trainer"].get("callbacks") or []
+        settings["trainer"]["callbacks"] = [*(own if isinstance(own, list) else [own]), *extra]
+        return super().instantiate_trainer(**kwargs)
+
+    @property
+    def settings(self) -> Any:
+        """The instantiated configuration of the chosen verb."""
+        return self.config_init[self.subcommand]
+
+    def sparsifiers(self) -> list[Sparsifier]:
+        """The sparsity callbacks of the Trainer."""
+        return [callback for callback in self.trainer.callbacks if isinstance(callback, Sparsifier)]
+
+    def before_fit(self) -> None:
+        """Check what can be known before a logger opens a file: selection, strategy, penalty."""
+        try:
+            for callback in self.sparsifiers():
+                callback.setup(self.trainer, self.model, "fit")
+                self.scribe.names += callback.parameters
+                callback.teardown(self.trainer, self.model, "fit")
+        except MISTAKES as error:
+            raise UsageError(str(error)) from error
+
+    def after_fit(self) -> None:
+        self.result = self.settings["report"].write(self) if not self.trainer.fast_dev_run else None
+
+    def another(self) -> tuple[LightningModule, LightningDataModule | None, Any]:
+        """A fresh model and data module with the run's seed, and fresh settings of the Trainer."""
+        seed = self.config[self.subcommand]["seed_everything"]
+        if seed is not False:
+            seed_everything(seed, workers=True, verbose=False)
+        fresh = self.parser.instantiate_classes(self.config)[self.subcommand]
+        return fresh["model"], fresh.get("data"), fresh["trainer"]
+
+    def recipe(self) -> str:
+        """The whole configuration of the run as YAML."""
+        text: str = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=True)
+        return text
+
+
+def fit(words: Sequence[str]) -> SparseCLI:
+    """``lightning-sparse fit`` in this process; the figures stand in the returned object's ``result``.
+
+    Raises UsageError for a mistake in the arguments or the recipe.
+    """
+    return launch(SparseCLI, ["fit", *words])
+
+
+def launch(front: type[Front], words: Sequence[str]) -> Front:
+    """Run a front with its words; LightningCLI warns where both its own arguments and sys.argv hold some."""
+    hidden, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        return front(words)
+    finally:
+        sys.argv = hidden
+
+
+def run(verb: str, words: list[str]) -> int:
+    """Run a verb of LightningCLI."""
+    launch(SparseCLI, [verb, *words])
+    return 0

@@ -1,0 +1,202 @@
+r"""The eta-duality: a penalty and an adaptive mask are two forms of one thing.
+
+A *subquadratic* penalty omega (concave and non-decreasing in w^2) is a minimum over eta ("eta-trick"),
+
+    omega(w) = min_{eta >= 0} (w^2 / eta + f(eta)) / 2,        eta_hat(w) = |w| / omega'(|w|),
+
+and a mask that keeps w with probability alpha = eta / (eta + lam) adds (lam / 2) w^2 / eta to a loss of unit
+curvature. So ``alpha(w) = 1 / (1 + lam / eta_hat(w))`` turns a penalty into a mask rule and
+``lam * omega(w) = integral_0^|w| t (1 - alpha(t)) / alpha(t) dt`` turns a rule into a penalty.
+
+Source: LeJeune, Javadi, Baraniuk, "The Flip Side of the Reweighted Coin", NeurIPS 2021, arXiv 2106.07769.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_sparse import _checks, numeric
+
+Examples = tuple[dict[str, Any], ...]
+
+
+def keep_probability(eta: Tensor, lam: float) -> Tensor:
+    """alpha = 1 / (1 + lam / eta), elementwise: 0 at eta = 0, 1 at eta = inf, never NaN.
+
+    Raises ValueError unless ``lam`` is a finite number > 0.
+    """
+    return 1 / (1 + _checks.positive("lam", lam) / eta)
+
+
+def eta(alpha: Tensor, lam: float) -> Tensor:
+    """eta = lam alpha / (1 - alpha), elementwise, the inverse of :func:`keep_probability`; inf at alpha = 1."""
+    return _checks.positive("lam", lam) * alpha / (1 - alpha)
+
+
+class Penalty(ABC):
+    """An even, subquadratic penalty with ``omega(0) == 0``; it knows no strength, module or step.
+
+    A subclass is a frozen dataclass that gives :meth:`omega` and :meth:`eta_hat`; the rest follows, and a closed form
+    may override it. ``examples`` holds keyword arguments that drive the contract tests, the plots and the docs.
+    """
+
+    examples: ClassVar[Examples] = ()
+    separable: ClassVar[bool] = True  # False: the value at one weight depends on the others
+
+    @abstractmethod
+    def omega(self, w: Tensor) -> Tensor:
+        """Penalty of each weight, same shape and dtype as ``w``; zero at zero."""
+
+    @abstractmethod
+    def eta_hat(self, w: Tensor) -> Tensor:
+        """The minimiser |w| / omega'(|w|) in [0, inf] of the eta-trick, same shape and dtype as ``w``."""
+
+    def dual(self, eta: Tensor) -> Tensor:
+        """f(eta) = sup_w 2 omega(w) - w^2 / eta, same shape and dtype as ``eta``; a scalar if not separable."""
+        self._need_separable("dual")
+        return numeric.dual(self.omega, self.eta_hat, eta)
+
+    def gradient(self, w: Tensor) -> Tensor:
+        """w / eta_hat(w), the signed slope of omega; zero at w = 0."""
+        return numeric.quotient(w, self.eta_hat(w))
+
+    def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
+        """argmin_x (x - w)^2 / 2 + step * omega(x), elementwise; ``step`` broadcasts against ``w``."""
+        self._need_separable("prox")
+        return numeric.prox(self.omega, w, step)
+
+    def _need_separable(self, what: str) -> None:
+        if not self.separable:
+            raise ValueError(f"{self!r} is not separable and gives no {what} of its own: there is no numeric one to fall back on")
+
+
+class MaskRule(ABC):
+    """A non-decreasing keep probability alpha(|w|) at strength ``lam`` (1 for a rule of its own)."""
+
+    examples: ClassVar[Examples] = ()
+    separable: ClassVar[bool] = True
+    lam: float = 1.0
+
+    @abstractmethod
+    def keep_probability(self, w: Tensor) -> Tensor:
+        """alpha(w) in [0, 1], same shape and dtype as ``w``."""
+
+    def eta_hat(self, w: Tensor) -> Tensor:
+        """eta_hat(w) = lam alpha / (1 - alpha) of the penalty that this rule realises."""
+        return eta(self.keep_probability(w), self.lam)
+
+    def to_penalty(self) -> Penalty:
+        """The penalty with lam * omega(w) = integral of t (1 - alpha) / alpha; closed forms override this.
+
+        Raises ValueError for a rule that is not separable: w / eta_hat(w) is then a gradient only by luck.
+        """
+        if not self.separable:
+            raise ValueError(f"{self!r} has no penalty: it is not separable, and w / eta_hat(w) need not be a gradient")
+        return RulePenalty(self)
+
+
+@dataclass(frozen=True)
+class PenaltyRule(MaskRule):
+    """The mask form of ``penalty`` at strength ``lam``: alpha(w) = 1 / (1 + lam / eta_hat(w))."""
+
+    penalty: Penalty
+    lam: float = 1.0
+
+    def __post_init__(self) -> None:
+        _checks.positive("lam", self.lam)
+
+    @property
+    def separable(self) -> bool:  # type: ignore[override]
+        return self.penalty.separable
+
+    def keep_probability(self, w: Tensor) -> Tensor:
+        return keep_probability(self.penalty.eta_hat(w), self.lam)
+
+    def eta_hat(self, w: Tensor) -> Tensor:
+        return self.penalty.eta_hat(w)
+
+    def to_penalty(self) -> Penalty:
+        return self.penalty
+
+
+@dataclass(frozen=True)
+class CallableRule(MaskRule):
+    """A plain function alpha(|w|) as a mask rule at lam = 1; it is given weights from 0 to 1e18 (so that w^2 is finite)."""
+
+    alpha: Callable[[Tensor], Tensor]
+
+    def keep_probability(self, w: Tensor) -> Tensor:
+        return self.alpha(w.abs().clamp(max=1e18))
+
+
+@dataclass(frozen=True)
+class RulePenalty(Penalty):
+    """The penalty of a mask rule, by quadrature: lam * omega(w) = integral_0^|w| t (1 - alpha(t)) / alpha(t) dt.
+
+    Raises ValueError, naming the w, for a rule that decreases, leaves [0, 1], or whose integral diverges at 0.
+    """
+
+    rule: MaskRule
+
+    def __post_init__(self) -> None:
+        numeric.check_rule(self.rule.keep_probability)
+        object.__setattr__(self, "_omega", numeric.Antiderivative(self._slope))
+
+    def _slope(self, t: Tensor) -> Tensor:
+        return numeric.quotient(t, self.rule.eta_hat(t))
+
+    def omega(self, w: Tensor) -> Tensor:
+        return numeric.with_slope(w, self._omega, self.gradient)  # type: ignore[attr-defined]
+
+    def eta_hat(self, w: Tensor) -> Tensor:
+        return self.rule.eta_hat(w)
+
+
+def to_mask_rule(penalty: Penalty | MaskRule, lam: float) -> MaskRule:
+    """The mask form of a penalty: a rule with alpha(w) = 1 / (1 + lam / eta_hat(w)) that remembers ``lam``."""
+    return PenaltyRule(to_penalty(penalty), lam)
+
+
+def to_penalty(rule: Penalty | MaskRule | Callable[[Tensor], Tensor]) -> Penalty:
+    """The penalty form of a mask rule or of a plain callable alpha(|w|); a penalty is returned as it is.
+
+    ``to_penalty(to_mask_rule(p, lam))`` is ``p``. Raises ValueError naming the w where the rule decreases or where its
+    integral diverges, and for a non-separable rule that is no gradient field; TypeError for anything else.
+    """
+    if isinstance(rule, Penalty):
+        return rule
+    if isinstance(rule, MaskRule):
+        return rule.to_penalty()
+    if callable(rule) and not isinstance(rule, type):
+        return RulePenalty(CallableRule(rule))
+    raise TypeError(f"expected a Penalty, a MaskRule or a function alpha(w), got {rule!r}; did you forget to call it?")
+
+
+def gap(penalty: Penalty, w: Tensor, eta: Tensor) -> Tensor:
+    """(w^2 / eta + f(eta)) / 2 - omega(w) >= 0, elementwise; zero exactly at eta = eta_hat(w).
+
+    For a penalty that is not separable the sums over w are compared: a scalar.
+    """
+    quadratic, value = numeric.quotient(w * w, eta), penalty.omega(w)
+    if not penalty.separable:
+        quadratic, value = quadratic.sum(), value.sum()
+    return (quadratic + penalty.dual(eta)) / 2 - value
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("FinePrint", "fine_print", "check_admissible"):  # they import this module: resolved on first use
+        from lightning_sparse import admissibility
+
+        return getattr(admissibility, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def penalty_value(penalty: Penalty, weights: list[Tensor], lam: float) -> float:
+    """lam * Omega over a list of weight tensors, summed in float64."""
+    return lam * sum(float(penalty.omega(w.detach()).sum(dtype=torch.float64)) for w in weights)

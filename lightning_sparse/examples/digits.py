@@ -1,0 +1,106 @@
+"""scikit-learn's handwritten digits (1797 images of 8x8, shipped with scikit-learn) as tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from lightning_sparse import _checks
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Batches:
+    """Batches ``(x, y)`` cut from tensors in memory, in their order: no workers, no copies of single samples.
+
+    The last batch may be smaller.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, batch_size: int) -> None:
+        self.x, self.y, self.batch_size = x, y, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.x) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for part in self.order().split(self.batch_size):
+            yield self.x[part], self.y[part]
+
+    def order(self) -> Tensor:
+        """The indices of this epoch's samples."""
+        return torch.arange(len(self.x))
+
+
+class ShuffledBatches(Batches):
+    """Batches in an order that depends on the seed and the epoch alone, so that a resumed run repeats it."""
+
+    batch_sampler = None
+
+    def __init__(self, x: Tensor, y: Tensor, batch_size: int, seed: int) -> None:
+        super().__init__(x, y, batch_size)
+        self.seed, self.epoch = seed, 0
+        self.sampler = self  # where the Trainer looks for set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.epoch = epoch
+
+    def order(self) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        return torch.randperm(len(self.x), generator=generator)
+
+
+class Digits(LightningDataModule):
+    """Digits in three stratified parts: training, validation and test; pixels scaled to [-1, 1].
+
+    ``validation`` and ``test`` are shares of all images; ``split_seed`` decides which images go where, the run's own
+    seed (``seed_everything``) the order of the batches. Raises ValueError for shares that leave no training image.
+    """
+
+    def __init__(self, batch_size: int = 64, validation: float = 0.2, test: float = 0.2, split_seed: int = 0) -> None:
+        super().__init__()
+        _checks.between("validation", validation, 0, 1)
+        _checks.between("test", test, 0, 1)
+        _checks.between("validation + test", validation + test, 0, 1)
+        _checks.positive("batch_size", batch_size)
+        self.batch_size, self.shares, self.split_seed = batch_size, (validation, test), split_seed
+        self.parts: dict[str, Batch] = {}
+
+    def setup(self, stage: str) -> None:
+        if self.parts:
+            return
+        images, labels = load_digits(return_X_y=True)
+        for name, rows in self._rows(labels).items():
+            x = torch.from_numpy(images[rows]).float() / 8 - 1
+            self.parts[name] = (x, torch.from_numpy(labels[rows]).long())
+
+    def _rows(self, labels: np.ndarray) -> dict[str, np.ndarray]:
+        validation, test = self.shares
+        rows = np.arange(len(labels))
+        rest, tested = train_test_split(rows, test_size=test, stratify=labels, random_state=self.split_seed)
+        share = validation / (1 - test)
+        trained, validated = train_test_split(rest, test_size=share, stratify=labels[rest], random_state=self.split_seed)
+        return {"training": trained, "validation": validated, "test": tested}
+
+    def train_dataloader(self) -> ShuffledBatches:
+        x, y = self.parts["training"]
+        return ShuffledBatches(x, y, self.batch_size, torch.initial_seed() % 2**31)
+
+    def val_dataloader(self) -> Batches:
+        return self._whole("validation")
+
+    def test_dataloader(self) -> Batches:
+        return self._whole("test")
+
+    def predict_dataloader(self) -> Batches:
+        return self._whole("test")
+
+    def _whole(self, part: str) -> Batches:
+        x, y = self.parts[part]
+        return Batches(x, y, len(x))

@@ -1,0 +1,145 @@
+"""Rules that rank the weights of a whole tensor: TopK and TargetedDropout. They are not separable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_sparse import _checks
+from lightning_sparse.duality import Examples, MaskRule, Penalty
+
+
+def largest(w: Tensor, count: int) -> Tensor:
+    """Boolean mask of the ``count`` largest |w|; among equal ones the first in memory order win."""
+    size = w.detach().abs().reshape(-1)
+    if count <= 0 or count >= len(size):
+        return torch.full_like(w, count > 0, dtype=torch.bool)
+    bound = size.kthvalue(len(size) - count + 1).values
+    above, level = size > bound, size == bound
+    room = count - above.sum()
+    return (above | (level & (level.cumsum(0) <= room))).reshape(w.shape)
+
+
+@dataclass(frozen=True)
+class TopK(MaskRule):
+    """alpha = 1 on the k = round(density * numel) largest |w| (at least one), 0 on the others; first come at ties.
+
+    The mask of iterative hard thresholding and of gradual magnitude pruning. Its penalty is the indicator of
+    "at most k non-zeros". Raises ValueError unless 0 < density <= 1.
+    """
+
+    density: float
+    examples: ClassVar[Examples] = ({"density": 0.25},)
+    separable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _checks.between("density", self.density, 0, 1, closed="r")
+
+    def kept(self, w: Tensor) -> Tensor:
+        """Boolean mask of the weights that are kept."""
+        return largest(w, max(1, round(self.density * w.numel())))
+
+    def keep_probability(self, w: Tensor) -> Tensor:
+        return self.kept(w).to(w.dtype)
+
+    def to_penalty(self) -> Penalty:
+        return TopKPenalty(self.density)
+
+
+@dataclass(frozen=True)
+class TopKPenalty(Penalty):
+    """The indicator of norm0(w) <= k, elementwise: 0 for the kept weights and zeros, inf for other non-zero weights.
+
+    eta_hat is inf for the kept, 0 for the rest; dual(eta), a scalar, is 0 if at most k entries are > 0, else inf.
+    The prox is the projection: it keeps the k largest.
+    """
+
+    density: float
+    examples: ClassVar[Examples] = TopK.examples
+    separable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        TopK(self.density)
+
+    def omega(self, w: Tensor) -> Tensor:
+        return torch.zeros_like(w).masked_fill(~TopK(self.density).kept(w) & (w != 0), torch.inf)
+
+    def eta_hat(self, w: Tensor) -> Tensor:
+        return torch.zeros_like(w).masked_fill(TopK(self.density).kept(w), torch.inf)
+
+    def dual(self, eta: Tensor) -> Tensor:
+        k = max(1, round(self.density * eta.numel()))
+        return eta.new_tensor(0.0 if int((eta > 0).sum()) <= k else torch.inf)
+
+    def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
+        return w * TopK(self.density).keep_probability(w)
+
+
+@dataclass(frozen=True)
+class TargetedDropout(MaskRule):
+    """alpha = 1 - rate on the round(fraction * numel) smallest |w|, 1 on the others; first come as large at ties.
+
+    Its penalty is c/2 times the sum of w^2 over the smallest, c = rate / (1 - rate). alpha(0) > 0: it only shrinks.
+    Raises ValueError unless 0 < rate < 1 and 0 < fraction <= 1.
+    """
+
+    rate: float
+    fraction: float
+    examples: ClassVar[Examples] = ({"rate": 0.5, "fraction": 0.75},)
+    separable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _checks.between("rate", self.rate, 0, 1)
+        _checks.between("fraction", self.fraction, 0, 1, closed="r")
+
+    def targeted(self, w: Tensor) -> Tensor:
+        """Boolean mask of the weights that are dropped at ``rate``."""
+        return ~largest(w, w.numel() - round(self.fraction * w.numel()))
+
+    def keep_probability(self, w: Tensor) -> Tensor:
+        return torch.ones_like(w).masked_fill(self.targeted(w), 1 - self.rate)
+
+    def to_penalty(self) -> Penalty:
+        return TargetedDropoutPenalty(self.rate, self.fraction)
+
+
+@dataclass(frozen=True)
+class TargetedDropoutPenalty(Penalty):
+    """c w^2 / 2 for each of the m smallest weights, 0 for the others, c = rate / (1 - rate); Omega is the sum.
+
+    eta_hat is 1/c for the m smallest, inf for the others; dual(eta), a scalar, is 0 where
+    sum_j min(c, 1 / eta_j) >= c m, else inf. The prox (one step for the whole tensor) divides the m smallest by 1 + c step.
+    """
+
+    rate: float
+    fraction: float
+    examples: ClassVar[Examples] = TargetedDropout.examples
+    separable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        TargetedDropout(self.rate, self.fraction)
+
+    @property
+    def _cost(self) -> float:
+        return self.rate / (1 - self.rate)
+
+    def _targeted(self, w: Tensor) -> Tensor:
+        return TargetedDropout(self.rate, self.fraction).targeted(w)
+
+    def omega(self, w: Tensor) -> Tensor:
+        return (self._cost / 2 * w * w).masked_fill(~self._targeted(w), 0.0)
+
+    def eta_hat(self, w: Tensor) -> Tensor:
+        return torch.full_like(w, 1 / self._cost).masked_fill(~self._targeted(w), torch.inf)
+
+    def dual(self, eta: Tensor) -> Tensor:
+        m = round(self.fraction * eta.numel())
+        weight = (1 / eta.double()).clamp(max=self._cost).sum()
+        rounding = 1 - 4 * torch.finfo(eta.dtype).eps
+        return eta.new_tensor(0.0 if float(weight) >= self._cost * m * rounding else torch.inf)
+
+    def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
+        return torch.where(self._targeted(w), w / (1 + self._cost * step), w)

@@ -1,0 +1,76 @@
+"""How far a masked loss is from its penalty: E_s L(s * w) against L(w) + (lam / 2) sum w^2 / eta_hat(w), by sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_sparse import _checks, duality
+from lightning_sparse.counts import wide
+from lightning_sparse.duality import MaskRule, Penalty
+from lightning_sparse.noise import Noise
+
+Weights = Mapping[str, Tensor]
+Loss = Callable[[dict[str, Tensor]], Tensor]
+
+
+@torch.no_grad()
+def duality_gap_samples(
+    loss_fn: Loss,
+    weights: Weights,
+    penalty: Penalty | MaskRule,
+    lam: float,
+    noise: Noise,
+    samples: int = 16,
+    generator: torch.Generator | None = None,
+    keep: Weights | None = None,
+) -> Tensor:
+    """One value of L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat(w) per drawn mask s, float64, shape ``(samples,)``.
+
+    The spread over the samples tells how well :func:`duality_gap`, their mean, is known.
+
+    Args:
+        loss_fn: a scalar loss as a function of the weights by name (``torch.func.functional_call`` makes one of a module);
+            it has to be the same function at each call (same batch, no dropout of its own).
+        weights: the weights to mask, by name; their values stay as they are.
+        penalty: the penalty, or the rule that realises it.
+        lam: strength, > 0.
+        noise: draws s given alpha.
+        samples: number of masks, > 0, each costing one call of ``loss_fn``.
+        generator: source of the masks' randomness; None is torch's global one.
+        keep: alpha by name where the form calibrates it; None is 1 / (1 + lam / eta_hat(w)).
+
+    Raises ValueError for a ``lam`` or ``samples`` that is not positive, TypeError for a penalty that is none.
+    """
+    form = duality.to_penalty(penalty)
+    strength, draws = _checks.positive("lam", lam), int(_checks.positive("samples", samples))
+    alpha = keep or {name: duality.keep_probability(form.eta_hat(w), strength) for name, w in weights.items()}
+    expected = float(loss_fn(dict(weights))) + penalised(form, weights, strength)
+    values = [float(loss_fn({name: w * noise.sample(alpha[name], generator) for name, w in weights.items()})) for _ in range(draws)]
+    return torch.tensor(values, dtype=torch.float64) - expected
+
+
+def duality_gap(
+    loss_fn: Loss,
+    weights: Weights,
+    penalty: Penalty | MaskRule,
+    lam: float,
+    noise: Noise,
+    samples: int = 16,
+    generator: torch.Generator | None = None,
+    keep: Weights | None = None,
+) -> float:
+    """E_s L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat(w), the mean of :func:`duality_gap_samples` (same arguments).
+
+    Zero for a squared loss on a linear model with unit curvature; in a deep network it measures what the equivalence of
+    mask and penalty leaves out.
+    """
+    return float(duality_gap_samples(loss_fn, weights, penalty, lam, noise, samples, generator, keep).mean())
+
+
+@torch.no_grad()
+def penalised(penalty: Penalty, weights: Weights, lam: float) -> float:
+    """(lam / 2) sum w^2 / eta_hat(w), the price that unit-curvature masks put on the weights; 0 for a weight at 0."""
+    return lam / 2 * sum(float((w * penalty.gradient(w)).sum(dtype=wide(w))) for w in weights.values())

@@ -1,0 +1,157 @@
+"""torchmetrics metrics of a sparse network. The weights are the same on every rank, so each figure is a share or a mean
+whose numerator and denominator are both summed over ranks: all ranks agree and nothing doubles, replicated or sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_sparse import counts
+from lightning_sparse.masked_loss import duality_gap, duality_gap_samples
+
+__all__ = ["Compression", "DualityGap", "KeepProbability", "Sparsity", "duality_gap", "duality_gap_samples"]
+
+Tensors = Mapping[str, Tensor] | Iterable[Tensor] | Tensor
+
+
+def _named(tensors: Tensors) -> dict[str, Tensor]:
+    if isinstance(tensors, Tensor):
+        return {"0": tensors}
+    named = dict(tensors) if isinstance(tensors, Mapping) else {str(i): tensor for i, tensor in enumerate(tensors)}
+    wrong = next((value for value in named.values() if not isinstance(value, Tensor)), None)
+    if wrong is not None:
+        raise TypeError(f"expected tensors, a mapping of names to tensors or one tensor, got a {type(wrong).__name__} among them")
+    return named
+
+
+class _Plotted(Metric):
+    """What the metrics here share: they are no training signal, and they can be plotted."""
+
+    is_differentiable = False
+    full_state_update = False
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot ``val`` (one result of ``compute`` or a list of them over time; None computes now) with torchmetrics' plot."""
+        return self._plot(val, ax)
+
+
+class Sparsity(_Plotted):
+    """Share of exact zeros over the given weights, in [0, 1], tied ones once.
+
+    ``update`` takes a mapping of names to tensors (``select.select(module, None)`` is one), tensors, or one tensor.
+    ``compute`` gives a scalar, or with ``per_parameter`` a dict with ``total`` and one entry a name. Several updates
+    average; Lightning resets a logged metric at each epoch's end. Names must stay the same until ``reset``: ValueError.
+    """
+
+    higher_is_better = True
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
+    zeros: Tensor
+    sizes: Tensor
+
+    def __init__(self, per_parameter: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.per_parameter = per_parameter
+        self.names: tuple[str, ...] = ()
+        self.add_state("zeros", torch.tensor(0), dist_reduce_fx="sum")  # becomes one count a name at the first update
+        self.add_state("sizes", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, weights: Tensors) -> None:
+        """Count the zeros of ``weights``."""
+        found = counts.count_zeros(_named(weights))
+        pairs = torch.tensor([*found.values()], dtype=torch.int64, device=self.zeros.device).reshape(-1, 2)
+        if self.zeros.dim() and self.names != tuple(found):
+            raise ValueError(f"the weights were {list(self.names)} before and are {list(found)} now; call reset() in between")
+        self.names = tuple(found)
+        self.zeros, self.sizes = self.zeros + pairs[:, 0], self.sizes + pairs[:, 1]
+
+    def compute(self) -> Tensor | dict[str, Tensor]:
+        total = _share(self.zeros.sum(), self.sizes.sum())
+        if not self.per_parameter:
+            return total
+        return {"total": total, **dict(zip(self.names, _share(self.zeros, self.sizes), strict=True))}
+
+
+class Compression(_Plotted):
+    """All weights over non-zero ones, >= 1, tied ones once; inf when nothing is left, 1 before any weight was given.
+
+    A count of weights, not of bytes or of time: zeros in a dense tensor take as much of both. Input as in :class:`Sparsity`.
+    """
+
+    higher_is_better = True
+    plot_lower_bound = 1.0
+    nonzero: Tensor
+    size: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("nonzero", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("size", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, weights: Tensors) -> None:
+        """Count the non-zeros of ``weights``."""
+        for zeros, size in counts.count_zeros(_named(weights)).values():
+            self.nonzero = self.nonzero + (size - zeros)
+            self.size = self.size + size
+
+    def compute(self) -> Tensor:
+        empty = self.size == 0
+        return torch.where(empty, 1.0, self.size.double() / self.nonzero)  # in float64: exact to 1e15 weights
+
+
+class KeepProbability(_Plotted):
+    """Mean keep probability alpha over all weights, in [0, 1]; NaN before any was given. Input as in :class:`Sparsity`."""
+
+    higher_is_better = False
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
+    total: Tensor
+    size: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("size", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, alpha: Tensors) -> None:
+        """Add the keep probabilities ``alpha``. Raises ValueError where one lies outside [0, 1]."""
+        for name, tensor in _named(alpha).items():
+            if not bool(((tensor >= 0) & (tensor <= 1)).all()):
+                raise ValueError(f"keep probabilities lie in [0, 1]; those of {name!r} reach from {tensor.min():g} to {tensor.max():g}")
+            self.total = self.total + tensor.detach().sum(dtype=torch.float64).to(self.total.device)
+            self.size = self.size + tensor.numel()
+
+    def compute(self) -> Tensor:
+        return self.total / self.size
+
+
+class DualityGap(_Plotted):
+    """Mean of values E_s L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat, such as :func:`duality_gap` measures batch by batch.
+
+    Ranks see different batches: the mean is over the values of all of them. NaN before any was given.
+    """
+
+    higher_is_better = None
+    total: Tensor
+    size: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("size", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, gap: float | Tensor | Sequence[float]) -> None:
+        """Add one value or several."""
+        values = torch.as_tensor(gap, dtype=torch.float64, device=self.total.device).detach()
+        self.total = self.total + values.sum()
+        self.size = self.size + values.numel()
+
+    def compute(self) -> Tensor:
+        return self.total / self.size
+
+
+def _share(zeros: Tensor, sizes: Tensor) -> Tensor:
+    return zeros.double() / sizes.clamp(min=1)

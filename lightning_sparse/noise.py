@@ -1,0 +1,71 @@
+"""The mask's distribution given its keep probability alpha: E s = 1 and Var s = (1 - alpha) / alpha."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Noise(ABC):
+    """Draws multiplicative masks s, same shape and dtype as alpha, independent of each other."""
+
+    local: bool = False  # noise on a layer's output instead of on its weights
+
+    @abstractmethod
+    def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A mask with E s = 1 and Var s = (1 - alpha) / alpha, zero where alpha is zero."""
+
+
+@dataclass(frozen=True)
+class ScaledBernoulli(Noise):
+    """s = 1/alpha with probability alpha, else 0. Raises ValueError for ``local``, which exists for Gaussian noise."""
+
+    local: bool = False
+
+    def __post_init__(self) -> None:
+        if self.local:
+            raise ValueError(
+                "ScaledBernoulli(local=True): noise on a layer's output would match only the moments of a Bernoulli mask; "
+                "use Gaussian(local=True), or ScaledBernoulli() on the weights"
+            )
+
+    def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        kept = torch.rand(alpha.shape, dtype=alpha.dtype, device=alpha.device, generator=generator) < alpha
+        return kept / torch.where(kept, alpha, torch.ones_like(alpha))
+
+
+@dataclass(frozen=True)
+class Gaussian(Noise):
+    """s ~ N(1, (1 - alpha) / alpha). ``local`` moves the noise to the outputs of Linear and ConvNd layers.
+
+    A layer's output then has mean W x and variance (W^2 (1 - alpha) / alpha) x^2: the same law per sample for a
+    Linear layer, far less gradient noise; in a convolution the positions' noise becomes independent.
+    """
+
+    local: bool = False
+
+    def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        draw = torch.empty_like(alpha).normal_(generator=generator)
+        mask = 1 + draw * variance(alpha).sqrt()
+        return torch.where(alpha > 0, mask, torch.zeros_like(mask))
+
+
+def variance(alpha: Tensor) -> Tensor:
+    """Var s = (1 - alpha) / alpha: 0 at alpha = 1, inf at alpha = 0."""
+    return (1 - alpha) / alpha
+
+
+def output_noise(layer: Any, x: Tensor, spread: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Noise of variance (W^2 * spread)(x^2) for the output of a Linear or ConvNd ``layer`` with input ``x``.
+
+    ``spread`` is Var s of each weight's mask, held constant; the gradient flows through W and x.
+    """
+    weight = layer.weight * layer.weight * spread
+    square = functional.linear(x * x, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(x * x, weight, None)
+    draw = torch.empty_like(square).normal_(generator=generator)
+    return draw * square.clamp(min=1e-16).sqrt()  # the root's slope is infinite at 0

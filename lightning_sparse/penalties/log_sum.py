@@ -1,0 +1,53 @@
+"""LogSum: omega(w) = log(1 + |w| / eps)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_sparse import _checks, numeric
+from lightning_sparse.duality import Examples, Penalty
+
+
+@dataclass(frozen=True)
+class LogSum(Penalty):
+    """omega(w) = log((|w| + eps) / eps), eta_hat(w) = |w| (|w| + eps); slope 1 / eps at 0, unbiased far out.
+
+    Dual: f(eta) = 2 log((S + eps) / (2 eps)) - (S - eps)^2 / (4 eta) with S = sqrt(eps^2 + 4 eta).
+    Raises ValueError unless eps > 0. Twice LogSum(2) stands in for variational dropout.
+    """
+
+    eps: float
+    examples: ClassVar[Examples] = ({"eps": 2.0}, {"eps": 0.1})
+
+    def __post_init__(self) -> None:
+        _checks.positive("eps", self.eps)
+
+    def omega(self, w: Tensor) -> Tensor:
+        return torch.log1p(w.abs() / self.eps)
+
+    def eta_hat(self, w: Tensor) -> Tensor:
+        size = w.abs()
+        return size * (size + self.eps)
+
+    def gradient(self, w: Tensor) -> Tensor:
+        return w.sign() / (w.abs() + self.eps)
+
+    def dual(self, eta: Tensor) -> Tensor:
+        # the maximiser w solves w (w + eps) = eta; in this form it neither cancels near 0 nor overflows
+        w = eta / ((eta + self.eps**2 / 4).sqrt() + self.eps / 2)
+        value = 2 * torch.log1p(w / self.eps) - w / (w + self.eps)
+        return torch.where(eta == torch.inf, eta, value)
+
+    def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
+        size, lam = w.abs(), torch.as_tensor(step, dtype=w.dtype, device=w.device)
+        # stationary points solve (size - x)(x + eps) = step; the larger root is the local minimum
+        reach = size + self.eps
+        root = (reach * reach - 4 * lam).clamp(min=0).sqrt()
+        x = (size - 2 * lam / (reach + root)).clamp(min=0)
+        real = reach * reach >= 4 * lam
+        better = numeric.nearer(x, size, lam * self.omega(x))
+        return torch.where(real & better, x, torch.zeros_like(x)) * w.sign()

@@ -1,0 +1,144 @@
+"""Pictures: penalty curves, the sparsity of a run, masks. Matplotlib is loaded here alone, without its global state."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_sparse import _checks, duality
+from lightning_sparse.duality import MaskRule, Penalty
+
+_Curve = tuple[str, Tensor, Tensor]
+
+
+def penalty_curves(penalties: Sequence[Penalty | MaskRule], lam: float = 1.0, w_max: float = 4.0) -> Figure:
+    """omega(w), eta_hat(w), f(eta) and alpha(w) at strength ``lam``, one line for each penalty.
+
+    Raises ValueError for no penalty, one that is not separable, and unless ``lam`` and ``w_max`` are > 0.
+    """
+    _checks.positive("lam", lam)
+    if not penalties:
+        raise ValueError("name at least one penalty, for example [LogSum(eps=2.0), MCP(c=1.0)]")
+    w = torch.linspace(0, _checks.positive("w_max", w_max), 801, dtype=torch.float64)
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2).flatten()
+    for given in penalties:
+        penalty = _separable(given)
+        for axis, (_, x, y) in zip(axes, _curves(penalty, w, lam), strict=True):
+            axis.plot(*_finite(x, y), label=repr(given), linewidth=1.8)
+    _label(axes[0], "penalty", "w", r"$\omega(w)$")
+    _label(axes[1], "minimiser of the eta-trick", "w", r"$\hat\eta(w)$")
+    _label(axes[2], "dual", r"$\eta$", r"$f(\eta)$")
+    _label(axes[3], f"keep probability at lam = {lam:g}", "w", r"$\alpha(w)$")
+    axes[1].set_yscale("log")
+    axes[3].set_ylim(-0.03, 1.03)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(penalties) > 1 else 1)
+    return figure
+
+
+def _separable(given: Penalty | MaskRule) -> Penalty:
+    penalty = duality.to_penalty(given)
+    if not penalty.separable:
+        raise ValueError(f"{given!r} is not separable: its value at one weight depends on the others, so it has no curve")
+    return penalty
+
+
+def _curves(penalty: Penalty, w: Tensor, lam: float) -> list[_Curve]:
+    eta = w[1:]
+    eta_hat = penalty.eta_hat(w)
+    alpha = duality.keep_probability(eta_hat, lam)
+    return [("omega", w, penalty.omega(w)), ("eta_hat", w[1:], eta_hat[1:]), ("f", eta, penalty.dual(eta)), ("alpha", w, alpha)]
+
+
+def _finite(x: Tensor, y: Tensor) -> tuple[list[float], list[float]]:
+    return x.tolist(), [value if math.isfinite(value) else math.nan for value in y.tolist()]
+
+
+def _label(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set(title=title, xlabel=x, ylabel=y)
+    axis.grid(alpha=0.3)
+
+
+def sparsity_curve(history: Sequence[Mapping[str, float]]) -> Figure:
+    """Share of zeros by epoch, in total and for each parameter, with the validation accuracy where it was logged.
+
+    ``history`` holds one mapping an epoch, with ``epoch`` and the logged ``sparsity/...`` values.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    names = [name for name in (history[-1] if history else {}) if _is_share(name)]
+    for name in sorted(names, key=lambda name: name != "sparsity/total"):
+        style = {"color": "black", "linewidth": 2.2} if name == "sparsity/total" else {"linewidth": 1.2}
+        _draw(axis, history, name, name.removeprefix("sparsity/"), **style)
+    for name in (name for name in (history[-1] if history else {}) if name.startswith("val") and "acc" in name):
+        _draw(axis, history, name, name, linestyle="--", linewidth=1.2)
+    _label(axis, "zeros in the selected weights", "epoch", "share")
+    axis.set_ylim(-0.02, 1.02)
+    if axis.lines:
+        figure.legend(loc="outside right center")
+    return figure
+
+
+def _is_share(name: str) -> bool:
+    state = ("keep_probability", "lam", "penalty", "duality_gap")
+    return name.startswith("sparsity/") and name.removeprefix("sparsity/") not in state
+
+
+def _draw(axis: Axes, history: Sequence[Mapping[str, float]], name: str, label: str, **style: object) -> None:
+    points = [(entry["epoch"], entry[name]) for entry in history if name in entry]
+    axis.plot([x for x, _ in points], [y for _, y in points], label=label, **style)  # type: ignore[arg-type]
+
+
+def masks(weights: Mapping[str, Tensor]) -> Figure:
+    """Which weights of each parameter are not zero: dark where they are not, the longer side drawn across.
+
+    A tensor of more than two dimensions is flattened to (outputs, all others). Raises ValueError for no weights.
+    """
+    if not weights:
+        raise ValueError("no weights to draw")
+    patterns = {name: pattern(weight) for name, weight in weights.items()}
+    heights = [min(max(9.0 * min(p.shape) / max(p.shape), 0.8), 3.6) for p in patterns.values()]
+    figure = Figure(figsize=(9, sum(heights) + 0.9 * len(heights)), layout="constrained")
+    axes = figure.subplots(len(patterns), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axis, (name, rows) in zip(axes, patterns.items(), strict=True):
+        _draw_mask(axis, name, rows)
+    return figure
+
+
+def _draw_mask(axis: Axes, name: str, rows: Tensor) -> None:
+    kept, size, tall = int(rows.sum()), rows.numel(), rows.shape[0] > rows.shape[1]
+    axis.imshow((rows.T if tall else rows).numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="none")
+    x, y = ("output", "input") if tall else ("input", "output")
+    axis.set(title=f"{name}: {kept} of {size} non-zero ({100 * (1 - kept / max(size, 1)):.1f} % zeros)", xlabel=x, ylabel=y)
+
+
+def pattern(weight: Tensor) -> Tensor:
+    """True where a weight is not zero, as (first dimension, all others)."""
+    return (weight.detach().cpu() != 0).reshape(weight.shape[0] if weight.dim() > 1 else 1, -1)
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a PNG, whole or not at all, and return its path; the folder is made if it is missing.
+
+    Raises ValueError unless the name ends in ``.png``.
+    """
+    target = Path(path)
+    if target.suffix != ".png":
+        raise ValueError(f"the picture's name must end in .png, got {str(path)!r}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(".png.part")
+    try:
+        FigureCanvasAgg(figure)
+        figure.savefig(part, format="png", dpi=120)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,58 @@
+"""Per-sample weight gradients, squared and summed, and residuals drawn from the model: what curvature is estimated from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+Reduction = Literal["mean", "sum"]
+
+
+def squared_gradients(layer: Any, x: Tensor, grad: Tensor, samples: int) -> tuple[Tensor, int]:
+    """Sum over the batch's samples of (the sample's weight gradient)^2, and how many samples that took.
+
+    ``x`` (B, ..., in) and ``grad`` (B, ..., out) of a Linear layer, or (B, C, ...) of a ConvNd. A Linear layer without
+    positions takes the whole batch in one product; otherwise positions are summed before squaring, sample by sample.
+    """
+    x, grad = (x, grad) if x.dtype == grad.dtype == layer.weight.dtype else (x.to(layer.weight), grad.to(layer.weight))
+    if isinstance(layer, nn.Linear) and x.dim() == 2:
+        return (grad * grad).t() @ (x * x), len(x)
+    used = min(len(x), samples)
+    total = torch.zeros_like(layer.weight)
+    for i in range(used):
+        one = _linear_gradient(x[i], grad[i]) if isinstance(layer, nn.Linear) else _conv_gradient(layer, x[i : i + 1], grad[i : i + 1])
+        total.addcmul_(one, one)
+    return total, used
+
+
+def _linear_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
+def _conv_gradient(layer: Any, x: Tensor, grad: Tensor) -> Tensor:
+    padding = layer.padding
+    if layer.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+        padding = (0,) * len(layer.kernel_size)
+    weight_gradient = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}[len(layer.kernel_size)]
+    gradient: Tensor = weight_gradient(x, layer.weight.shape, grad, layer.stride, padding, layer.dilation, layer.groups)  # type: ignore[no-untyped-call]
+    return gradient
+
+
+def draw_residual(prediction: Tensor, likelihood: str, reduction: Reduction, generator: torch.Generator | None = None) -> Tensor:
+    """dL/d prediction with the target drawn from the model: one draw whose square has the loss's curvature as its mean."""
+    count = prediction.shape[0] * math.prod(prediction.shape[2:]) if likelihood == "categorical" else prediction.numel()
+    share = 1.0 / count if reduction == "mean" else 1.0
+    if likelihood == "categorical":
+        chance = prediction.movedim(1, -1).softmax(-1)
+        label = torch.multinomial(chance.reshape(-1, chance.shape[-1]), 1, generator=generator).reshape(chance.shape[:-1])
+        return share * (chance - functional.one_hot(label, chance.shape[-1])).movedim(-1, 1)
+    per_sample = prediction[0].numel() if reduction == "mean" else 1
+    batch_share = 1.0 / len(prediction) if reduction == "mean" else 1.0
+    return batch_share * math.sqrt(2.0 / per_sample) * torch.empty_like(prediction).normal_(generator=generator)

@@ -1,0 +1,74 @@
+"""Public contract checks: run them on a penalty or a mask rule of your own.
+
+    from lightning_sparse import testing
+    testing.check_penalty(MyPenalty(eps=0.1))
+
+Each raises :class:`ContractError`, naming what broke and the weight at which it did. A formula is held against facts
+that were not derived from it: autograd and quadrature against eta_hat, a grid search against the dual and the prox.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_sparse import _penalty_contract, duality, numeric
+from lightning_sparse._contract import DTYPES, ContractError, close, same_kind, weights
+from lightning_sparse.duality import MaskRule, Penalty
+
+__all__ = ["ContractError", "check_mask_rule", "check_penalty"]
+
+
+def check_penalty(penalty: Penalty) -> None:
+    """Raise ContractError unless ``penalty`` keeps the contract of :class:`~lightning_sparse.duality.Penalty`.
+
+    Checked: shape and dtype (float64, float32, bfloat16), evenness, omega(0) == 0, no NaN at 0, denormals and inf,
+    eta_hat >= 0 and non-decreasing, autograd and integral of omega against w / eta_hat, the dual against a grid search,
+    the eta-trick identity, and the prox against a grid search. TypeError unless given a Penalty.
+    """
+    if not isinstance(penalty, Penalty):
+        raise TypeError(f"check_penalty takes a Penalty, got {penalty!r}")
+    if not penalty.separable:
+        _penalty_contract.coupled(penalty)
+        return
+    for check in _penalty_contract.ALL:
+        check(penalty)
+
+
+def check_mask_rule(rule: MaskRule) -> None:
+    """Raise ContractError unless ``rule`` keeps the contract of :class:`~lightning_sparse.duality.MaskRule`.
+
+    Checked: alpha in [0, 1], even, non-decreasing in |w|, its shape and dtype, eta_hat = lam alpha / (1 - alpha), the
+    penalty from ``to_penalty`` against the quadrature of t (1 - alpha) / alpha and by :func:`check_penalty`, and the way
+    back. TypeError unless given a MaskRule.
+    """
+    if not isinstance(rule, MaskRule):
+        raise TypeError(f"check_mask_rule takes a MaskRule, got {rule!r}")
+    try:
+        numeric.check_rule(rule.keep_probability)
+    except ValueError as error:
+        raise ContractError(f"{rule!r}: {error}") from None
+    w = weights(rule)
+    alpha = rule.keep_probability(w)
+    for dtype, allowed in DTYPES.items():
+        value = rule.keep_probability(w.to(dtype))
+        same_kind(rule, "keep_probability", value, w.to(dtype))
+        if rule.separable:
+            close(rule, f"keep_probability in {dtype}", w, value.double(), alpha, 4 * allowed)
+    close(rule, "keep_probability is not even: at -w it", w, rule.keep_probability(-w), alpha, 0)
+    inside = alpha < 1 - 1e-6  # 1 - alpha has lost its digits above
+    close(rule, "eta_hat against lam alpha / (1 - alpha)", w[inside], rule.eta_hat(w)[inside], duality.eta(alpha, rule.lam)[inside], 1e-6)
+    _penalty_of(rule, w, alpha)
+
+
+def _penalty_of(rule: MaskRule, w: Tensor, alpha: Tensor) -> None:
+    try:
+        penalty = rule.to_penalty()
+    except ValueError as error:
+        raise ContractError(f"{rule!r}: no penalty: {error}") from None
+    check_penalty(penalty)
+    back = duality.to_mask_rule(penalty, rule.lam).keep_probability(w)
+    close(rule, "keep_probability after the way to the penalty and back", w, back, alpha, 1e-6)
+    if rule.separable:
+        integral = numeric.Antiderivative(lambda t: numeric.quotient(t, duality.eta(rule.keep_probability(t), rule.lam)))
+        at = w[(w > 0) & (w < 1e3)]
+        close(rule, "omega of to_penalty against the integral of t (1 - alpha) / alpha", at, penalty.omega(at), integral(at), 1e-4)

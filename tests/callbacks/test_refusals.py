@@ -1,0 +1,168 @@
+"""Bad input: a clear error, before training where it can be known before, and the model as it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from toys import Repeated, Toy, data, hooks, trainer, weights
+
+from lightning_sparse import mask_rules, penalties, schedules
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, SparsityMonitor
+from lightning_sparse.duality import Penalty
+
+LOG_SUM = penalties.LogSum(eps=2.0)
+
+
+@dataclass(frozen=True)
+class Quartic(Penalty):
+    """w^4 / 4, which is not subquadratic: eta_hat = w^-2 falls."""
+
+    def omega(self, w):
+        return w**4 / 4
+
+    def eta_hat(self, w):
+        return w.abs() ** -2.0
+
+
+CONSTRUCTORS = {
+    "zero lam": (lambda: ReweightedPenalty(LOG_SUM, lam=0), ValueError, "lam must be a finite number > 0, got 0"),
+    "negative lam": (lambda: AdaptiveMask(LOG_SUM, lam=-1.0), ValueError, "lam must be a finite number > 0, got -1.0"),
+    "text lam": (lambda: AdaptiveMask(LOG_SUM, lam="1"), TypeError, "lam must be a number, got '1' of type str"),
+    "no lam": (lambda: ReweightedPenalty(LOG_SUM), ValueError, "lam is required with a penalty"),
+    "eps": (lambda: penalties.LogSum(eps=0.0), ValueError, "eps must be a finite number > 0, got 0.0"),
+    "p": (lambda: penalties.Lp(p=2.0), ValueError, r"p must lie in \(0, 2\), got 2.0"),
+    "a class": (lambda: ReweightedPenalty(penalties.LogSum, lam=1.0), TypeError, "takes a Penalty or a MaskRule"),
+    "not subquadratic": (lambda: ReweightedPenalty(Quartic(), lam=1.0), ValueError, r"not subquadratic: eta_hat decreases at w = 1e-08"),
+    "not separable": (lambda: AdaptiveProx(mask_rules.TopK(0.5)), ValueError, "needs a separable penalty"),
+    "tol": (lambda: ReweightedPenalty(LOG_SUM, 1.0, tol=1.0), ValueError, r"tol must lie in \(0, 1\), got 1.0"),
+    "freeze": (lambda: ReweightedPenalty(LOG_SUM, 1.0, freeze=1.0), ValueError, r"freeze must lie in \[0, 1\), got 1.0"),
+    "select text": (lambda: ReweightedPenalty(LOG_SUM, 1.0, select="*"), TypeError, "select must be a list of patterns"),
+    "metric": (lambda: AdaptiveProx(LOG_SUM, 1.0, metric="adamw"), ValueError, "metric must be 'auto', 'adam' or 'plain', got 'adamw'"),
+    "noise": (lambda: AdaptiveMask(LOG_SUM, 1.0, noise="gaussian"), TypeError, "noise must be a Noise"),
+    "curvature": (lambda: AdaptiveMask(LOG_SUM, 1.0, curvature=True), TypeError, "curvature must be a Curvature"),
+    "alpha_min": (lambda: AdaptiveMask(LOG_SUM, 1.0, alpha_min=0.0), ValueError, r"alpha_min must lie in \(0, 1\), got 0.0"),
+}
+
+
+@pytest.mark.parametrize(("make", "kind", "message"), CONSTRUCTORS.values(), ids=CONSTRUCTORS.keys())
+def test_constructors(make, kind, message):
+    with pytest.raises(kind, match=message):
+        make()
+
+
+def lbfgs(parameters):
+    return torch.optim.LBFGS(parameters)
+
+
+def only_biases(parameters):
+    return torch.optim.SGD([p for p in parameters if p.dim() == 1], 0.1)
+
+
+RUNS = {
+    "no match": (lambda: ReweightedPenalty(LOG_SUM, 1.0, select=["netwrk.*"]), {}, {}, "closest: 'network"),
+    "no weights": (lambda: ReweightedPenalty(LOG_SUM, 1.0), {"network": nn.BatchNorm1d(8)}, {}, "Toy has no selectable weight"),
+    "LBFGS": (lambda: ReweightedPenalty(LOG_SUM, 1.0), {"optimizer": lbfgs}, {}, "cannot work with LBFGS"),
+    "not optimised": (lambda: ReweightedPenalty(LOG_SUM, 1.0), {"optimizer": only_biases}, {}, r"no optimiser updates"),
+    "shrinks only": (lambda: ReweightedPenalty(penalties.Ridge(c=1.0), 0.1), {}, {}, r"only shrinks: .* name a magnitude threshold"),
+    "shrinking rule": (lambda: AdaptiveMask(mask_rules.Standout()), {}, {}, "only shrinks"),
+    "endless": (lambda: ReweightedPenalty(LOG_SUM, schedules.LinearWarmup(1.0)), {}, {"epochs": -1}, "need the length of the run"),
+    "endless freeze": (lambda: ReweightedPenalty(LOG_SUM, 1.0, freeze=0.5), {}, {"epochs": -1}, "need the length of the run"),
+    "adam metric": (
+        lambda: AdaptiveProx(LOG_SUM, 1.0, metric="adam"),
+        {"optimizer": lambda p: torch.optim.SGD(p, 0.1)},
+        {},
+        "metric='adam' needs an optimiser with second moments, got SGD",
+    ),
+}
+
+
+@pytest.mark.parametrize(("callback", "model", "options", "message"), RUNS.values(), ids=RUNS.keys())
+def test_runs_that_are_refused_before_training(callback, model, options, message):
+    module = Toy(**model)
+    before, count = weights(module), hooks(module)
+    with pytest.raises(ValueError, match=message):
+        trainer(callback(), **options).fit(module, data())
+    assert all(torch.equal(w, before[name]) for name, w in weights(module).items())
+    assert hooks(module) == count
+
+
+def test_two_callbacks_on_one_weight_are_refused_and_on_disjoint_ones_not():
+    first = ReweightedPenalty(LOG_SUM, 0.5, select=["network.0.*"])
+    with pytest.raises(ValueError, match=r"two sparsity callbacks select \['network.0.weight'\]"):
+        trainer(first, ReweightedPenalty(LOG_SUM, 0.5)).fit(Toy(), data())
+    assert first.state_key != ReweightedPenalty(LOG_SUM, 0.5, select=["network.2.*"]).state_key
+
+
+def test_sharded_strategies_are_refused():
+    run = trainer(ReweightedPenalty(LOG_SUM, 0.5))
+    run.strategy.__class__ = type("Sharded", (FSDPStrategy,), {})
+    with pytest.raises(ValueError, match="does not support Sharded, which splits the parameters; use a single device or DDPStrategy"):
+        run.callbacks[0].setup(run, Toy(), "fit")
+
+
+class Twice(torch.optim.SGD):
+    """Evaluates its closure twice a step, as line searches and sharpness-aware steps do."""
+
+    def step(self, closure=None):
+        closure()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("form", [ReweightedPenalty, AdaptiveMask, AdaptiveProx])
+def test_an_optimiser_that_calls_its_closure_twice_is_refused(form):
+    module = Toy(optimizer=lambda p: Twice(p, 0.1))
+    before = weights(module)
+    with pytest.raises(RuntimeError, match="Twice evaluates the loss several times a step"):
+        trainer(form(LOG_SUM, 0.5)).fit(module, data())
+    assert all(torch.equal(w, before[name]) for name, w in weights(module).items())
+
+
+@pytest.mark.parametrize("form", [ReweightedPenalty, AdaptiveMask, AdaptiveProx])
+def test_a_nan_loss_stops_the_run_with_the_weights_of_before(form):
+    module = Toy()
+    before, count = weights(module), hooks(module)
+    x = torch.full((4, 8), torch.nan)
+    with pytest.raises(FloatingPointError, match="the loss is nan at optimiser step 0; the weights are those before this batch"):
+        trainer(form(LOG_SUM, 0.5)).fit(module, Repeated((x, torch.zeros(4, dtype=torch.long))))
+    assert all(torch.equal(w, before[name]) for name, w in weights(module).items())
+    assert hooks(module) == count
+
+
+def test_a_checkpoint_of_another_selection_is_refused(tmp_path):
+    run = trainer(ReweightedPenalty(LOG_SUM, 0.5), epochs=1)
+    run.fit(Toy(), data())
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    other = ReweightedPenalty(LOG_SUM, 0.5)
+    state = torch.load(tmp_path / "first.ckpt", weights_only=True)
+    state["callbacks"][other.state_key]["taken"].pop("network.2.weight")
+    torch.save(state, tmp_path / "first.ckpt")
+    with pytest.raises(ValueError, match=r"was written for other parameters; they differ in \['network.2.weight'\]"):
+        trainer(other, epochs=2).fit(Toy(), data(), ckpt_path=tmp_path / "first.ckpt")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run = trainer(ReweightedPenalty(LOG_SUM, 0.5), epochs=1)
+    run.fit(Toy(), data())
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    wider = Toy(nn.Sequential(nn.Linear(8, 17), nn.ReLU(), nn.Linear(17, 3)))
+    with pytest.raises(RuntimeError, match=r"size mismatch for network.0.weight"):
+        trainer(ReweightedPenalty(LOG_SUM, 0.5), epochs=2).fit(wider, data(), ckpt_path=tmp_path / "first.ckpt")
+
+
+def test_importing_the_folder_under_another_name_says_what_to_do(tmp_path):
+    import importlib.util
+
+    import lightning_sparse.callbacks as installed
+
+    spec = importlib.util.spec_from_file_location("callbacks", installed.__file__)
+    with pytest.raises(ImportError, match=r"installed as 'lightning_sparse.callbacks': run 'pip install -e .'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_the_monitor_needs_a_list():
+    with pytest.raises(TypeError, match=r"select must be a list of patterns or None, got the string '\*'"):
+        SparsityMonitor(select="*")

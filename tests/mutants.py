@@ -1,0 +1,204 @@
+"""Penalties and rules with one thing wrong each, and a word that the check's reason must hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_sparse import mask_rules, numeric, penalties
+from lightning_sparse.duality import MaskRule, Penalty
+
+LogSum = penalties.LogSum
+
+
+class NegatedOmega(LogSum):
+    def omega(self, w):
+        return -super().omega(w)
+
+
+class ConstantKept(LogSum):
+    def omega(self, w):
+        return (w.abs() + self.eps).log()
+
+
+class OneSided(LogSum):
+    def omega(self, w):
+        return torch.log1p(w.clamp(min=0) / self.eps)
+
+
+class DoubledOmega(LogSum):
+    def omega(self, w):
+        return 2 * super().omega(w)
+
+
+class DoubledBehindItsAutograd(LogSum):
+    def omega(self, w):
+        return numeric.with_slope(w, lambda at: 2 * torch.log1p(at.abs() / self.eps), self.gradient)
+
+
+class Steps(LogSum):
+    def omega(self, w):
+        return super().omega(w).double().to(torch.float32)
+
+
+class MissingEps(LogSum):
+    def eta_hat(self, w):
+        return w * w
+
+
+class SignedEtaHat(LogSum):
+    def eta_hat(self, w):
+        return w * (w.abs() + self.eps)
+
+
+class NegativeEtaHat(LogSum):
+    def eta_hat(self, w):
+        return -super().eta_hat(w)
+
+
+class ScaledEtaHat(LogSum):
+    def eta_hat(self, w):
+        return 1.001 * super().eta_hat(w)
+
+
+class FlippedGradient(LogSum):
+    def gradient(self, w):
+        return -super().gradient(w)
+
+
+class DoubledTermInDual(LogSum):
+    def dual(self, eta):
+        root = (self.eps**2 + 4 * eta).sqrt()
+        return 2 * (((root + self.eps) / (2 * self.eps)).log() - (root - self.eps) ** 2 / (4 * eta).clamp(min=1e-300))
+
+
+class FlippedTermInDual(LogSum):
+    def dual(self, eta):
+        w = (2 * eta / ((self.eps**2 + 4 * eta).sqrt() + self.eps)).nan_to_num(nan=1e30)
+        return 2 * torch.log1p(w / self.eps) + w / (w + self.eps)
+
+
+class DualKeepsTheConstant(LogSum):
+    def dual(self, eta):
+        return super().dual(eta) + 0.1
+
+
+class LogSquareDualSign(penalties.LogSquare):
+    def dual(self, eta):
+        inside = 2 * (2 * eta / self.eps).log() - self.eps / eta - 2
+        return torch.where(eta >= self.eps / 2, inside, torch.zeros_like(eta)).clamp(min=0)
+
+
+class ProxAtTwiceTheStep(LogSum):
+    def prox(self, w, step):
+        return super().prox(w, 2 * step)
+
+
+class ProxIsTheLocalMinimum(LogSum):
+    """The stationary point is taken also where zero is lower."""
+
+    def prox(self, w, step):
+        size = w.abs()
+        root = (size + self.eps) ** 2 - 4 * torch.as_tensor(step, dtype=w.dtype)
+        x = torch.where(root > 0, (size - self.eps + root.clamp(min=0).sqrt()) / 2, torch.zeros_like(w))
+        return torch.minimum(x.clamp(min=0), size) * w.sign()
+
+
+class ProxOvershoots(LogSum):
+    def prox(self, w, step):
+        return -super().prox(w, step)
+
+
+class SoftForFirm(penalties.MCP):
+    def prox(self, w, step):
+        return penalties.L1().prox(w, step)
+
+
+@dataclass(frozen=True)
+class Quartic(Penalty):
+    """Grows faster than w^2: the duality does not admit it."""
+
+    def omega(self, w):
+        return w**4 / 4
+
+    def eta_hat(self, w):
+        return 1 / (w * w)
+
+
+@dataclass(frozen=True)
+class NaNAtZero(Penalty):
+    def omega(self, w):
+        return w.abs()
+
+    def eta_hat(self, w):
+        return w * w / w.abs()
+
+
+PENALTIES: list[tuple[Penalty, str]] = [
+    (NegatedOmega(2.0), "omega is negative"),
+    (ConstantKept(2.0), r"omega\(0\) must be 0"),
+    (OneSided(2.0), "omega is not even"),
+    (DoubledOmega(2.0), "slope: autograd of omega"),
+    (DoubledBehindItsAutograd(2.0), "slope: the rise of omega"),
+    (Steps(2.0), "omega must keep shape and dtype"),
+    (MissingEps(2.0), "slope: autograd of omega"),
+    (SignedEtaHat(2.0), "eta_hat is not even"),
+    (NegativeEtaHat(2.0), "eta_hat must be >= 0"),
+    (ScaledEtaHat(2.0), "slope: autograd of omega"),
+    (FlippedGradient(2.0), "slope: gradient"),
+    (DoubledTermInDual(2.0), "dual"),
+    (FlippedTermInDual(2.0), "dual against a grid search"),
+    (DualKeepsTheConstant(2.0), "dual against a grid search"),
+    (LogSquareDualSign(1.0), "dual"),
+    (ProxAtTwiceTheStep(2.0), "prox is worse"),
+    (ProxIsTheLocalMinimum(0.1), "prox is worse"),
+    (ProxOvershoots(2.0), "prox leaves"),
+    (SoftForFirm(3.0), "prox is worse"),
+    (Quartic(), "not subquadratic: eta_hat decreases"),
+    (NaNAtZero(), "eta_hat is NaN"),
+]
+
+
+class Rule(MaskRule):
+    """A rule from a function of |w|."""
+
+    def __init__(self, alpha: Any) -> None:
+        self.alpha = alpha
+
+    def keep_probability(self, w):
+        return self.alpha(w.abs())
+
+
+class Lopsided(mask_rules.Standout):
+    def keep_probability(self, w):
+        return torch.sigmoid(w)
+
+
+class InvertedEta(mask_rules.Standout):
+    def eta_hat(self, w):
+        return 1 / super().eta_hat(w)
+
+
+class DoubledPenalty(mask_rules.LinearRamp):
+    def to_penalty(self):
+        return penalties.Scaled(penalties.MCP(self.tau**2), 0.5 / self.tau)
+
+
+class RoundedKept(mask_rules.Standout):
+    def keep_probability(self, w):
+        return super().keep_probability(w).float()
+
+
+RULES: list[tuple[MaskRule, str]] = [
+    (Rule(lambda w: (-w).exp()), "keep_probability decreases at w = "),
+    (Rule(lambda w: 0.5 + 0.3 * torch.sin(w.clamp(max=6))), "keep_probability decreases at w = 1.5"),
+    (Rule(lambda w: 1 + w), r"must lie in \[0, 1\]: it is"),
+    (Rule(lambda w: (w * w).clamp(max=1)), "diverges at 0"),
+    (Rule(lambda w: (w - 0.5).clamp(0, 1)), "diverges at 0: alpha is 0 at w = 1e-08"),
+    (Lopsided(), "not even"),
+    (InvertedEta(), "eta_hat against"),
+    (DoubledPenalty(1.0), "the way to the penalty and back"),
+    (RoundedKept(), "keep_probability must keep shape and dtype"),
+]

@@ -1,0 +1,120 @@
+"""Selection by names, schedules by steps, noise by moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_sparse import noise, schedules
+from lightning_sparse.select import select
+
+
+class Zoo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.encoder = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm([2, 2]), nn.Conv2d(1, 2, 3), nn.ConvTranspose1d(1, 2, 3))
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+        self.recurrent = nn.LSTM(4, 3)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.free = nn.Parameter(torch.ones(3, 3))
+        self.wave = nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))
+        self.head = nn.Linear(4, 7)
+        self.head.weight = self.embedding.weight
+
+
+DEFAULT = {
+    "encoder.0.weight",
+    "encoder.2.weight",
+    "encoder.3.weight",
+    "attention.in_proj_weight",
+    "attention.out_proj.weight",
+    "recurrent.weight_ih_l0",
+    "recurrent.weight_hh_l0",
+    "head.weight",
+}
+
+
+def test_default_selection_is_the_weight_matrices():
+    assert set(select(Zoo())) == DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["*", "!head.*"], DEFAULT - {"head.weight"}),
+        (["!recurrent.*", "!attention.*"], {"encoder.0.weight", "encoder.2.weight", "encoder.3.weight", "head.weight"}),
+        (["encoder.?.weight"], {"encoder.0.weight", "encoder.2.weight", "encoder.3.weight"}),
+        (["free", "encoder.0.*"], {"free", "encoder.0.weight"}),
+        (["encoder.1.weight"], {"encoder.1.weight"}),
+        (["head.weight", "embedding.weight"], {"head.weight"}),
+    ],
+)
+def test_patterns(patterns, expected):
+    chosen = select(Zoo(), patterns)
+    assert set(chosen) == expected
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["encodr.*"], r"select pattern 'encodr.\*' matches no selectable parameter; closest: 'encoder"),
+        (["*.bias"], r"matches only \[.*'encoder.0.bias'.*which are not selected by default: name them in full"),
+        (["haed.weight"], r"select name 'haed.weight' is no parameter of Zoo; closest: 'head.weight'"),
+        (["*", "!nothing.*"], r"select exclusion '!nothing.\*' matches nothing"),
+        (["head.*", "!head.*"], r"leaves no parameter"),
+        (["frozen.weight"], r"requires_grad=False; it must be trained"),
+        (["wave"], r"'wave' is complex; only real"),
+    ],
+)
+def test_bad_patterns(patterns, message):
+    with pytest.raises(ValueError, match=message):
+        select(Zoo(), patterns)
+
+
+def test_a_model_without_weights():
+    with pytest.raises(ValueError, match="Embedding has no selectable weight"):
+        select(nn.Embedding(2, 2))
+
+
+def test_frozen_weights_can_be_counted():
+    assert "frozen.weight" in select(Zoo(), trainable=False)
+
+
+def test_schedules_rise_to_lam_and_stay():
+    for schedule in (schedules.LinearWarmup(2.0, 0.5), schedules.Cubic(2.0, 0.1, 0.6)):
+        values = [schedule(step, 100) for step in range(101)]
+        assert values == sorted(values)
+        assert (values[0], values[-1], values[60]) == (0.0, 2.0, 2.0)
+    assert schedules.LinearWarmup(2.0, 0.5)(25, 100) == 1.0
+    # a cubic ramp has covered 1 - (1/2)^3 of the way at half of its time
+    assert schedules.Cubic(2.0, 0.1, 0.6)(35, 100) == pytest.approx(2 * 7 / 8)
+    assert schedules.Constant(2.0)(0, float("inf")) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: schedules.Constant(0.0), "lam must be a finite number > 0, got 0.0"),
+        (lambda: schedules.Constant(float("nan")), "lam must be a finite number > 0, got nan"),
+        (lambda: schedules.LinearWarmup(1.0, 0.0), r"share must lie in \(0, 1\], got 0.0"),
+        (lambda: schedules.Cubic(1.0, 0.5, 0.5), r"end must lie in \(0.5, 1\], got 0.5"),
+    ],
+)
+def test_bad_schedules(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("kind", [noise.ScaledBernoulli(), noise.Gaussian()])
+def test_noise_has_mean_one_and_the_promised_variance(kind):
+    generator = torch.Generator().manual_seed(0)
+    for alpha in (0.1, 0.5, 0.9):
+        drawn = kind.sample(torch.full((200_000,), alpha, dtype=torch.float64), generator)
+        assert drawn.mean().item() == pytest.approx(1, abs=0.03)
+        assert drawn.var().item() == pytest.approx((1 - alpha) / alpha, rel=0.03)
+    assert (kind.sample(torch.zeros(9), generator) == 0).all()
+    assert (kind.sample(torch.ones(9), generator) == 1).all()
+    again = torch.Generator().manual_seed(0)
+    assert torch.equal(kind.sample(torch.full((9,), 0.5), again), kind.sample(torch.full((9,), 0.5), again.manual_seed(0)))

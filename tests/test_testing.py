@@ -1,0 +1,89 @@
+"""The public contract checks accept the catalogue and reject every mutant for the right reason."""
+
+from __future__ import annotations
+
+import inspect
+import types
+
+import mutants
+import pytest
+
+from lightning_sparse import mask_rules, penalties, testing
+from lightning_sparse.duality import CallableRule, MaskRule, Penalty, PenaltyRule
+
+
+def built(module: types.ModuleType) -> list[object]:
+    return [pytest.param(cls(**kwargs), id=f"{name}-{at}") for name, cls in exported(module) for at, kwargs in enumerate(cls.examples)]
+
+
+def exported(module: types.ModuleType) -> list[tuple[str, type]]:
+    return [(name, getattr(module, name)) for name in module.__all__]
+
+
+def missing_lines(package: str, exported: list[str], classes: list[type]) -> list[str]:
+    """The lines that a catalogue's classes still need: an export, or examples."""
+    lines = []
+    for cls in classes:
+        if cls.__name__ not in exported:
+            lines.append(f"{package}/__init__.py: from {cls.__module__} import {cls.__name__}")
+        if not cls.examples:
+            lines.append(f"{cls.__module__}.{cls.__name__}: examples: ClassVar[Examples] = ({{...}},)")
+    return lines
+
+
+def classes_below(base: type, package: str) -> list[type]:
+    found = [cls for cls in base.__subclasses__() if cls.__module__.startswith(package) and not inspect.isabstract(cls)]
+    return found + [deep for cls in base.__subclasses__() for deep in classes_below(cls, package)]
+
+
+@pytest.mark.parametrize("penalty", built(penalties))
+def test_every_penalty_keeps_the_contract(penalty: Penalty) -> None:
+    assert testing.check_penalty(penalty) is None
+
+
+@pytest.mark.parametrize("rule", built(mask_rules))
+def test_every_mask_rule_keeps_the_contract(rule: MaskRule) -> None:
+    assert testing.check_mask_rule(rule) is None
+
+
+@pytest.mark.parametrize("rule", [PenaltyRule(penalties.LogSum(2.0), 0.3), CallableRule(lambda w: w / (1 + w))])
+def test_a_users_rule_keeps_the_contract(rule: MaskRule) -> None:
+    assert testing.check_mask_rule(rule) is None
+
+
+@pytest.mark.parametrize(("penalty", "reason"), mutants.PENALTIES, ids=lambda value: type(value).__name__)
+def test_a_mutant_penalty_is_rejected_with_the_reason(penalty: Penalty, reason: str) -> None:
+    with pytest.raises(testing.ContractError, match=reason):
+        testing.check_penalty(penalty)
+
+
+@pytest.mark.parametrize(("rule", "reason"), mutants.RULES, ids=lambda value: type(value).__name__)
+def test_a_mutant_rule_is_rejected_with_the_reason(rule: MaskRule, reason: str) -> None:
+    with pytest.raises(testing.ContractError, match=reason):
+        testing.check_mask_rule(rule)
+
+
+def test_the_checks_refuse_what_is_neither() -> None:
+    with pytest.raises(TypeError, match="takes a Penalty"):
+        testing.check_penalty(mask_rules.Standout())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="takes a MaskRule"):
+        testing.check_mask_rule(penalties.L1())  # type: ignore[arg-type]
+
+
+def test_every_class_is_exported_and_has_examples() -> None:
+    found = classes_below(Penalty, "lightning_sparse.penalties")
+    assert len(found) >= 12
+    assert not missing_lines("lightning_sparse/penalties", penalties.__all__, found)
+    rules = classes_below(MaskRule, "lightning_sparse.mask_rules")
+    assert len(rules) >= 4
+    assert not missing_lines("lightning_sparse/mask_rules", mask_rules.__all__, rules)
+
+
+def test_a_forgotten_export_is_named_by_its_line() -> None:
+    class Forgotten(penalties.L1):
+        examples = ()
+
+    Forgotten.__module__ = "lightning_sparse.penalties.forgotten"
+    lines = missing_lines("lightning_sparse/penalties", penalties.__all__, [Forgotten])
+    assert lines[0] == "lightning_sparse/penalties/__init__.py: from lightning_sparse.penalties.forgotten import Forgotten"
+    assert lines[1].startswith("lightning_sparse.penalties.forgotten.Forgotten: examples")
