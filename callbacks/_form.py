@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from lightning_sparse import _checks, attach, duality
+from lightning_sparse import _checks, attach, duality, proximal
 from lightning_sparse.callbacks import _refusals, _report
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule, as_schedule
@@ -60,6 +60,7 @@ class Form(Callback):
         self.support: dict[str, Tensor] | None = None  # where weights may live, once frozen
         self._handles: list[Any] = []
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._places: dict[str, tuple[torch.optim.Optimizer, int]] = {}  # optimiser and group of each parameter
         self._restored: dict[str, Any] | None = None
         self._batch: tuple[Any, int] | None = None  # the last one trained on, for the duality gap
         self._closures = 0
@@ -113,11 +114,17 @@ class Form(Callback):
         return duality.keep_probability(self.eta(name, w), self.lam) if self.lam > 0 else torch.ones_like(w)
 
     def zeros(self, name: str) -> Tensor:
-        """Which weights of a parameter count as zero: outside a frozen support, below ``tol``, or below ``threshold``."""
+        """Which weights of a parameter count as zero.
+
+        Outside a frozen support; else where alpha < ``tol``, or |w| <= ``threshold``, or where the optimiser's steps only
+        carry the weight back and forth over a zero at which the penalty would hold it.
+        """
         if self.support is not None:
             return ~self.support[name]
         w = self._live(name)
         below = (self.keep_probability(name) < self.tol) | (w == 0)
+        if name in self._places and self.lam > 0:
+            below |= proximal.rests(self.penalty, w, self._rho(name), self.lam)
         return below if self.threshold is None else below | (w.abs() <= self.threshold)
 
     def thresholded(self, name: str) -> Tensor:
@@ -128,6 +135,11 @@ class Form(Callback):
         """(name, parameter, group) of each selected parameter that ``optimizer`` updates."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         return [(names[id(p)], p, group) for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+
+    def _rho(self, name: str) -> Tensor | float:
+        """The size of the optimiser's step for each weight of a parameter."""
+        optimizer, group = self._places[name]
+        return proximal.step_size(optimizer, self.parameters[name], optimizer.param_groups[group], "auto")
 
     def _live(self, name: str) -> Tensor:
         return self.parameters[name].detach() if self.attachment is None else self.attachment.live(name)

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Parameter
 
-from lightning_sparse import attach, proximal
+from lightning_sparse import attach
 from lightning_sparse.callbacks import _refusals, _report
 from lightning_sparse.callbacks._form import Form
 from lightning_sparse.select import select as select_parameters
@@ -36,6 +37,7 @@ class Sparsifier(Form):
         if self._restored is not None:
             self._resume(self._restored)
         self._optimizers = [optimizer for optimizer in trainer.optimizers if self._owned(optimizer)]
+        self._places = _places(self.parameters, self._optimizers)
         self._handles = [optimizer.register_step_post_hook(self._stepped) for optimizer in self._optimizers]
         _report.start(self, trainer)
 
@@ -75,18 +77,9 @@ class Sparsifier(Form):
     @torch.no_grad()
     def _maybe_freeze(self) -> None:
         if not self.frozen and self.freeze and self.step >= round(self.total * (1 - self.freeze)):
-            self.settle()
             support = {name: ~self.zeros(name) for name in self.parameters}
             self.prune()
             self.support = support
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Bring to rest at zero what only oscillates around it (a gradient step never lands there)."""
-        for optimizer in self._optimizers if self.lam > 0 else []:
-            for _, parameter, group in self._owned(optimizer):
-                rho = proximal.step_size(optimizer, parameter, group, "auto")
-                parameter.data.masked_fill_(proximal.rests(self.penalty, parameter.data, rho, self.lam), 0.0)
 
     @torch.no_grad()
     def prune(self) -> None:
@@ -106,8 +99,6 @@ class Sparsifier(Form):
         _report.epoch(self, trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.frozen:
-            self.settle()
         self.prune()
         _report.finish(self, trainer)
 
@@ -124,7 +115,7 @@ class Sparsifier(Form):
         self.attachment = None
         for handle in self._handles:
             handle.remove()
-        self._handles, self._optimizers, self._batch = [], [], None
+        self._handles, self._optimizers, self._places, self._batch = [], [], {}, None
 
     # -- state --------------------------------------------------------------------------------------------------------------
 
@@ -149,3 +140,10 @@ class Sparsifier(Form):
             parameter.data[parameter == 0] = taken.to(parameter)
         if state["frozen"]:
             self.support = {name: parameter.detach() != 0 for name, parameter in self.parameters.items()}
+
+
+def _places(parameters: dict[str, Parameter], optimizers: list[torch.optim.Optimizer]) -> dict[str, tuple[torch.optim.Optimizer, int]]:
+    """The optimiser and the number of its group that update each parameter (groups are replaced when a state is loaded)."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found = ((o, i, p) for o in optimizers for i, group in enumerate(o.param_groups) for p in group["params"])
+    return {names[id(p)]: (o, i) for o, i, p in found if id(p) in names}

@@ -119,17 +119,22 @@ def write_view(state: dict[str, Any], module: nn.Module, parameters: Mapping[str
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def layers(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Module]:
     """For each selected ``weight`` of a Linear or ConvNd layer that is really called: its layer, by parameter name.
 
-    A weight with several owners, and a subclass such as attention's output projection (whose forward is bypassed), is
-    left out: what happens to it cannot be seen from one layer's input and output.
+    A weight with several owners, a subclass such as attention's output projection (whose forward is bypassed), and what
+    is compiled is left out: what happens to it cannot be seen from one layer's input and output.
     """
+    compiled = {id(part) for root in module.modules() if _is_compiled(root) for part in root.modules()}
     names = {id(parameter): name for name, parameter in parameters.items()}
     found: dict[str, list[nn.Module]] = {}
     for _, owner, attribute, parameter in owners(module):
         if id(parameter) in names:
-            known = type(owner) in LAYERS and attribute == "weight"
+            known = type(owner) in LAYERS and attribute == "weight" and id(owner) not in compiled
             found.setdefault(names[id(parameter)], []).extend([owner] if known else [owner, owner])
     return {name: hits[0] for name, hits in found.items() if len(hits) == 1}
 

@@ -32,7 +32,7 @@ class Curvature(ABC):
         samples: how many samples of a batch an update looks at where they are taken one by one.
         reduction: how the loss reduces over the batch, "mean" or "sum".
 
-    Layers other than Linear and ConvNd (and weights with several owners) fall back to the batch gradient squared, times
+    Layers other than Linear and ConvNd, weights with several owners and compiled modules fall back to the batch gradient squared, times
     the batch size for a mean: right up to the square of the full gradient, which vanishes at a minimum.
     """
 
@@ -105,13 +105,12 @@ class Curvature(ABC):
     def _sample_factor(self, batch: int, used: int) -> float:
         return batch * batch / used if self.reduction == "mean" else batch / used
 
-    def _attach_fallback(self, attachment: Attachment, known: Mapping[str, nn.Module]) -> None:
+    def _attach_fallback(self, attachment: Attachment) -> None:
         for name in attachment.parameters:
-            if name not in known:
-                attachment.on_gradient(name, partial(self._on_gradient, name))
+            attachment.on_gradient(name, partial(self._on_gradient, name))
 
     def _on_gradient(self, name: str, grad: Tensor) -> None:
-        if self._active:
+        if self._active and name not in self._pending:  # a layer that was read has recorded its output's gradient before
             self._add(name, grad.detach() ** 2 * (self._batch if self.reduction == "mean" else 1))
 
 
@@ -125,7 +124,7 @@ class EmpiricalFisher(Curvature):
         known = layers(module, attachment.parameters)
         for name, layer in known.items():
             attachment.on_forward(layer, partial(self._on_forward, name))
-        self._attach_fallback(attachment, known)
+        self._attach_fallback(attachment)
 
     def _on_forward(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if self._active and output.requires_grad:
@@ -173,7 +172,7 @@ class SampledFisher(EmpiricalFisher):
         for name, layer in known.items():
             attachment.on_forward(layer, partial(self._on_forward, name))
         attachment.on_forward(modules[self.output], lambda layer, inputs, output: self._on_prediction(output))
-        self._attach_fallback(attachment, known)
+        self._attach_fallback(attachment)
 
     def _on_forward(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if self._active and output.requires_grad:

@@ -130,7 +130,10 @@ MISTAKES = {
     "negative lam": (["fit", "--config", "digits", "--sparsify.lam", "-1"], ["lam must be a finite number > 0, got -1"]),
     "zero eps": (["fit", "--config", "digits", "--sparsify.penalty.eps", "0"], ["eps must be a finite number > 0, got 0"]),
     "pattern": (["fit", "--config", "digits", "--sparsify.select", "[layer.*]"], ["'layer.*' matches no", "'layers."]),
-    "shrinks only": (["fit", "--config", "digits", "--sparsify.penalty", "Standout"], ["only shrinks", "threshold"]),
+    "shrinks only": (
+        ["fit", "--config", "digits", "--sparsify.penalty", "Standout", "--sparsify.threshold", "null"],
+        ["only shrinks", "threshold"],
+    ),
     "plot class": (["plot", "MPC", "-o", "a.png"], ["no class 'MPC'", "'MCP'"]),
     "plot key": (["plot", "LogSum: {epps: 1}", "-o", "a.png"], ["LogSum takes no 'epps'", "'eps'"]),
     "plot value": (["plot", "LogSum: {eps: -1}", "-o", "a.png"], ["eps must be a finite number > 0"]),

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from lightning_sparse import _checks
 
@@ -74,7 +75,7 @@ def class_names(text: str) -> set[str]:
     return {name for name in found if not name.startswith("_")}
 
 
-def _import(path: str) -> type | None:
+def _import(path: str) -> type[Any] | None:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name, None)
@@ -83,10 +84,11 @@ def _import(path: str) -> type | None:
     return found if isinstance(found, type) else None
 
 
-def below(base: type) -> Iterator[type]:
+def below(base: type[Any]) -> Iterator[type[Any]]:
     """A class and all its imported subclasses."""
     yield base
-    for cls in base.__subclasses__():
+    subclasses: list[type[Any]] = base.__subclasses__()
+    for cls in subclasses:
         yield from below(cls)
 
 

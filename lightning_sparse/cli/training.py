@@ -41,6 +41,11 @@ class SparseCLI(LightningCLI):
         self.words = recipes.with_paths(args)
         super().__init__(save_config_callback=None, seed_everything_default=0, args=self.words)
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The verb that was asked for alone: each takes a tenth of a second to build."""
+        every = LightningCLI.subcommands()
+        return {verb: taken for verb, taken in every.items() if verb in self.words[:1]} or every
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return super().init_parser(**(kwargs | _STRICT))
 

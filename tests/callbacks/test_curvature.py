@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toys import Repeated, Toy, trainer
+from toys import Repeated, Toy, data, trainer
 
 from lightning_sparse import penalties
 from lightning_sparse.attach import Attachment, layers
@@ -129,6 +129,14 @@ def test_attention_and_shared_layers_are_not_read_from_one_layer():
     names = {name: p for name, p in module.named_parameters() if p.dim() > 1}
     assert set(names) == {"attention.in_proj_weight", "attention.out_proj.weight", "first.weight"}
     assert layers(module, names) == {}
+
+
+def test_a_compiled_network_is_calibrated_and_masked_all_the_same():
+    network = torch.compile(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), backend="eager")
+    callback = AdaptiveMask(penalties.LogSum(2.0), lam=0.3)
+    run = trainer(callback, epochs=1)
+    run.fit(Toy(network), data())
+    assert 0 < float(run.callback_metrics["sparsity/keep_probability"]) < 0.9
 
 
 def test_calibrated_noise_realises_the_penalty_where_the_curvature_is_not_one():
