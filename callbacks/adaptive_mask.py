@@ -12,8 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach
+from lightning_sparse.callbacks._report import describe
 from lightning_sparse.callbacks.base import Sparsifier
-from lightning_sparse.curvature import Curvature, EmpiricalFisher
+from lightning_sparse.curvature import Curvature, EmpiricalFisher, calibrated
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.noise import Gaussian, Noise, output_noise, variance
 from lightning_sparse.schedules import Schedule
@@ -26,6 +27,7 @@ class AdaptiveMask(Sparsifier):
         noise: the masks' distribution, ScaledBernoulli() or Gaussian(local=...).
         curvature: the estimate of H_jj that calibrates the noise, so that it realises lam * Omega; None leaves the noise
             uncalibrated, a curvature-weighted penalty.
+        ceiling: largest lam / H_jj that calibration uses; 10 agreed best with the penalty form on the digits.
         alpha_min: smallest keep probability that noise is drawn with; it bounds the noise's variance by 1 / alpha_min.
 
     The other arguments are :class:`Sparsifier`'s.
@@ -44,6 +46,7 @@ class AdaptiveMask(Sparsifier):
         gap_samples: int = 0,
         noise: Noise = Gaussian(local=True),  # noqa: B008 - frozen
         curvature: Curvature | None = EmpiricalFisher(),  # noqa: B008 - copied below
+        ceiling: float = 10.0,
         alpha_min: float = 1e-3,
     ) -> None:
         super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples)
@@ -54,13 +57,14 @@ class AdaptiveMask(Sparsifier):
         self.noise, self.curvature = noise, copy.deepcopy(curvature)  # an estimate is this callback's own
         self._spread: dict[str, Tensor] = {}
         self._local: dict[str, nn.Module] = {}
+        self.ceiling = _checks.positive("ceiling", ceiling)
         self.alpha_min = _checks.between("alpha_min", alpha_min, 0, 1)
         self._generator: torch.Generator | None = None
 
     def recipe(self) -> dict[str, Any]:
         described = super().recipe()
-        curvature = None if self.curvature is None else repr(self.curvature)
-        described["init_args"] |= {"noise": repr(self.noise), "curvature": curvature, "alpha_min": self.alpha_min}
+        own = {name: describe(getattr(self, name)) for name in ("noise", "curvature", "ceiling", "alpha_min")}
+        described["init_args"] |= own
         return described
 
     # -- what the form uses ---------------------------------------------------------------------------------------------
@@ -71,7 +75,7 @@ class AdaptiveMask(Sparsifier):
         if self.curvature is None:
             return eta
         estimate = self.curvature.estimate(name)
-        return torch.full_like(eta, torch.inf) if estimate is None else eta * estimate.to(eta)
+        return torch.full_like(eta, torch.inf) if estimate is None else calibrated(eta, estimate.to(eta), self.lam, self.ceiling)
 
     def _noisy_alpha(self, name: str) -> Tensor:
         alpha = self.keep_probability(name)

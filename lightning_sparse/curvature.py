@@ -1,4 +1,4 @@
-r"""Estimates of H_jj, the curvature that calibrates the mask form: (1 - alpha_j) / alpha_j = lam / (max(H_jj, floor) eta_j).
+r"""Estimates of H_jj, the curvature that calibrates the mask form: (1 - alpha_j) / alpha_j = lam / (H_jj eta_j).
 
 H is the diagonal of the generalised Gauss-Newton matrix of the loss. For a layer with input x and output gradient g of
 one sample's loss, H = mean over samples of (sum over positions of g x^T)^2.
@@ -28,7 +28,6 @@ class Curvature(ABC):
     Args:
         decay: weight of the past in the mean, per optimiser step.
         every: optimiser steps between updates; between them nothing is recorded.
-        floor: smallest H_jj that is used (a vanishing H would ask for infinite noise).
         samples: how many samples of a batch an update looks at where they are taken one by one.
         reduction: how the loss reduces over the batch, "mean" or "sum".
 
@@ -36,10 +35,9 @@ class Curvature(ABC):
     the batch size for a mean: right up to the square of the full gradient, which vanishes at a minimum.
     """
 
-    def __init__(self, decay: float = 0.9, every: int = 10, floor: float = 1e-4, samples: int = 32, reduction: Reduction = "mean") -> None:
+    def __init__(self, decay: float = 0.9, every: int = 10, samples: int = 32, reduction: Reduction = "mean") -> None:
         self.decay = _checks.between("decay", decay, 0, 1, closed="l")
         self.every, self.samples = int(_checks.positive("every", every)), int(_checks.positive("samples", samples))
-        self.floor = _checks.positive("floor", floor)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         self.reduction: Reduction = reduction
@@ -85,8 +83,8 @@ class Curvature(ABC):
         self._pending.clear()
 
     def estimate(self, name: str) -> Tensor | None:
-        """max(H_jj, floor) of a parameter, None before the first update."""
-        return (self.mean[name] / self.weight[name]).clamp_(min=self.floor) if name in self.mean else None
+        """H_jj >= 0 of a parameter, None before the first update."""
+        return self.mean[name] / self.weight[name] if name in self.mean else None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that continue the estimate exactly."""
@@ -150,11 +148,10 @@ class SampledFisher(EmpiricalFisher):
         output: str = "",
         decay: float = 0.9,
         every: int = 10,
-        floor: float = 1e-4,
         samples: int = 32,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(decay, every, floor, samples, reduction)
+        super().__init__(decay, every, samples, reduction)
         if likelihood not in ("categorical", "gaussian"):
             raise ValueError(f"likelihood must be 'categorical' or 'gaussian', got {likelihood!r}")
         self.likelihood, self.output = likelihood, output
@@ -202,8 +199,8 @@ class InputMoment(Curvature):
     for a deep regression network use :class:`SampledFisher` with likelihood "gaussian". Linear layers only.
     """
 
-    def __init__(self, scale: float = 1.0, decay: float = 0.9, every: int = 1, floor: float = 1e-4) -> None:
-        super().__init__(decay, every, floor)
+    def __init__(self, scale: float = 1.0, decay: float = 0.9, every: int = 1) -> None:
+        super().__init__(decay, every)
         self.scale = _checks.positive("scale", scale)
 
     def attach(self, module: nn.Module, attachment: Attachment) -> None:
@@ -218,3 +215,12 @@ class InputMoment(Curvature):
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
             self._scale = 1.0
             self._add(name, (self.scale * (x * x).mean(0)).expand_as(layer.weight).clone())
+
+
+def calibrated(eta: Tensor, curvature: Tensor, lam: float, ceiling: float) -> Tensor:
+    """eta_j max(H_jj, lam / ceiling): with it in the place of eta_j, noise of strength lam realises lam * Omega.
+
+    ``ceiling`` bounds lam / H_jj: where the loss hardly curves, the noise stays below that of an uncalibrated mask of
+    that strength.
+    """
+    return eta * curvature.clamp(min=lam / ceiling)

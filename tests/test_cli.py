@@ -191,7 +191,7 @@ def test_recipes_are_listed_with_what_they_reach(capsys: pytest.CaptureFixture[s
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for verb in ("fit", "validate", "test", "predict", "recipes", "check", "plot"):
+    for verb in ("fit", "validate", "test", "predict", "recipes", "check", "seeds", "plot"):
         assert f"\n  {verb} " in printed
 
 

@@ -70,10 +70,10 @@ def _run_at_import(body: list[ast.stmt]) -> list[ast.stmt]:
     return found
 
 
-def test_importing_the_package_and_its_quick_verbs_loads_nothing_heavy() -> None:
+def test_importing_the_package_and_its_quick_verbs_loads_nothing_heavy(tmp_path: Path) -> None:
     look = f"print('loaded', *[name for name in {HEAVY!r} if name in sys.modules])"
     code = f"import sys, lightning_sparse; {look}; from lightning_sparse.cli import main; main(['--help']); main(['recipes']); {look}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert [line for line in done.stdout.splitlines() if line.startswith("loaded")] == ["loaded", "loaded"]
     assert "digits" in done.stdout
 

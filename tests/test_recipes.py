@@ -11,9 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_sparse.callbacks import AdaptiveMask, Sparsifier
-from lightning_sparse.cli import main, recipes
+from lightning_sparse.cli import main, recipes, seeds
 from lightning_sparse.examples.digits import Digits, ShuffledBatches
-from lightning_sparse.examples.digits_seeds import summary
 from lightning_sparse.examples.mlp import MLP
 
 pytestmark = pytest.mark.filterwarnings(
@@ -131,10 +130,24 @@ def test_a_network_without_layers_is_refused() -> None:
 
 
 def test_the_seeds_are_summed_up_by_mean_and_sample_deviation() -> None:
-    lines = summary([{"a": 1.0}, {"a": 2.0}, {"a": 6.0}], ["--x", "1"]).splitlines()
+    lines = seeds.summary("digits", [{"a": 1.0}, {"a": 2.0}, {"a": 6.0}], ["--x", "1"]).splitlines()
     assert lines[0] == "recipe digits --x 1"
-    assert lines[-2].split() == ["mean", "3.00"]
-    assert lines[-1].split() == ["sd", "2.65"]
+    assert lines[-2].split() == ["mean", "3.0000"]
+    assert lines[-1].split() == ["sd", "2.6458"]
+
+
+def test_seeds_trains_once_for_each_and_tells_them_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--trainer.max_epochs", "1", "--report.dense_twin", "false"]
+    assert main(["seeds", "digits", "--seeds", "2", *words]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[-5:]]
+    assert [row[0] for row in table] == ["seed", "0", "1", "mean", "sd"]
+    assert table[1][1:] != table[2][1:]
+    assert float(table[3][1]) == pytest.approx((float(table[1][1]) + float(table[2][1])) / 2, abs=1e-4)
+    assert list(tmp_path.iterdir()) == []
+    assert main(["seeds", "digits", "--seeds", "1"]) == 2
 
 
 def test_a_recipe_is_found_by_name_file_name_and_path(tmp_path: Path) -> None:

@@ -96,11 +96,13 @@ class Report:
 
     Args:
         dense_twin: train the same model on the same data, with the same seed and length, without ``sparsify``.
+        table: print the table.
         pictures: draw the masks and the sparsity curve as PNG files beside the checkpoints.
     """
 
     dense_twin: bool = False
     pictures: bool = True
+    table: bool = True
 
     def write(self, cli: SparseCLI) -> Result | None:
         """Train the twin if asked for, print the table, save the pictures; None on other ranks than the first."""
@@ -112,7 +114,8 @@ class Report:
             sparse = _measure(cli, file, spent)
             dense = _twin(cli, folder) if self.dense_twin and cli.trainer.world_size == 1 else None
         result = Result(sparse, dense, _files(cli, folder, sparse, dense, self.pictures))
-        show(result)
+        if self.table:
+            show(result)
         return result
 
 

@@ -1,0 +1,66 @@
+"""``lightning-sparse seeds RECIPE [--seeds 5] [overrides]``: mean and spread of a recipe's figures over seeds."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+
+import lightning
+import torch
+
+from lightning_sparse._version import __version__
+from lightning_sparse.cli.errors import UsageError
+from lightning_sparse.cli.report import Result
+from lightning_sparse.cli.training import fit
+
+_PLAIN = ["--trainer.logger", "false", "--report.pictures", "false", "--report.table", "false"]
+_ABOUT = (
+    "Run a recipe with seeds 0 to N - 1 (initial weights and order of the batches; a split with a seed of its own stays), "
+    "without logger and pictures, and print mean and standard deviation. Further arguments override the recipe as in fit."
+)
+
+
+def train(recipe: str, seed: int, overrides: list[str]) -> Result:
+    """The recipe's figures with one seed; its files are not kept. Raises UsageError for overrides that the recipe does not take."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*_PLAIN, "--trainer.default_root_dir", folder, *overrides, "--seed_everything", str(seed)]
+        result = fit(["--config", recipe, *words]).result
+    if result is None:
+        raise UsageError("the run has no sparsity callback, so there is nothing to report")
+    return result
+
+
+def figures(result: Result) -> dict[str, float]:
+    """Test metrics of both networks (of the dense one where there is a twin), non-zero weights in %, seconds."""
+    networks = {"dense": result.dense, "sparse": result.sparse}
+    shown = {title: trained for title, trained in networks.items() if trained is not None}
+    found = {f"{title} {name}": value for title, trained in shown.items() for name, value in trained.metrics.items()}
+    found["non-zero %"] = 100 * result.sparse.nonzero / result.sparse.size
+    return found | {"seconds": sum(trained.seconds for trained in shown.values())}
+
+
+def summary(recipe: str, rows: list[dict[str, float]], overrides: list[str]) -> str:
+    """Settings and versions, one line a seed, then mean and standard deviation (of the sample) of each figure."""
+    versions = f"lightning-sparse {__version__}, torch {torch.__version__}, lightning {lightning.__version__}"
+    lines = [f"recipe {recipe} {' '.join(overrides)}".rstrip(), f"{versions}, Python {platform.python_version()}"]
+    widths = {name: max(len(name), 8) + 2 for name in rows[0]}
+    lines.append(f"{'seed':>6}" + "".join(f"{name:>{width}}" for name, width in widths.items()))
+    cells = [(str(seed), row) for seed, row in enumerate(rows)]
+    for label, statistic in (("mean", statistics.mean), ("sd", statistics.stdev)):
+        cells.append((label, {name: statistic(row[name] for row in rows) for name in widths}))
+    lines += [f"{label:>6}" + "".join(f"{row[name]:>{width}.4f}" for name, width in widths.items()) for label, row in cells]
+    return "\n".join(lines)
+
+
+def run(verb: str, words: list[str]) -> int:
+    """Train once for each seed and print the summary."""
+    parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description=_ABOUT)
+    parser.add_argument("recipe", help="a packaged recipe or a YAML file")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many (default: %(default)s)")
+    given, overrides = parser.parse_known_args(words)
+    if given.seeds < 2:
+        raise UsageError(f"--seeds must be at least 2 to have a spread, got {given.seeds}")
+    print(summary(given.recipe, [figures(train(given.recipe, seed, overrides)) for seed in range(given.seeds)], overrides))
+    return 0
