@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -97,7 +98,7 @@ class Form(Callback):
     @property
     def lam(self) -> float:
         """The strength in force: the schedule's at the current step, its final value before a fit."""
-        return self.schedule(self.step, self.total) if self.parameters else self.schedule.lam
+        return self.schedule(self.step, self.total) if math.isfinite(self.total) else self.schedule.lam
 
     @property
     def frozen(self) -> bool:

@@ -113,9 +113,9 @@ def test_expected_gradient_of_the_mask_form_is_the_penalty_forms():
     torch.testing.assert_close(total, one_step(toy(), ReweightedPenalty(LOG_SUM, lam), batch), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("local", [False, True])
-def test_gaussian_noise_has_the_promised_variance(local):
-    """Outputs of one layer under noise: mean W x and variance (W^2 lam / eta)(x^2), whichever way it is made."""
+@pytest.mark.parametrize(("local", "rows", "batches"), [(False, 1, 800), (True, 1000, 2)])
+def test_gaussian_noise_has_the_promised_variance(local, rows, batches):
+    """Outputs of one layer under noise: mean W x and variance (W^2 lam / eta)(x^2), drawn a batch or a row."""
     torch.manual_seed(0)
     outputs, lam = [], 0.5
 
@@ -126,13 +126,14 @@ def test_gaussian_noise_has_the_promised_variance(local):
 
     network = nn.Linear(4, 5)
     x = torch.randn(1, 4)
+    many = x.expand(rows, 4)
     expected = (network.weight**2 * lam / LOG_SUM.eta_hat(network.weight)) @ x[0] ** 2
     mean = network(x)[0].detach()
     callback = AdaptiveMask(LOG_SUM, lam, noise=noise.Gaussian(local=local), curvature=None)
-    trainer(callback, epochs=1).fit(Listening(network, optimizer=lambda p: torch.optim.SGD(p, 0.0)), Repeated((x, x), 4000))
-    drawn = torch.stack(outputs)[:, 0]
-    torch.testing.assert_close(drawn.var(0), expected.detach(), rtol=0.1, atol=0)
-    assert ((drawn.mean(0) - mean).abs() < 4 * (expected / 4000).sqrt()).all()
+    trainer(callback, epochs=1).fit(Listening(network, optimizer=lambda p: torch.optim.SGD(p, 0.0)), Repeated((many, many), batches))
+    drawn = torch.cat(outputs)
+    torch.testing.assert_close(drawn.var(0), expected.detach(), rtol=0.2, atol=0)
+    assert ((drawn.mean(0) - mean).abs() < 4 * (expected / len(drawn)).sqrt()).all()
 
 
 def test_bernoulli_noise_refuses_local_reparametrisation():
