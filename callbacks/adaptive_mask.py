@@ -78,8 +78,10 @@ class AdaptiveMask(Sparsifier):
         return torch.full_like(eta, torch.inf) if estimate is None else calibrated(eta, estimate.to(eta), self.lam, self.ceiling)
 
     def _noisy_alpha(self, name: str) -> Tensor:
+        """alpha bounded from below, but for a rule that drops a weight for good (top-k), which keeps its 0."""
         alpha = self.keep_probability(name)
-        return alpha.clamp(min=self.alpha_min)
+        bounded = alpha.clamp(min=self.alpha_min)
+        return bounded if self.penalty.separable else bounded.masked_fill(alpha == 0, 0.0)
 
     # -- life cycle -------------------------------------------------------------------------------------------------------
 
@@ -96,7 +98,8 @@ class AdaptiveMask(Sparsifier):
     def _install(self, pl_module: LightningModule, attachment: attach.Attachment) -> None:
         if self.curvature is not None:
             self.curvature.attach(pl_module, attachment)
-        self._local = attach.layers(pl_module, self.parameters) if self.noise.local else {}
+        on_outputs = self.noise.local and self.penalty.separable
+        self._local = attach.layers(pl_module, self.parameters) if on_outputs else {}
         for name, layer in self._local.items():
             attachment.on_forward(layer, partial(self._blur, name))
         attachment.mask_gradients()

@@ -81,6 +81,7 @@ def test_the_readme_has_two_commands_each_a_line_that_sets_itself_up() -> None:
     assert README.count("bin/pytest") == 1  # .ci/run takes this line
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_readmes_example_has_six_lines_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -93,6 +94,7 @@ def test_the_readmes_example_has_six_lines_and_runs(tmp_path: Path, monkeypatch:
     assert "sparsity/total" in trainer.callback_metrics  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_readmes_other_commands_parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from lightning_sparse.cli import main

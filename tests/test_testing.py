@@ -46,7 +46,9 @@ def test_every_mask_rule_keeps_the_contract(rule: MaskRule) -> None:
     assert testing.check_mask_rule(rule) is None
 
 
-@pytest.mark.parametrize("rule", [PenaltyRule(penalties.LogSum(2.0), 0.3), CallableRule(lambda w: w / (1 + w))])
+@pytest.mark.parametrize(
+    "rule", [PenaltyRule(penalties.LogSum(2.0), 0.3), pytest.param(CallableRule(lambda w: w / (1 + w)), marks=pytest.mark.slow)]
+)
 def test_a_users_rule_keeps_the_contract(rule: MaskRule) -> None:
     assert testing.check_mask_rule(rule) is None
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from toys import Repeated, Spy, Toy, data, trainer, weights
 
-from lightning_sparse import duality, noise, penalties
+from lightning_sparse import duality, mask_rules, noise, penalties
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
 
 LOG_SUM = penalties.LogSum(eps=2.0)
@@ -155,3 +155,18 @@ def test_a_rule_brings_its_own_strength():
     assert ReweightedPenalty(rule).lam == 7e-3
     assert ReweightedPenalty(rule).penalty is LOG_SUM
     assert ReweightedPenalty(rule, lam=1e-3).to_mask().lam == 1e-3
+
+
+def test_top_k_trains_and_keeps_its_share():
+    """The rule of iterative hard thresholding: dropped weights are absent from the forward, and the density holds."""
+    seen = []
+
+    class Listening(Toy):
+        def training_step(self, batch, index):
+            seen.append(float((self.network[0].weight == 0).float().mean()))
+            return super().training_step(batch, index)
+
+    module = Listening()
+    trainer(AdaptiveMask(mask_rules.TopK(density=0.25), curvature=None), epochs=3).fit(module, data())
+    assert seen == [0.75] * 12
+    assert (module.network[0].weight == 0).float().mean().item() == 0.75
