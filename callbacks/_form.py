@@ -56,7 +56,7 @@ class Form(Callback):
     def _forget(self) -> None:
         """The state of a callback that is not fitting."""
         self.parameters: dict[str, nn.Parameter] = {}
-        self.step, self.total = 0, float("inf")
+        self.step, self.total = 0, math.inf
         self.attachment: attach.Attachment | None = None
         self.support: dict[str, Tensor] | None = None  # where weights may live, once frozen
         self._handles: list[Any] = []
@@ -64,13 +64,17 @@ class Form(Callback):
         self._places: dict[str, tuple[torch.optim.Optimizer, int]] = {}  # optimiser and group of each parameter
         self._restored: dict[str, Any] | None = None
         self._batch: tuple[Any, int] | None = None  # the last one trained on, for the duality gap
-        self._closures = 0
+        self._closures, self._manual, self._offset, self._whole = 0, False, 0, math.inf
 
     # -- conversion ---------------------------------------------------------------------------------------------------
 
     def _shared(self) -> dict[str, Any]:
         names = ("select", "tol", "freeze", "threshold", "gap_samples")
         return {"penalty": self.given, "lam": self.schedule} | {name: getattr(self, name) for name in names}
+
+    def own_settings(self) -> dict[str, Any]:
+        """The arguments that this form has beyond the shared ones."""
+        return {}
 
     def to_mask(self, **changes: Any) -> Form:
         """The AdaptiveMask with the same penalty, lam, selection and schedule."""
@@ -91,7 +95,8 @@ class Form(Callback):
         return self._become(AdaptiveProx, changes)
 
     def _become(self, form: type[Other], changes: dict[str, Any]) -> Other:
-        return form(**(self._shared() | changes))
+        own = self.own_settings() if type(self) is form else {}
+        return form(**(self._shared() | own | changes))
 
     # -- what the form uses ---------------------------------------------------------------------------------------------
 
@@ -124,8 +129,8 @@ class Form(Callback):
             return ~self.support[name]
         w = self._live(name)
         below = (self.keep_probability(name) < self.tol) | (w == 0)
-        if name in self._places and self.lam > 0:
-            below |= proximal.rests(self.penalty, w, self._rho(name), self.lam)
+        if name in self._places and self.lam > 0 and self.penalty.separable:
+            below |= self.at_rest(name, w)
         return below if self.threshold is None else below | (w.abs() <= self.threshold)
 
     def thresholded(self, name: str) -> Tensor:
@@ -137,10 +142,12 @@ class Form(Callback):
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         return [(names[id(p)], p, group) for group in optimizer.param_groups for p in group["params"] if id(p) in names]
 
-    def _rho(self, name: str) -> Tensor | float:
-        """The size of the optimiser's step for each weight of a parameter."""
-        optimizer, group = self._places[name]
-        return proximal.step_size(optimizer, self.parameters[name], optimizer.param_groups[group], "auto")
+    def at_rest(self, name: str, w: Tensor) -> Tensor:
+        """Which weights only oscillate around a zero at which the penalty would hold them."""
+        optimizer, number = self._places[name]
+        group = optimizer.param_groups[number]
+        rho = proximal.step_size(optimizer, self.parameters[name], group, "auto")
+        return proximal.rests(self.penalty, w, rho, self.lam, proximal.memory(group))
 
     def _live(self, name: str) -> Tensor:
         return self.parameters[name].detach() if self.attachment is None else self.attachment.live(name)
@@ -151,4 +158,5 @@ class Form(Callback):
 
     def recipe(self) -> dict[str, Any]:
         """A JSON-able description of the callback."""
-        return {"class_path": type(self).__name__, "init_args": {k: _report.describe(v) for k, v in self._shared().items()}}
+        settings = self._shared() | self.own_settings()
+        return {"class_path": type(self).__name__, "init_args": {name: _report.describe(value) for name, value in settings.items()}}

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_sparse import _checks, duality
@@ -58,6 +60,8 @@ def check_run(callback: Form, trainer: Trainer) -> None:
             f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which splits the parameters; "
             "use a single device or DDPStrategy"
         )
+    if callback.gap_samples and trainer.lightning_module is not None and not trainer.lightning_module.automatic_optimization:
+        raise ValueError("gap_samples needs a training_step that returns its loss; manual optimisation has none: set gap_samples=0")
     _check_reachable(callback)
 
 
@@ -91,9 +95,25 @@ def check_optimizers(callback: Form, trainer: Trainer) -> None:
 def check_overlap(callback: Form, trainer: Trainer) -> None:
     """Two sparsity callbacks on one weight."""
     for other in trainer.callbacks:  # type: ignore[attr-defined]
-        names = set(getattr(other, "parameters", ())) & set(callback.parameters) if other is not callback else set()
-        if names and hasattr(other, "schedule"):
+        names = set(other.parameters) & set(callback.parameters) if hasattr(other, "schedule") and other is not callback else set()
+        if names:
             raise ValueError(f"two sparsity callbacks select {sorted(names)[:5]}; give each its own with select=[...]")
+
+
+def is_built_later(module: LightningModule) -> bool:
+    """The module may still gain layers: it overrides setup or configure_model."""
+    return is_overridden("setup", module) or is_overridden("configure_model", module)
+
+
+def saves_on_exception(trainer: Trainer) -> bool:
+    """Some callback writes a checkpoint when training fails."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(getattr(other, "save_on_exception", False) or isinstance(other, OnExceptionCheckpoint) for other in callbacks)
+
+
+def fits(callback: Form, state: Any) -> bool:
+    """``state`` is a Sparsifier's, of the same parameters."""
+    return isinstance(state, dict) and "taken" in state and set(state["taken"]) == set(callback.parameters)
 
 
 def check_closures(callback: Form, module: LightningModule, optimizer: torch.optim.Optimizer, count: int) -> None:
@@ -106,8 +126,10 @@ def check_closures(callback: Form, module: LightningModule, optimizer: torch.opt
 
 
 def total_steps(callback: Form, trainer: Trainer) -> float:
-    """The run's optimiser steps; inf without an end, which a freeze or a schedule by shares cannot use."""
+    """The run's optimiser steps (batches under manual optimisation); inf without an end, which shares cannot use."""
     total = float(trainer.estimated_stepping_batches)
+    if total == trainer.max_steps:  # which counts the steps of all optimisers
+        total = math.ceil(total / max(len(trainer.optimizers), 1))
     if not math.isfinite(total) and (callback.freeze or not isinstance(callback.schedule, Constant)):
         raise ValueError(
             f"freeze={callback.freeze:g} and {callback.schedule!r} need the length of the run: give the Trainer max_epochs or max_steps"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
 
 
-_SMALLEST_KEEP = 1e-3  # bounds the drawn noise, as AdaptiveMask's alpha_min does
+_SMALLEST_KEEP = 1e-3  # bounds the drawn noise of forms that draw none in training
 
 
 def describe(value: Any) -> Any:
@@ -42,6 +42,27 @@ def figures(callback: Form) -> dict[str, float]:
     }
 
 
+def of_run(callback: Form, trainer: Trainer) -> dict[str, float]:
+    """A callback's share of the run's figures: beside others, the first reports the totals of all, each its parameters."""
+    values = figures(callback)
+    peers: list[Form] = [other for other in trainer.callbacks if hasattr(other, "schedule")]  # type: ignore[attr-defined]
+    if len(peers) < 2:
+        return values
+    shown = {key: values[key] for key in (f"sparsity/{name}" for name in callback.parameters)}
+    return shown if callback is not peers[0] else shown | _joint(peers) | {"sparsity/lam": callback.lam}
+
+
+def _joint(peers: list[Form]) -> dict[str, float]:
+    """Totals over several callbacks on disjoint parameters."""
+    zeros = {name: peer.zeros(name) for peer in peers for name in peer.parameters}
+    weights = {name: weight for peer in peers for name, weight in peer.parameters.items()}
+    return {
+        "sparsity/total": counts.share(counts.count_zeros(weights, zeros)),
+        "sparsity/keep_probability": counts.mean(peer.keep_probability(name) for peer in peers for name in peer.parameters),
+        "sparsity/penalty": sum(figures(peer)["sparsity/penalty"] for peer in peers),
+    }
+
+
 def start(callback: Form, trainer: Trainer) -> None:
     """The recipe goes into a W&B run's config."""
     _wandb.log_recipe(trainer.loggers, callback.recipe())
@@ -49,11 +70,12 @@ def start(callback: Form, trainer: Trainer) -> None:
 
 def epoch(callback: Form, trainer: Trainer, pl_module: LightningModule) -> None:
     """At a training epoch's end: the figures to every logger, the total to the progress bar."""
-    values = figures(callback)
+    values = of_run(callback, trainer)
     if callback.gap_samples:
         values["sparsity/duality_gap"] = duality_gap(callback, pl_module)
     distributed = trainer.world_size > 1
-    pl_module.log("sparsity/total", values.pop("sparsity/total"), prog_bar=True, sync_dist=distributed)
+    if "sparsity/total" in values:
+        pl_module.log("sparsity/total", values.pop("sparsity/total"), prog_bar=True, sync_dist=distributed)
     pl_module.log_dict(values, sync_dist=distributed)
     if _is_picture_epoch(trainer):
         _log_pictures(callback, trainer)
@@ -75,10 +97,10 @@ def _log_pictures(callback: Form, trainer: Trainer) -> None:
 
 def duality_gap(callback: Form, module: LightningModule) -> float:
     """E_s L(s w) - L(w) - (lam / 2) sum w^2 / eta_hat(w) on the last batch trained on, in evaluation mode."""
-    if callback._batch is None or callback.lam == 0:
+    if callback._batch is None or callback.lam == 0 or not callback.penalty.separable:
         return 0.0
     weights = {name: callback._live(name) for name in callback.parameters}
-    keep = {name: callback.keep_probability(name).clamp(min=_SMALLEST_KEEP) for name in weights}
+    keep = {name: callback.keep_probability(name).clamp(min=getattr(callback, "alpha_min", _SMALLEST_KEEP)) for name in weights}
     noise, generator = Gaussian(), torch.Generator(module.device).manual_seed(callback.step)
     with attach.quiet(module):
         loss = attach.loss_of_weights(module, callback._batch)
@@ -87,7 +109,7 @@ def duality_gap(callback: Form, module: LightningModule) -> float:
 
 def finish(callback: Form, trainer: Trainer) -> None:
     """After training: the figures of the true zeros, once more to every logger, and into a W&B run's summary."""
-    values = figures(callback)
+    values = of_run(callback, trainer)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})

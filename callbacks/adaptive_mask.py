@@ -12,11 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach
-from lightning_sparse.callbacks._report import describe
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.curvature import Curvature, EmpiricalFisher, calibrated
 from lightning_sparse.duality import MaskRule, Penalty
-from lightning_sparse.noise import Gaussian, Noise, output_noise, variance
+from lightning_sparse.noise import Gaussian, Noise, output_noise, stream, variance
 from lightning_sparse.schedules import Schedule
 
 
@@ -59,20 +58,18 @@ class AdaptiveMask(Sparsifier):
         self._local: dict[str, nn.Module] = {}
         self.ceiling = _checks.positive("ceiling", ceiling)
         self.alpha_min = _checks.between("alpha_min", alpha_min, 0, 1)
-        self._generator: torch.Generator | None = None
+        self._seed, self._rank, self._draws = 0, 0, 0
+        self._calls: dict[str, int] = {}  # of each layer's forward in this batch
 
-    def recipe(self) -> dict[str, Any]:
-        described = super().recipe()
-        own = {name: describe(getattr(self, name)) for name in ("noise", "curvature", "ceiling", "alpha_min")}
-        described["init_args"] |= own
-        return described
+    def own_settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("noise", "curvature", "ceiling", "alpha_min")}
 
     # -- what the form uses ---------------------------------------------------------------------------------------------
 
     def eta(self, name: str, w: Tensor) -> Tensor:
         """eta_hat(w), times H_jj where curvature calibrates: infinite (no noise, no zero) before its first estimate."""
         eta = super().eta(name, w)
-        if self.curvature is None:
+        if self.curvature is None or not self.penalty.separable:  # a rule without a penalty acts as it is written
             return eta
         estimate = self.curvature.estimate(name)
         return torch.full_like(eta, torch.inf) if estimate is None else calibrated(eta, estimate.to(eta), self.lam, self.ceiling)
@@ -86,11 +83,9 @@ class AdaptiveMask(Sparsifier):
     # -- life cycle -------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._generator = torch.Generator(device=pl_module.device)
-        self._generator.manual_seed((torch.initial_seed() + trainer.global_rank) % 2**63)
+        self._seed, self._rank, self._draws = torch.initial_seed(), trainer.global_rank, 0
         if self.curvature is not None:
             self.curvature.reset()
-            self.curvature.generator = self._generator
         super().on_fit_start(trainer, pl_module)
         if self.attachment is not None:
             self._install(pl_module, self.attachment)
@@ -103,49 +98,74 @@ class AdaptiveMask(Sparsifier):
         for name, layer in self._local.items():
             attachment.on_forward(layer, partial(self._blur, name))
         attachment.mask_gradients()
+        if self._manual:
+            self._handles += [optimizer.register_step_pre_hook(lambda *_: attachment.restore()) for optimizer in self._optimizers]
+
+    def _stream(self, index: int, call: int = 0) -> torch.Generator:
+        """The draws of one parameter (and call of its layer) in this batch, the same again in a recomputed forward."""
+        device = next(iter(self.parameters.values())).device
+        return stream(device, self._seed, self._rank, self._draws, index, call)
 
     def _blur(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        spread = self._spread.get(name)
-        return output if spread is None else output + output_noise(layer, inputs[0], spread, self._generator)
+        if name not in self._spread:
+            return output
+        again = torch._C._current_graph_task_id() != -1  # recomputed in backward, last call first
+        call = self._calls.get(name, 0) - (1 if again else 0)
+        self._calls[name] = call if again else call + 1
+        return output + output_noise(layer, inputs[0], self._spread[name], self._stream(list(self._local).index(name), call))
 
-    @torch.no_grad()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        attachment = self.attachment
-        if attachment is None or self.frozen:
+        if self.attachment is None or self.frozen:
             return
         if self.curvature is not None:
             self.curvature.begin(self.step, _batch_size(batch))
-        for name in self.parameters:
+        self._draw(self.attachment)
+
+    @torch.no_grad()
+    def _draw(self, attachment: attach.Attachment) -> None:
+        """New masks: on the weights at once, on the outputs of local layers as their forwards come."""
+        self._draws, self._calls = self._draws + 1, {}
+        if self.curvature is not None:
+            self.curvature.generator = self._stream(-1)
+        for index, name in enumerate(self.parameters):
             alpha = self._noisy_alpha(name)
             if name in self._local:
                 self._spread[name] = variance(alpha)
             else:
-                attachment.multiply(name, self.noise.sample(alpha, self._generator))
+                attachment.multiply(name, self.noise.sample(alpha, self._stream(index, -1)))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         super().on_before_backward(trainer, pl_module, loss)
         if self.curvature is not None and not self.frozen:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             factor = 1.0 if scaler is None else float(scaler.get_scale())
-            self.curvature.before_backward(factor / (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1))
+            self.curvature.before_backward(factor / (1 if self._manual else trainer.accumulate_grad_batches))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_batch()
+        if not self._manual:  # else more forwards of this batch may come before a step
+            self._end_batch()
         if self.curvature is not None:
             self.curvature.end(lambda value: trainer.strategy.reduce(value, reduce_op="mean") if trainer.world_size > 1 else value)
 
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._manual and self.attachment is not None:  # the next forward of this batch is masked too
+            self._draw(self.attachment)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._end_batch()  # a step that returned no loss had no backward
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _end_batch(self) -> None:
         if self.attachment is not None:
             self.attachment.restore()
-        self._spread = {}
+        if self._calls:  # a layer whose forward is bypassed is never asked: its weights get the noise
+            self._local = {name: layer for name, layer in self._local.items() if name in self._calls}
+        self._spread, self._calls = {}, {}
 
-    def _close(self) -> None:
-        super()._close()
-        self._spread = {}
+    def _release(self) -> None:
+        super()._release()
+        self._spread, self._calls = {}, {}
 
     # -- state --------------------------------------------------------------------------------------------------------------
 
@@ -153,15 +173,12 @@ class AdaptiveMask(Sparsifier):
         state = super().state_dict()
         if self.curvature is not None:
             state["curvature"] = self.curvature.state_dict()
-        if self._generator is not None:
-            state["generator"] = self._generator.get_state()
-        return state
+        return state | {"seed": self._seed, "draws": self._draws}
 
     def _resume(self, state: dict[str, Any]) -> None:
         if self.curvature is not None and "curvature" in state:
             self.curvature.load_state_dict(state["curvature"], self.parameters)
-        if self._generator is not None and "generator" in state:
-            self._generator.set_state(state["generator"])
+        self._seed, self._draws = state.get("seed", self._seed), state.get("draws", 0)
         super()._resume(state)
 
 

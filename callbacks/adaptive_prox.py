@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_sparse import proximal
 from lightning_sparse.callbacks.base import Sparsifier
@@ -44,17 +45,19 @@ class AdaptiveProx(Sparsifier):
             raise ValueError(f"metric must be 'auto', 'adam' or 'plain', got {metric!r}")
         self.metric, self.exact = metric, exact
 
-    def recipe(self) -> dict[str, Any]:
-        described = super().recipe()
-        described["init_args"] |= {"metric": self.metric, "exact": self.exact}
-        return described
+    def own_settings(self) -> dict[str, Any]:
+        return {"metric": self.metric, "exact": self.exact}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def at_rest(self, name: str, w: Tensor) -> Tensor:
+        """The exact prox lands on its zeros by itself."""
+        return w == 0 if self.exact else super().at_rest(name, w)
+
+    def check_form(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
-            if self.metric == "adam" and not all("betas" in group for group in optimizer.param_groups):
+            adam = not isinstance(optimizer, torch.optim.Adamax) and all("betas" in group for group in optimizer.param_groups)
+            if self.metric == "adam" and self._owned(optimizer) and not adam:
                 name = type(optimizer).__name__
                 raise ValueError(f"metric='adam' needs an optimiser with second moments, got {name}; use metric='plain'")
-        super().on_fit_start(trainer, pl_module)
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -27,22 +27,36 @@ class Sparsifier(Form):
             self._close()
             self._forget()
             _refusals.check_run(self, trainer)
-            self.parameters = select_parameters(pl_module, self.select)
+            if not _refusals.is_built_later(pl_module):
+                self.parameters = select_parameters(pl_module, self.select)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.parameters = select_parameters(pl_module, self.select)
         _refusals.check_optimizers(self, trainer)
         _refusals.check_overlap(self, trainer)
-        self.total = _refusals.total_steps(self, trainer)
+        self.check_form(trainer, pl_module)
+        self._whole = self.total = _refusals.total_steps(self, trainer)
+        self._manual = not pl_module.automatic_optimization
+        self._optimizers = [optimizer for optimizer in trainer.optimizers if self._owned(optimizer)]
+        self._places = _places(self.parameters, self._optimizers)
         self.attachment = attach.Attachment(pl_module, self.parameters, self.thresholded)
         if self._restored is not None:
             self._resume(self._restored)
-        self._optimizers = [optimizer for optimizer in trainer.optimizers if self._owned(optimizer)]
-        self._places = _places(self.parameters, self._optimizers)
         self._handles = [optimizer.register_step_post_hook(self._stepped) for optimizer in self._optimizers]
         _report.start(self, trainer)
 
+    def check_form(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What a form refuses before training; nothing by default."""
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._restored is None:  # a run that began without this callback has that much less to go
+            batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+            self._begin_at(batches if self._manual else trainer.global_step)
         self._maybe_freeze()
+
+    def _begin_at(self, offset: int) -> None:
+        """The callback's own clock starts ``offset`` steps into the run."""
+        self._offset, self.total = offset, max(self._whole - offset, 1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch, self._closures = (batch, batch_idx), 0
@@ -61,9 +75,16 @@ class Sparsifier(Form):
             self._hold_support(optimizer)
         else:
             self.after_step(optimizer)
-        if optimizer is self._optimizers[0]:  # the clock
-            self.step += 1
-            self._maybe_freeze()
+        if optimizer is self._optimizers[0] and not self._manual:  # the clock
+            self._tick()
+
+    def _tick(self) -> None:
+        self.step += 1
+        self._maybe_freeze()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._manual:  # how often the user steps is not known: batches are the clock
+            self._tick()
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """What a form does to the weights after an optimiser step; nothing by default."""
@@ -84,6 +105,8 @@ class Sparsifier(Form):
     @torch.no_grad()
     def prune(self) -> None:
         """Make the zeros of every selected parameter true, for good."""
+        if self.attachment is not None:
+            self.attachment.restore()
         for name, parameter in self.parameters.items():
             parameter.data.copy_(self.thresholded(name))
 
@@ -96,6 +119,8 @@ class Sparsifier(Form):
             self.attachment.restore()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.attachment is not None:
+            self.attachment.restore()
         _report.epoch(self, trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,42 +129,61 @@ class Sparsifier(Form):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
+        self._optimizers, self._places = [], {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
+        if _refusals.saves_on_exception(trainer):  # the view for that file stays until the next setup or teardown
+            self._release()
+        else:
+            self._close()
+
+    def _release(self) -> None:
+        """Live weights back; optimisers no longer listened to."""
+        if self.attachment is not None:
+            self.attachment.restore()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._batch = [], None
 
     def _close(self) -> None:
         """Live weights back, hooks removed."""
+        self._release()
         if self.attachment is not None:
             self.attachment.detach()
         self.attachment = None
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._optimizers, self._places, self._batch = [], [], {}, None
 
     # -- state --------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the step, and the live values where the file holds the threshold's zeros."""
         taken = {name: self._live(name)[self.thresholded(name) == 0].cpu() for name in self.parameters}
-        return {"step": self.step, "frozen": self.frozen, "taken": taken}
+        return {"step": self.step, "offset": self._offset, "frozen": self.frozen, "taken": taken}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.attachment is None and self.parameters:  # saved after an exception: the views are gone, the state is not
             attach.write_view(checkpoint["state_dict"], pl_module, self.parameters, self.thresholded)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get("callbacks", {})
+        self.parameters = self.parameters or select_parameters(pl_module, self.select)
+        if self.state_key not in states:  # another form's state of the same parameters carries this one on
+            self.load_state_dict(next((state for state in states.values() if _refusals.fits(self, state)), {}))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+        self._restored = state_dict if state_dict.get("taken") else None  # a file written outside of a fit holds none
+        if self.attachment is not None and self._restored is not None:
+            self._resume(self._restored)
 
     @torch.no_grad()
     def _resume(self, state: dict[str, Any]) -> None:
         _refusals.check_state(self, state)
         self.step = state["step"]
+        self._begin_at(state["offset"])
         for name, taken in state["taken"].items():
             parameter = self.parameters[name]
             parameter.data[parameter == 0] = taken.to(parameter)
-        if state["frozen"]:
-            self.support = {name: parameter.detach() != 0 for name, parameter in self.parameters.items()}
+        frozen = {name: parameter.detach() != 0 for name, parameter in self.parameters.items()}
+        self.support = frozen if state["frozen"] else None
 
 
 def _places(parameters: dict[str, Parameter], optimizers: list[torch.optim.Optimizer]) -> dict[str, tuple[torch.optim.Optimizer, int]]:

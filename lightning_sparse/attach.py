@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -63,6 +64,8 @@ class Attachment:
     def multiply(self, name: str, mask: Tensor) -> None:
         """Put ``live * mask`` into the parameter's data and ``mask`` before its gradient, until :meth:`restore`."""
         parameter = self.parameters[name]
+        if name in self._live:  # a batch that was skipped left its mask behind
+            parameter.data.copy_(self._live[name])
         self._live[name] = parameter.detach().clone()
         self._masks[name] = mask
         parameter.data.mul_(mask)
@@ -141,8 +144,9 @@ def layers(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[st
 
 @contextmanager
 def quiet(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode with ``log`` and ``log_dict`` silenced, for extra passes through a LightningModule's step."""
+    """Evaluation mode, ``log`` and ``log_dict`` silenced and metrics kept, for extra passes through a module's step."""
     training = [part for part in module.modules() if part.training]
+    metrics = [(part, copy.deepcopy(part.__dict__)) for part in module.modules() if hasattr(part, "metric_state")]
     module.eval()
     for name in ("log", "log_dict"):
         object.__setattr__(module, name, lambda *args, **kwargs: None)
@@ -151,6 +155,9 @@ def quiet(module: nn.Module) -> Iterator[None]:
     finally:
         for name in ("log", "log_dict"):
             object.__delattr__(module, name)
+        for metric, state in metrics:
+            metric.__dict__.clear()
+            metric.__dict__.update(state)
         for part in training:
             part.training = True
 
@@ -161,7 +168,7 @@ def loss_of_weights(module: Any, batch: tuple[Any, int]) -> Callable[[dict[str, 
     def loss(weights: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             result = torch.func.functional_call(_Step(module), {f"module.{name}": w for name, w in weights.items()}, batch)
-        value: Tensor = result["loss"] if isinstance(result, dict) else result
+        value: Tensor = torch.zeros(()) if result is None else result["loss"] if isinstance(result, dict) else result
         return value
 
     return loss

@@ -31,8 +31,9 @@ class Curvature(ABC):
         samples: how many samples of a batch an update looks at where they are taken one by one.
         reduction: how the loss reduces over the batch, "mean" or "sum".
 
-    Layers other than Linear and ConvNd, weights with several owners and compiled modules fall back to the batch gradient squared, times
-    the batch size for a mean: right up to the square of the full gradient, which vanishes at a minimum.
+    Other layers than Linear and ConvNd, weights with several owners or calls, and compiled modules fall back to the batch
+    gradient squared, times the batch size for a mean: right up to the square of the full gradient, which vanishes at a
+    minimum.
     """
 
     def __init__(self, decay: float = 0.9, every: int = 10, samples: int = 32, reduction: Reduction = "mean") -> None:
@@ -55,6 +56,7 @@ class Curvature(ABC):
         self.mean: dict[str, Tensor] = {}
         self.weight: dict[str, float] = {}
         self._pending: dict[str, Tensor] = {}
+        self._calls: dict[str, int] = {}  # of each layer in the batch that is being recorded
         self._active = False
         self._scale, self._batch = 1.0, 1
         self.generator: torch.Generator | None = None
@@ -81,6 +83,7 @@ class Curvature(ABC):
             self.mean[name] = value * (1 - keep) if old is None else old.mul_(keep).add_(value, alpha=1 - keep)
             self.weight[name] = keep * self.weight.get(name, 0.0) + 1 - keep
         self._pending.clear()
+        self._calls.clear()
 
     def estimate(self, name: str) -> Tensor | None:
         """H_jj >= 0 of a parameter, None before the first update."""
@@ -97,8 +100,8 @@ class Curvature(ABC):
 
     def _add(self, name: str, value: Tensor) -> None:
         """``value`` is the sum over ``samples`` of squared per-sample gradients of the mean (or summed) loss."""
-        value = value / self._scale**2
-        self._pending[name] = self._pending[name] + value if name in self._pending else value  # a layer used twice
+        self._pending[name] = value / self._scale**2
+        self._calls[name] = self._calls.get(name, 0) + 1
 
     def _sample_factor(self, batch: int, used: int) -> float:
         return batch * batch / used if self.reduction == "mean" else batch / used
@@ -108,7 +111,8 @@ class Curvature(ABC):
             attachment.on_gradient(name, partial(self._on_gradient, name))
 
     def _on_gradient(self, name: str, grad: Tensor) -> None:
-        if self._active and name not in self._pending:  # a layer that was read has recorded its output's gradient before
+        if self._active and self._calls.get(name, 0) != 1:  # one call was read at the layer, before this gradient came
+            self._pending.pop(name, None)
             self._add(name, grad.detach() ** 2 * (self._batch if self.reduction == "mean" else 1))
 
 
@@ -181,6 +185,11 @@ class SampledFisher(EmpiricalFisher):
 
     def before_backward(self, scale: float) -> None:
         super().before_backward(1.0)  # the drawn gradients below are not scaled by the loss
+        if self._seen and self._prediction is None:
+            raise RuntimeError(
+                f"SampledFisher saw no output of the module {self.output!r}; name the module whose output the loss takes, "
+                "for example SampledFisher(output='network'), where training_step does not call self(x)"
+            )
         if self._prediction is not None and self._seen:
             outputs = [output for *_, output in self._seen]
             drawn = draw_residual(self._prediction.detach(), self.likelihood, self.reduction, self.generator)

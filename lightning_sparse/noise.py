@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -23,19 +24,14 @@ class Noise(ABC):
 
 @dataclass(frozen=True)
 class ScaledBernoulli(Noise):
-    """s = 1/alpha with probability alpha, else 0. Raises ValueError for ``local``, which exists for Gaussian noise."""
+    """s = 1/alpha with probability alpha, else 0.
 
-    local: bool = False
-
-    def __post_init__(self) -> None:
-        if self.local:
-            raise ValueError(
-                "ScaledBernoulli(local=True): noise on a layer's output would match only the moments of a Bernoulli mask; "
-                "use Gaussian(local=True), or ScaledBernoulli() on the weights"
-            )
+    On weights alone: noise on a layer's output would match only the moments of such a mask; Gaussian has ``local``.
+    """
 
     def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        kept = torch.rand(alpha.shape, dtype=alpha.dtype, device=alpha.device, generator=generator) < alpha
+        wide = torch.promote_types(alpha.dtype, torch.float32)  # 16-bit draws have too few levels near 0
+        kept = torch.rand(alpha.shape, dtype=wide, device=alpha.device, generator=generator) < alpha
         return kept / torch.where(kept, alpha, torch.ones_like(alpha))
 
 
@@ -69,3 +65,9 @@ def output_noise(layer: Any, x: Tensor, spread: Tensor, generator: torch.Generat
     square = functional.linear(x * x, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(x * x, weight, None)
     draw = torch.empty_like(square).normal_(generator=generator)
     return draw * square.clamp(min=1e-16).sqrt()  # the root's slope is infinite at 0
+
+
+def stream(device: torch.device, *key: int) -> torch.Generator:
+    """A generator of its own for each ``key``: the same draws whenever and wherever that key comes up again."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") % 2**63)

@@ -43,7 +43,7 @@ class LinearWarmup(Schedule):
         _checks.between("share", self.share, 0, 1, closed="r")
 
     def __call__(self, step: int, total: int | float) -> float:
-        return self.lam * min(1.0, step / (self.share * total))
+        return self.lam * min(1.0, step / (self.share * (total or 1)))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Cubic(Schedule):
         _checks.between("end", self.end, self.begin, 1, closed="r")
 
     def __call__(self, step: int, total: int | float) -> float:
-        t = (step / total - self.begin) / (self.end - self.begin)
+        t = (step / (total or 1) - self.begin) / (self.end - self.begin)
         return self.lam * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
 
 
