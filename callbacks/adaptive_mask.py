@@ -23,7 +23,8 @@ class AdaptiveMask(Sparsifier):
     """Each batch is run with weights ``s * w``; s has mean 1 and a keep probability that follows |w| (AdaDrop, GaussDrop).
 
     Args:
-        noise: the masks' distribution, ScaledBernoulli() or Gaussian(local=...).
+        noise: the masks' distribution, ScaledBernoulli() or Gaussian(local=...); in a recipe Gaussian keeps this
+            default's ``local: true`` unless it is written out.
         curvature: the estimate of H_jj that calibrates the noise, so that it realises lam * Omega; None leaves the noise
             uncalibrated, a curvature-weighted penalty.
         ceiling: largest lam / H_jj that calibration uses; 10 agreed best with the penalty form on the digits.
@@ -109,6 +110,7 @@ class AdaptiveMask(Sparsifier):
     def _blur(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if name not in self._spread:
             return output
+        # two calls inside one checkpointed block would be recomputed first call first, and swap their draws
         again = torch._C._current_graph_task_id() != -1  # recomputed in backward, last call first
         call = self._calls.get(name, 0) - (1 if again else 0)
         self._calls[name] = call if again else call + 1

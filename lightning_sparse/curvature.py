@@ -36,7 +36,7 @@ class Curvature(ABC):
     minimum.
     """
 
-    def __init__(self, decay: float = 0.9, every: int = 10, samples: int = 32, reduction: Reduction = "mean") -> None:
+    def __init__(self, decay: float = 0.9, every: int = 10, samples: int = 16, reduction: Reduction = "mean") -> None:
         self.decay = _checks.between("decay", decay, 0, 1, closed="l")
         self.every, self.samples = int(_checks.positive("every", every)), int(_checks.positive("samples", samples))
         if reduction not in ("mean", "sum"):
@@ -152,7 +152,7 @@ class SampledFisher(EmpiricalFisher):
         output: str = "",
         decay: float = 0.9,
         every: int = 10,
-        samples: int = 32,
+        samples: int = 16,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(decay, every, samples, reduction)

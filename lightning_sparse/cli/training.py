@@ -111,7 +111,7 @@ class SparseCLI(LightningCLI):
 
     def recipe(self) -> str:
         """The whole configuration of the run as YAML."""
-        text: str = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=True)
+        text: str = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         return text
 
 
