@@ -24,6 +24,7 @@ FLOORS = [
         "select",
         "schedules",
         "sample_gradients",
+        "_curvature",
         "curvature",
         "counts",
         "structure",
