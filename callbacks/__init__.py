@@ -10,6 +10,7 @@ from lightning_sparse.callbacks.adaptive_mask import AdaptiveMask
 from lightning_sparse.callbacks.adaptive_prox import AdaptiveProx
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.callbacks.reweighted_penalty import ReweightedPenalty
+from lightning_sparse.callbacks.sparse_checkpoint import SparseCheckpoint
 from lightning_sparse.callbacks.sparsity_monitor import SparsityMonitor
 
-__all__ = ["AdaptiveMask", "AdaptiveProx", "ReweightedPenalty", "Sparsifier", "SparsityMonitor"]
+__all__ = ["AdaptiveMask", "AdaptiveProx", "ReweightedPenalty", "SparseCheckpoint", "Sparsifier", "SparsityMonitor"]

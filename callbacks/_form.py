@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from lightning_sparse import _checks, attach, duality, proximal
+from lightning_sparse import _checks, attach, duality, proximal, shards
 from lightning_sparse.callbacks import _refusals, _report
+from lightning_sparse.callbacks._averages import Averages
+from lightning_sparse.callbacks._clipping import Clipping
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule, as_schedule
 
@@ -29,9 +32,11 @@ class Form(Callback):
         freeze: the last share of the optimiser steps, trained without penalty or noise and with the support frozen.
         threshold: also zero are weights of at most this magnitude; required by penalties that only shrink.
         gap_samples: masks drawn at each epoch's end to log ``sparsity/duality_gap``; 0 does not measure it.
+        keep_zeros: weights that are zero when the fit starts stay zero (one byte a weight); else they may grow again.
     """
 
     needs_separable: ClassVar[bool] = True
+    takes_parts: ClassVar[bool] = True  # works on weights that FSDP2 splits over processes
 
     def __init__(
         self,
@@ -42,6 +47,7 @@ class Form(Callback):
         freeze: float = 0.0,
         threshold: float | None = None,
         gap_samples: int = 0,
+        keep_zeros: bool = False,
     ) -> None:
         self.given = penalty
         self.penalty = _refusals.check_penalty(penalty, self.needs_separable, type(self).__name__)
@@ -51,6 +57,7 @@ class Form(Callback):
         self.freeze = _checks.between("freeze", freeze, 0, 1, closed="l")
         self.threshold = None if threshold is None else _checks.between("threshold", threshold, 0, float("inf"), closed="l")
         self.gap_samples = int(_checks.between("gap_samples", gap_samples, 0, 1e6, closed="l"))
+        self.keep_zeros = _checks.truth("keep_zeros", keep_zeros)
         self._forget()
 
     def _forget(self) -> None:
@@ -59,17 +66,23 @@ class Form(Callback):
         self.step, self.total = 0, math.inf
         self.attachment: attach.Attachment | None = None
         self.support: dict[str, Tensor] | None = None  # where weights may live, once frozen
+        self._compared = False  # the ranks' numbers of batches
+        self.held: dict[str, Tensor] = {}  # where weights may live by keep_zeros
         self._handles: list[Any] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         self._places: dict[str, tuple[torch.optim.Optimizer, int]] = {}  # optimiser and group of each parameter
         self._restored: dict[str, Any] | None = None
         self._batch: tuple[Any, int] | None = None  # the last one trained on, for the duality gap
         self._closures, self._manual, self._offset, self._whole = 0, False, 0, math.inf
+        self._begun, self._applied = False, False  # training has started; the restored state is in place
+        self._averages: Averages | None = None
+        self._clipping = Clipping()
+        self._seen: tuple[int, ...] = ()  # what shows that parameters join
 
     # -- conversion ---------------------------------------------------------------------------------------------------
 
     def _shared(self) -> dict[str, Any]:
-        names = ("select", "tol", "freeze", "threshold", "gap_samples")
+        names = ("select", "tol", "freeze", "threshold", "gap_samples", "keep_zeros")
         return {"penalty": self.given, "lam": self.schedule} | {name: getattr(self, name) for name in names}
 
     def own_settings(self) -> dict[str, Any]:
@@ -111,31 +124,38 @@ class Form(Callback):
         return self.support is not None
 
     def eta(self, name: str, w: Tensor) -> Tensor:
-        """The eta that the form uses for weights ``w`` of a parameter."""
+        """The eta that the form uses for weights ``w`` of a parameter, or of the part of it that this process holds."""
         return self.penalty.eta_hat(w)
 
-    def keep_probability(self, name: str) -> Tensor:
-        """alpha of each weight of a parameter, as this form uses it."""
-        w = self._live(name)
+    def keep_probability(self, name: str, w: Tensor | None = None) -> Tensor:
+        """alpha of each weight of a parameter, as this form uses it; ``w``: of other values for it, such as an average."""
+        return shards.elementwise(partial(self._alpha, name), self._live(name) if w is None else w)
+
+    def _alpha(self, name: str, w: Tensor) -> Tensor:
         return duality.keep_probability(self.eta(name, w), self.lam) if self.lam > 0 else torch.ones_like(w)
 
-    def zeros(self, name: str) -> Tensor:
-        """Which weights of a parameter count as zero.
+    def zeros(self, name: str, w: Tensor | None = None) -> Tensor:
+        """Which weights of a parameter (or other values ``w`` for it) count as zero.
 
         Outside a frozen support; else where alpha < ``tol``, or |w| <= ``threshold``, or where the optimiser's steps only
         carry the weight back and forth over a zero at which the penalty would hold it.
         """
+        w = self._live(name) if w is None else w
         if self.support is not None:
-            return ~self.support[name]
-        w = self._live(name)
-        below = (self.keep_probability(name) < self.tol) | (w == 0)
+            return ~self.support[name].to(w.device)
+        below = (self.keep_probability(name, w) < self.tol) | (w == 0)
         if name in self._places and self.lam > 0 and self.penalty.separable:
-            below |= self.at_rest(name, w)
+            below |= shards.elementwise(partial(self.at_rest, name), w)
         return below if self.threshold is None else below | (w.abs() <= self.threshold)
 
-    def thresholded(self, name: str) -> Tensor:
-        """A parameter's weights with true zeros: what evaluation and files see."""
-        return self._live(name).masked_fill(self.zeros(name), 0.0)
+    def thresholded(self, name: str, w: Tensor | None = None) -> Tensor:
+        """A parameter's weights (or other values ``w`` for it) with true zeros: what evaluation and files see."""
+        w = self._live(name) if w is None else w
+        return w.masked_fill(self.zeros(name, w), 0.0)
+
+    def evaluated(self, name: str) -> Tensor:
+        """What is evaluated and saved of a parameter, before the threshold: an average, where one takes its place."""
+        return self._live(name)
 
     def _owned(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter, dict[str, Any]]]:
         """(name, parameter, group) of each selected parameter that ``optimizer`` updates."""
@@ -143,11 +163,11 @@ class Form(Callback):
         return [(names[id(p)], p, group) for group in optimizer.param_groups for p in group["params"] if id(p) in names]
 
     def at_rest(self, name: str, w: Tensor) -> Tensor:
-        """Which weights only oscillate around a zero at which the penalty would hold them."""
+        """Which weights of the part that this process holds only oscillate around a zero at which the penalty would hold them."""
         optimizer, number = self._places[name]
         group = optimizer.param_groups[number]
         rho = proximal.step_size(optimizer, self.parameters[name], group, "auto")
-        return proximal.rests(self.penalty, w, rho, self.lam, proximal.memory(group))
+        return proximal.rests(self.penalty, w, rho, self.lam * self._clipping.mean, proximal.memory(group))
 
     def _live(self, name: str) -> Tensor:
         return self.parameters[name].detach() if self.attachment is None else self.attachment.live(name)

@@ -11,16 +11,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_sparse import _checks, duality
+from lightning_sparse import _checks, duality, shards
+from lightning_sparse.callbacks._averages import extra_epochs, is_a
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Constant, Schedule
+from lightning_sparse.select import left_out
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
-
-_SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
 def check_penalty(given: Any, needs_separable: bool, form: str) -> Penalty:
@@ -50,19 +50,32 @@ def check_patterns(select: Any) -> list[str] | None:
         return None
     if isinstance(select, str) or not isinstance(select, Sequence) or not all(isinstance(item, str) for item in select):
         raise TypeError(f"select must be a list of patterns such as ['*', '!head.*'], got {select!r}")
+    if not select:
+        raise ValueError("select=[] selects nothing; leave it out, or None, for every weight matrix")
     return list(select)
 
 
 def check_run(callback: Form, trainer: Trainer) -> None:
     """At setup: strategies that split parameters, two callbacks on the same weights, and forms that reach no zero."""
-    if isinstance(trainer.strategy, _SHARDED):
-        raise ValueError(
-            f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which splits the parameters; "
-            "use a single device or DDPStrategy"
-        )
+    _check_strategy(callback, trainer.strategy)
     if callback.gap_samples and trainer.lightning_module is not None and not trainer.lightning_module.automatic_optimization:
         raise ValueError("gap_samples needs a training_step that returns its loss; manual optimisation has none: set gap_samples=0")
     _check_reachable(callback)
+
+
+def _check_strategy(callback: Form, strategy: Any) -> None:
+    own, other = type(callback).__name__, type(strategy).__name__
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise ValueError(f"{own} does not support {other}, which flattens the parameters; use DDPStrategy or ModelParallelStrategy (FSDP2)")
+    if isinstance(strategy, ModelParallelStrategy) and not callback.takes_parts:
+        raise ValueError(
+            f"{own} does not support {other}: FSDP2 gathers the weights anew for each forward and backward and adds up their gradients "
+            "before a mask of this process could multiply them; use the same penalty as to_penalty() or to_prox(), or DDPStrategy"
+        )
+    if isinstance(strategy, ModelParallelStrategy) and callback.gap_samples:
+        raise ValueError(f"gap_samples runs the model with other weights, which {other} gathers by itself; set gap_samples=0")
+    if getattr(strategy, "_model_averaging_period", None) is not None:
+        raise ValueError(f"{own} does not support a model_averaging_period: between averages the ranks' weights, and zeros, differ")
 
 
 def _check_reachable(callback: Form) -> None:
@@ -79,25 +92,40 @@ def _check_reachable(callback: Form) -> None:
 def check_optimizers(callback: Form, trainer: Trainer) -> None:
     """Before training: an optimiser that calls its closure several times, and selected weights that none updates."""
     for optimizer in trainer.optimizers:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                f"{type(callback).__name__} cannot work with LBFGS, which calls the closure several times a step; "
-                "use a first-order optimiser"
-            )
+        check_optimizer(callback, type(optimizer))
     updated = {name for optimizer in trainer.optimizers for name, *_ in callback._owned(optimizer)}
-    missing = [name for name in callback.parameters if name not in updated]
+    missing = [name for name, parameter in callback.parameters.items() if parameter.requires_grad and name not in updated]
     if missing:
         raise ValueError(
             f"no optimiser updates the selected {missing[:5]}; exclude them with select={['!' + name for name in missing[:5]]}"
         )
 
 
+def check_optimizer(callback: Form, kind: type[Any] | None) -> None:
+    """A class of optimisers that cannot be used, where it is known."""
+    if kind is not None and issubclass(kind, torch.optim.LBFGS):
+        raise ValueError(
+            f"{type(callback).__name__} cannot work with LBFGS, which calls the closure several times a step; use a first-order optimiser"
+        )
+
+
 def check_overlap(callback: Form, trainer: Trainer) -> None:
     """Two sparsity callbacks on one weight."""
     for other in trainer.callbacks:  # type: ignore[attr-defined]
-        names = set(other.parameters) & set(callback.parameters) if hasattr(other, "schedule") and other is not callback else set()
+        taken = {id(p) for p in other.parameters.values()} if hasattr(other, "schedule") and other is not callback else set()
+        names = sorted(name for name, parameter in callback.parameters.items() if id(parameter) in taken)  # tied ones too
         if names:
-            raise ValueError(f"two sparsity callbacks select {sorted(names)[:5]}; give each its own with select=[...]")
+            raise ValueError(f"two sparsity callbacks select {names[:5]}; give each its own with select=[...]")
+
+
+def say_left_out(callback: Form, module: LightningModule) -> None:
+    """Warn, once on rank 0, of weights that match the selection but are no parameters."""
+    reasons = left_out(module, callback.select)
+    if reasons:
+        first, reason = next(iter(reasons.items()))
+        more = f" ({len(reasons) - 1} more weights are left out)" if len(reasons) > 1 else ""
+        spared = [*(callback.select or []), *("!" + name for name in list(reasons)[:5])]
+        rank_zero_warn(f"{type(callback).__name__} leaves {first!r} out: it {reason}, or say so with select={spared}{more}")
 
 
 def is_built_later(module: LightningModule) -> bool:
@@ -111,11 +139,6 @@ def saves_on_exception(trainer: Trainer) -> bool:
     return any(getattr(other, "save_on_exception", False) or isinstance(other, OnExceptionCheckpoint) for other in callbacks)
 
 
-def fits(callback: Form, state: Any) -> bool:
-    """``state`` is a Sparsifier's, of the same parameters."""
-    return isinstance(state, dict) and "taken" in state and set(state["taken"]) == set(callback.parameters)
-
-
 def check_closures(callback: Form, module: LightningModule, optimizer: torch.optim.Optimizer, count: int) -> None:
     """An optimiser that evaluated its closure again before stepping: the penalty and the masks are meant for one."""
     if count > 1 and module.automatic_optimization and len(module.trainer.optimizers) == 1:
@@ -127,7 +150,7 @@ def check_closures(callback: Form, module: LightningModule, optimizer: torch.opt
 
 def total_steps(callback: Form, trainer: Trainer) -> float:
     """The run's optimiser steps (batches under manual optimisation); inf without an end, which shares cannot use."""
-    total = float(trainer.estimated_stepping_batches)
+    total = _length(trainer)
     if total == trainer.max_steps:  # which counts the steps of all optimisers
         total = math.ceil(total / max(len(trainer.optimizers), 1))
     if not math.isfinite(total) and (callback.freeze or not isinstance(callback.schedule, Constant)):
@@ -137,13 +160,15 @@ def total_steps(callback: Form, trainer: Trainer) -> float:
     return total
 
 
-def check_loss(callback: Form, loss: Tensor) -> None:
-    """A loss that is not finite stops the run before its gradient reaches a weight."""
-    if not bool(torch.isfinite(loss).all()):
-        raise FloatingPointError(
-            f"the loss is {float(loss.detach().sum())} at optimiser step {callback.step}; the weights are those before this batch. "
-            "Check the data, lower the learning rate or lam, or clip gradients"
-        )
+def _length(trainer: Trainer) -> float:
+    """Lightning's own estimate, which knows neither a GradientAccumulationScheduler nor epochs that only renew batch norm."""
+    total, batches, extra = float(trainer.estimated_stepping_batches), trainer.num_training_batches, extra_epochs(trainer)
+    schedule = next((one for one in trainer.callbacks if is_a(one, "GradientAccumulationScheduler")), None)  # type: ignore[attr-defined]
+    if (schedule is None and not extra) or trainer.max_epochs in (None, -1) or not math.isfinite(batches):
+        return total
+    factor = schedule.get_accumulate_grad_batches if schedule else lambda epoch: trainer.accumulate_grad_batches
+    steps = sum(math.ceil(batches / factor(epoch)) for epoch in range(trainer.max_epochs - extra))
+    return float(steps if trainer.max_steps == -1 else min(steps, trainer.max_steps))
 
 
 def check_state(callback: Form, state: dict[str, Any]) -> None:
@@ -155,7 +180,8 @@ def check_state(callback: Form, state: dict[str, Any]) -> None:
             f"{_checks.closest(odd[0], callback.parameters)}. Resume with the same model and selection"
         )
     for name, taken in state["taken"].items():
-        zeros = int((callback.parameters[name] == 0).sum())
+        parameter = callback.parameters[name].detach()
+        zeros = int(shards.total((shards.local(parameter) == 0).sum(), parameter))
         if taken.numel() != zeros:
             raise ValueError(
                 f"the checkpoint keeps {taken.numel()} thresholded weights of {name!r}, but the loaded file has {zeros} zeros there: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +34,7 @@ def describe(value: Any) -> Any:
 @torch.no_grad()
 def figures(callback: Form) -> dict[str, float]:
     """``sparsity/...``: zeros after the threshold over selected weights, in total and per parameter, and the form's state."""
-    zeros = {name: callback.zeros(name) for name in callback.parameters}
+    zeros = {name: callback.zeros(name, callback.evaluated(name)) for name in callback.parameters}
     weights = [callback.thresholded(name) for name in callback.parameters]
     return counts.figures(counts.count_zeros(callback.parameters, zeros)) | {
         "sparsity/keep_probability": counts.mean(callback.keep_probability(name) for name in callback.parameters),
@@ -42,30 +43,40 @@ def figures(callback: Form) -> dict[str, float]:
     }
 
 
-def of_run(callback: Form, trainer: Trainer) -> dict[str, float]:
-    """A callback's share of the run's figures: beside others, the first reports the totals of all, each its parameters."""
-    values = figures(callback)
-    peers: list[Form] = [other for other in trainer.callbacks if hasattr(other, "schedule")]  # type: ignore[attr-defined]
+def peers_of(trainer: Trainer) -> list[Form]:
+    """The run's sparsity callbacks."""
+    return [callback for callback in trainer.callbacks if hasattr(callback, "schedule")]  # type: ignore[attr-defined]
+
+
+def of_run(callback: Form, trainer: Trainer, final: bool = False) -> dict[str, float]:
+    """A callback's share of the run's figures: each its parameters; the first, finally the last, the totals of all."""
+    values, peers = figures(callback), peers_of(trainer)
     if len(peers) < 2:
         return values
     shown = {key: values[key] for key in (f"sparsity/{name}" for name in callback.parameters)}
-    return shown if callback is not peers[0] else shown | _joint(peers) | {"sparsity/lam": callback.lam}
+    return shown if callback is not peers[-1 if final else 0] else shown | _joint(peers) | {"sparsity/lam": peers[0].lam}
+
+
+def total(peers: Iterable[Form], weights_only: bool = False) -> float:
+    """The share of zeros of several callbacks' parameters in a file, whose weights-only kind never holds an average."""
+    of_file = {name: peer._live(name) if weights_only else peer.evaluated(name) for peer in peers for name in peer.parameters}
+    zeros = {name: peer.zeros(name, of_file[name]) for peer in peers for name in peer.parameters}
+    return counts.share(counts.count_zeros({name: weight for peer in peers for name, weight in peer.parameters.items()}, zeros))
 
 
 def _joint(peers: list[Form]) -> dict[str, float]:
     """Totals over several callbacks on disjoint parameters."""
-    zeros = {name: peer.zeros(name) for peer in peers for name in peer.parameters}
-    weights = {name: weight for peer in peers for name, weight in peer.parameters.items()}
     return {
-        "sparsity/total": counts.share(counts.count_zeros(weights, zeros)),
+        "sparsity/total": total(peers),
         "sparsity/keep_probability": counts.mean(peer.keep_probability(name) for peer in peers for name in peer.parameters),
         "sparsity/penalty": sum(figures(peer)["sparsity/penalty"] for peer in peers),
     }
 
 
 def start(callback: Form, trainer: Trainer) -> None:
-    """The recipe goes into a W&B run's config."""
-    _wandb.log_recipe(trainer.loggers, callback.recipe())
+    """The recipe, or the list of several callbacks' recipes, goes into a W&B run's config."""
+    recipes = [peer.recipe() for peer in peers_of(trainer)]
+    _wandb.log_recipe(trainer.loggers, recipes if len(recipes) > 1 else callback.recipe())
 
 
 def epoch(callback: Form, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,7 +102,7 @@ def _is_picture_epoch(trainer: Trainer) -> bool:
 def _log_pictures(callback: Form, trainer: Trainer) -> None:
     if _wandb.wandb_loggers(trainer.loggers):
         keep = {name: callback.keep_probability(name) for name in callback.parameters}
-        weights = {name: callback.thresholded(name) for name in callback.parameters}
+        weights = {name: callback.thresholded(name, callback.evaluated(name)) for name in callback.parameters}
         _wandb.log_figures(trainer.loggers, trainer.global_step, keep, weights)
 
 
@@ -109,7 +120,7 @@ def duality_gap(callback: Form, module: LightningModule) -> float:
 
 def finish(callback: Form, trainer: Trainer) -> None:
     """After training: the figures of the true zeros, once more to every logger, and into a W&B run's summary."""
-    values = of_run(callback, trainer)
+    values = of_run(callback, trainer, final=True)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})

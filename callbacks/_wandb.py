@@ -24,15 +24,17 @@ def wandb_loggers(loggers: Iterable[Logger]) -> list[Any]:
 
 
 @rank_zero_only
-def log_recipe(loggers: Iterable[Logger], recipe: Mapping[str, Any]) -> None:
-    """Write ``recipe`` (JSON-able) to the run's config under the key ``sparsify``, replacing an earlier one."""
+def log_recipe(loggers: Iterable[Logger], recipe: Mapping[str, Any] | list[dict[str, Any]]) -> None:
+    """Write ``recipe`` (JSON-able; a list for several callbacks) to the run's config under the key ``sparsify``, replacing it."""
     for logger in wandb_loggers(loggers):
-        logger.experiment.config.update({"sparsify": dict(recipe)}, allow_val_change=True)
+        written = recipe if isinstance(recipe, list) else dict(recipe)
+        logger.experiment.config.update({"sparsify": written}, allow_val_change=True)
 
 
-@rank_zero_only
 def log_figures(loggers: Iterable[Logger], step: int, keep: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Log ``sparsity/log_alpha`` and ``sparsity/abs_w`` (histograms) and ``sparsity/layers`` (a table) at ``step``.
+    """Log ``sparsity/log_alpha`` and ``sparsity/abs_w`` (histograms) and ``sparsity/layers`` (a table) at ``step``, from rank 0.
+
+    Call it on every rank: weights that are split over processes are counted together.
 
     Args:
         loggers: the trainer's loggers; nothing is computed unless a WandbLogger is among them.
@@ -50,6 +52,7 @@ def log_figures(loggers: Iterable[Logger], step: int, keep: Mapping[str, Tensor]
         _log(logger, step, {"sparsity/log_alpha": alpha, "sparsity/abs_w": sizes}, rows)
 
 
+@rank_zero_only
 def _log(logger: Any, step: int, histograms: Mapping[str, counts.Histogram], rows: list[list[Any]]) -> None:
     import wandb
 

@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach
-from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.callbacks import _states
+from lightning_sparse.callbacks.base import Sparsifier, is_skipped
 from lightning_sparse.curvature import Curvature, EmpiricalFisher, calibrated
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.noise import Gaussian, Noise, output_noise, stream, variance
@@ -34,6 +35,7 @@ class AdaptiveMask(Sparsifier):
     """
 
     needs_separable = False
+    takes_parts = False
 
     def __init__(
         self,
@@ -44,12 +46,13 @@ class AdaptiveMask(Sparsifier):
         freeze: float = 0.0,
         threshold: float | None = None,
         gap_samples: int = 0,
+        keep_zeros: bool = False,
         noise: Noise = Gaussian(local=True),  # noqa: B008 - frozen
         curvature: Curvature | None = EmpiricalFisher(),  # noqa: B008 - copied below
         ceiling: float = 10.0,
         alpha_min: float = 1e-3,
     ) -> None:
-        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples)
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros)
         if not isinstance(noise, Noise):
             raise TypeError(f"noise must be a Noise such as ScaledBernoulli() or Gaussian(), got {noise!r}")
         if not isinstance(curvature, (Curvature, type(None))):
@@ -60,7 +63,10 @@ class AdaptiveMask(Sparsifier):
         self.ceiling = _checks.positive("ceiling", ceiling)
         self.alpha_min = _checks.between("alpha_min", alpha_min, 0, 1)
         self._seed, self._rank, self._draws = 0, 0, 0
-        self._calls: dict[str, int] = {}  # of each layer's forward in this batch
+        self._calls: dict[str, int] = {}  # of each layer's forward since the masks were drawn
+        self._heard: set[str] = set()  # local layers whose forward ran in this batch
+        self._bypassed: set[str] = set()  # those whose forward does not: their weights get the noise
+        self._ran = False  # this batch had a backward
 
     def own_settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("noise", "curvature", "ceiling", "alpha_min")}
@@ -84,23 +90,27 @@ class AdaptiveMask(Sparsifier):
     # -- life cycle -------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seed, self._rank, self._draws = torch.initial_seed(), trainer.global_rank, 0
+        self._seed = trainer.strategy.broadcast(torch.initial_seed())  # a file holds one for all ranks
+        self._rank, self._draws, self._bypassed = trainer.global_rank, 0, set()
         if self.curvature is not None:
             self.curvature.reset()
         super().on_fit_start(trainer, pl_module)
-        if self.attachment is not None:
-            self._install(pl_module, self.attachment)
 
     def _install(self, pl_module: LightningModule, attachment: attach.Attachment) -> None:
         if self.curvature is not None:
             self.curvature.attach(pl_module, attachment)
         on_outputs = self.noise.local and self.penalty.separable
-        self._local = attach.layers(pl_module, self.parameters) if on_outputs else {}
+        known = attach.layers(pl_module, self.parameters) if on_outputs else {}
+        self._local = {name: layer for name, layer in known.items() if name not in self._bypassed}
         for name, layer in self._local.items():
             attachment.on_forward(layer, partial(self._blur, name))
         attachment.mask_gradients()
         if self._manual:
-            self._handles += [optimizer.register_step_pre_hook(lambda *_: attachment.restore()) for optimizer in self._optimizers]
+            self._handles += [optimizer.register_step_pre_hook(self._before_manual_step) for optimizer in self._optimizers]
+
+    def _before_manual_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self.attachment is not None and not is_skipped(optimizer):  # else the masks go on to the next forward
+            self.attachment.restore()
 
     def _stream(self, index: int, call: int = 0) -> torch.Generator:
         """The draws of one parameter (and call of its layer) in this batch, the same again in a recomputed forward."""
@@ -114,11 +124,13 @@ class AdaptiveMask(Sparsifier):
         again = torch._C._current_graph_task_id() != -1  # recomputed in backward, last call first
         call = self._calls.get(name, 0) - (1 if again else 0)
         self._calls[name] = call if again else call + 1
-        return output + output_noise(layer, inputs[0], self._spread[name], self._stream(list(self._local).index(name), call))
+        self._heard.add(name)
+        return output + output_noise(layer, inputs[0], self._spread[name], self._stream(list(self.parameters).index(name), call))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self.attachment is None or self.frozen:
+        self._heard, self._ran = set(), False
+        if self.attachment is None or self.frozen or not self.parameters:
             return
         if self.curvature is not None:
             self.curvature.begin(self.step, _batch_size(batch))
@@ -130,15 +142,25 @@ class AdaptiveMask(Sparsifier):
         self._draws, self._calls = self._draws + 1, {}
         if self.curvature is not None:
             self.curvature.generator = self._stream(-1)
-        for index, name in enumerate(self.parameters):
+        for index, (name, parameter) in enumerate(self.parameters.items()):
+            if not parameter.requires_grad:
+                continue
             alpha = self._noisy_alpha(name)
             if name in self._local:
                 self._spread[name] = variance(alpha)
             else:
-                attachment.multiply(name, self.noise.sample(alpha, self._stream(index, -1)))
+                pattern = self.noise.pattern(alpha, self._stream(index, -1))
+                again = None if self._manual else partial(self._again, name, pattern)  # there several backwards may come
+                attachment.multiply(name, self.noise.mask(pattern, alpha), again)
+
+    @torch.no_grad()
+    def _again(self, name: str, pattern: Tensor) -> Tensor:
+        """The mask of this batch once more, from the live weights: alpha has not changed since it was drawn."""
+        return pattern if pattern.dtype != torch.bool else self.noise.mask(pattern, self._noisy_alpha(name))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         super().on_before_backward(trainer, pl_module, loss)
+        self._ran = bool(self._spread)
         if self.curvature is not None and not self.frozen:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             factor = 1.0 if scaler is None else float(scaler.get_scale())
@@ -147,22 +169,29 @@ class AdaptiveMask(Sparsifier):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._manual:  # else more forwards of this batch may come before a step
             self._end_batch()
+        self._estimate(trainer, more=self._manual)
+
+    def _estimate(self, trainer: Trainer, more: bool) -> None:
         if self.curvature is not None:
-            self.curvature.end(lambda value: trainer.strategy.reduce(value, reduce_op="mean") if trainer.world_size > 1 else value)
+            reduce = partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
+            self.curvature.end(reduce, self.parameters, more)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._manual and self.attachment is not None:  # the next forward of this batch is masked too
+        if self._manual and self.attachment is not None and self.parameters:  # the next forward of this batch is masked too
             self._draw(self.attachment)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._end_batch()  # a step that returned no loss had no backward
+        if self._manual:  # a bare loss.backward() calls no hook
+            self._estimate(trainer, more=False)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _end_batch(self) -> None:
         if self.attachment is not None:
             self.attachment.restore()
-        if self._calls:  # a layer whose forward is bypassed is never asked: its weights get the noise
-            self._local = {name: layer for name, layer in self._local.items() if name in self._calls}
+        if self._ran or self._heard:  # a layer whose forward is bypassed, or compiled before this run, is never asked
+            self._bypassed |= self._local.keys() - self._heard
+            self._local = {name: layer for name, layer in self._local.items() if name in self._heard}
         self._spread, self._calls = {}, {}
 
     def _release(self) -> None:
@@ -175,12 +204,24 @@ class AdaptiveMask(Sparsifier):
         state = super().state_dict()
         if self.curvature is not None:
             state["curvature"] = self.curvature.state_dict()
-        return state | {"seed": self._seed, "draws": self._draws}
+        return state | {"seed": self._seed, "draws": self._draws, "bypassed": sorted(self._bypassed)}
+
+    def check_state(self, state: Any) -> None:
+        super().check_state(state)
+        for name in ("seed", "draws"):  # another form's state has none
+            if name in state:
+                _states.entry(self, state, name, _states.is_count, "a whole number >= 0")
+        if "bypassed" in state:
+            _states.entry(self, state, "bypassed", _states.are_names, "a list of parameter names")
+        if self.curvature is not None and "curvature" in state:
+            self.curvature.check_state(state["curvature"], self.parameters)
 
     def _resume(self, state: dict[str, Any]) -> None:
         if self.curvature is not None and "curvature" in state:
             self.curvature.load_state_dict(state["curvature"], self.parameters)
         self._seed, self._draws = state.get("seed", self._seed), state.get("draws", 0)
+        self._bypassed = set(state.get("bypassed", ()))
+        self._local = {name: layer for name, layer in self._local.items() if name not in self._bypassed}
         super()._resume(state)
 
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sparse import proximal
+from lightning_sparse import proximal, shards
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule
@@ -37,10 +37,11 @@ class AdaptiveProx(Sparsifier):
         freeze: float = 0.0,
         threshold: float | None = None,
         gap_samples: int = 0,
+        keep_zeros: bool = False,
         metric: Metric = "auto",
         exact: bool = False,
     ) -> None:
-        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples)
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros)
         if metric not in ("auto", "adam", "plain"):
             raise ValueError(f"metric must be 'auto', 'adam' or 'plain', got {metric!r}")
         self.metric, self.exact = metric, exact
@@ -61,9 +62,10 @@ class AdaptiveProx(Sparsifier):
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        lam = self.lam
+        lam = self.lam * self._clipping.last  # a clipped step has that much less of a prox, too
         step = proximal.exact_step if self.exact else proximal.reweighted_step
         for _, parameter, group in self._owned(optimizer):
             if parameter.grad is not None:
                 rho = proximal.step_size(optimizer, parameter, group, self.metric)
-                parameter.data.copy_(step(self.penalty, parameter.data, rho, lam))
+                w = shards.local(parameter.detach())
+                w.copy_(step(self.penalty, w, rho, lam))

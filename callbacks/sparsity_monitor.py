@@ -6,8 +6,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_sparse import counts
+from lightning_sparse.callbacks._averages import averaging
 from lightning_sparse.callbacks.base import Sparsifier
-from lightning_sparse.select import select
+from lightning_sparse.select import countable
 
 
 class SparsityMonitor(Callback):
@@ -58,10 +59,18 @@ class SparsityMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._fresh:
-            shown = self._shown(trainer, pl_module)
-            for logger in trainer.loggers:
-                logger.log_metrics(shown, step=trainer.global_step)
-            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in shown.items()})
+            self._log_late(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if averaging(trainer):  # another callback has put its average into the module since
+            self._log_late(trainer, pl_module)
+
+    def _log_late(self, trainer: Trainer, module: LightningModule) -> None:
+        """Outside of the hooks from which Lightning takes logs."""
+        shown = self._shown(trainer, module)
+        for logger in trainer.loggers:
+            logger.log_metrics(shown, step=trainer.global_step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in shown.items()})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -78,7 +87,7 @@ class SparsityMonitor(Callback):
         self._log(trainer, pl_module, self.figures(pl_module))
 
     def _choose(self, module: LightningModule) -> None:
-        self._names = [counts.weight_in_use(module, name)[0] for name in select(module, self.select, trainable=False)]
+        self._names = [counts.weight_in_use(module, name)[0] for name in countable(module, self.select)]
 
     def _shown(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """What this callback may log in fit: all of it, or what a Sparsifier does not report itself."""

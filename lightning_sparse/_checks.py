@@ -33,6 +33,13 @@ def between(name: str, value: object, low: float, high: float, *, closed: str = 
     return checked
 
 
+def truth(name: str, value: object) -> bool:
+    """Return ``value`` if it is True or False; raise TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return value
+
+
 def closest(word: str, known: Iterable[str], count: int = 3) -> str:
     """Return a hint such as ``"; closest: 'a', 'b'"``, empty when nothing is near."""
     names = list(known)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,7 @@ class Curvature(ABC):
         self.weight: dict[str, float] = {}
         self._pending: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}  # of each layer in the batch that is being recorded
+        self._done: set[str] = set()  # what an earlier backward of this batch gave an estimate for
         self._active = False
         self._scale, self._batch = 1.0, 1
         self.generator: torch.Generator | None = None
@@ -68,22 +69,39 @@ class Curvature(ABC):
     def begin(self, step: int, batch: int, scale: float = 1.0) -> None:
         """Before a batch: record it if ``step`` is due. ``scale`` is what the loss was multiplied by before backward."""
         self._active, self._batch, self._scale = step % self.every == 0, max(batch, 1), scale
+        self._done.clear()
 
     def before_backward(self, scale: float) -> None:
         """Between forward and backward, when the graph is alive; ``scale`` as in :meth:`begin`, now exact."""
         self._scale = scale
 
-    def end(self, reduce: Reduce = lambda value: value) -> None:
-        """After backward: fold what was recorded into the mean; ``reduce`` averages a tensor over ranks."""
-        self._active = False
+    def end(self, reduce: Reduce | None = None, parameters: Mapping[str, Tensor] | None = None, more: bool = False) -> None:
+        """After backward: fold what was recorded into the mean; ``more`` backwards of the batch may record other weights.
+
+        ``reduce`` averages a tensor over ranks; then every rank calls this after the same batches, with the same
+        ``parameters``, and what a rank recorded nothing of (a layer that its batch did not use) is the mean of the others.
+        """
+        found = self._agreed(reduce, parameters) if reduce and parameters and self._active else self._pending.items()
+        self._active &= more
         keep = self.decay**self.every
-        for name in sorted(self._pending):
-            value = reduce(self._pending[name])
+        for name, value in found:
+            self._done.add(name)
+            if not bool(value.isfinite().all()):  # of a step that is skipped, or that ends the run
+                continue
             old = self.mean.get(name)
             self.mean[name] = value * (1 - keep) if old is None else old.mul_(keep).add_(value, alpha=1 - keep)
             self.weight[name] = keep * self.weight.get(name, 0.0) + 1 - keep
         self._pending.clear()
         self._calls.clear()
+
+    def _agreed(self, reduce: Reduce, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The mean over the ranks that recorded something, name by name in an order that all ranks share."""
+        device = next(iter(parameters.values())).device
+        shares = reduce(torch.tensor([float(name in self._pending) for name in parameters], device=device)).tolist()
+        for (name, parameter), share in zip(parameters.items(), shares, strict=True):
+            if share > 0:
+                own = self._pending.get(name)
+                yield name, reduce(torch.zeros_like(parameter) if own is None else own.detach().to(parameter.dtype)) / share
 
     def estimate(self, name: str) -> Tensor | None:
         """H_jj >= 0 of a parameter, None before the first update."""
@@ -93,6 +111,16 @@ class Curvature(ABC):
         """Tensors and numbers that continue the estimate exactly."""
         return {"mean": {name: value.clone() for name, value in self.mean.items()}, "weight": dict(self.weight)}
 
+    def check_state(self, state: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Raise ValueError unless ``state`` is a :meth:`state_dict` of these parameters (of any, where there are none yet)."""
+        if not isinstance(state, dict) or not all(isinstance(state.get(key), dict) for key in ("mean", "weight")):
+            raise ValueError(f"the checkpoint's curvature must be a dict of 'mean' and 'weight' by parameter name, got {state!r:.80}")
+        if state["mean"].keys() != state["weight"].keys() or (parameters and not state["mean"].keys() <= parameters.keys()):
+            raise ValueError(f"the checkpoint's curvature is of other parameters: {sorted(map(str, state['mean']))[:5]}")
+        for name, mean in state["mean"].items():
+            if not (_is_estimate(mean, parameters.get(name)) and _is_share(state["weight"][name])):
+                raise ValueError(f"the checkpoint's curvature of {name!r} is damaged; resume from another file")
+
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
         """Continue from :meth:`state_dict`, on the parameters' devices."""
         self.mean = {name: value.to(parameters[name].device, copy=True) for name, value in state["mean"].items()}
@@ -100,6 +128,8 @@ class Curvature(ABC):
 
     def _add(self, name: str, value: Tensor) -> None:
         """``value`` is the sum over ``samples`` of squared per-sample gradients of the mean (or summed) loss."""
+        if name in self._done:
+            return
         self._pending[name] = value / self._scale**2
         self._calls[name] = self._calls.get(name, 0) + 1
 
@@ -114,6 +144,17 @@ class Curvature(ABC):
         if self._active and self._calls.get(name, 0) != 1:  # one call was read at the layer, before this gradient came
             self._pending.pop(name, None)
             self._add(name, grad.detach() ** 2 * (self._batch if self.reduction == "mean" else 1))
+
+
+def _is_estimate(mean: Any, parameter: Tensor | None) -> bool:
+    """Finite and >= 0, shaped as the parameter is."""
+    if not (isinstance(mean, Tensor) and mean.is_floating_point()):
+        return False
+    return (parameter is None or mean.shape == parameter.shape) and bool(((mean >= 0) & mean.isfinite()).all())
+
+
+def _is_share(weight: Any) -> bool:
+    return isinstance(weight, float) and 0 < weight < 1 + 1e-6  # it tends to 1, up to rounding
 
 
 def calibrated(eta: Tensor, curvature: Tensor, lam: float, ceiling: float) -> Tensor:

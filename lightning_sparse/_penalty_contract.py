@@ -44,6 +44,8 @@ def edges(penalty: Penalty) -> None:
         w = torch.tensor(_EDGES, dtype=dtype)
         for name, value in _functions(penalty, w).items():
             fail(penalty, f"{name} is NaN in {dtype}", w, value.isnan())
+        lost = torch.full((1,), torch.nan, dtype=dtype)
+        fail(penalty, f"prox hides NaN in {dtype}", lost, ~penalty.prox(lost, 0.1).isnan())
         leaf = w[:-1].clone().requires_grad_()
         (slope,) = torch.autograd.grad(penalty.omega(leaf).double().clamp(max=1e300).sum(), leaf)
         fail(penalty, f"autograd of omega is NaN in {dtype}", w[:-1], slope.isnan())

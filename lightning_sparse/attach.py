@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse import shards
 from lightning_sparse.select import owners
 
 View = Callable[[str], Tensor]
@@ -42,8 +43,9 @@ class Attachment:
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], view: View) -> None:
         self.parameters, self.view = dict(parameters), view
         self._live: dict[str, Tensor] = {}
-        self._masks: dict[str, Tensor] = {}
+        self._masks: dict[str, Callable[[], Tensor]] = {}
         self._handles: list[Any] = []
+        self._units = shards.units(module)
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         for _, owner, attribute, parameter in owners(module):
             if id(parameter) in names:
@@ -61,14 +63,22 @@ class Attachment:
         return self._live[name] if name in self._live else self.parameters[name].detach()
 
     @torch.no_grad()
-    def multiply(self, name: str, mask: Tensor) -> None:
-        """Put ``live * mask`` into the parameter's data and ``mask`` before its gradient, until :meth:`restore`."""
+    def multiply(self, name: str, mask: Tensor, again: Callable[[], Tensor] | None = None) -> None:
+        """Put ``live * mask`` into the parameter's data and ``mask`` before its gradient, until :meth:`restore`.
+
+        ``again()`` makes the mask anew for the gradient, where that takes less memory than to keep it.
+        """
         parameter = self.parameters[name]
         if name in self._live:  # a batch that was skipped left its mask behind
             parameter.data.copy_(self._live[name])
         self._live[name] = parameter.detach().clone()
-        self._masks[name] = mask
+        self._masks[name] = again or (lambda: mask)
         parameter.data.mul_(mask)
+
+    @property
+    def shown(self) -> bool:
+        """The parameters' data differ from the live weights just now."""
+        return bool(self._live)
 
     @torch.no_grad()
     def show(self) -> None:
@@ -78,26 +88,36 @@ class Attachment:
             shown = self.view(name)
             self._live[name] = parameter.detach().clone()
             parameter.data.copy_(shown)
+        self.renew()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the live weights back, bit for bit."""
         for name, live in self._live.items():
             self.parameters[name].data.copy_(live)
+        if self._live:
+            self.renew()
         self._live.clear()
         self._masks.clear()
+
+    def renew(self) -> None:
+        """The next forward uses the parameters' data as they are now: FSDP2 keeps what it gathered for an evaluation."""
+        for unit in self._units:
+            unit.reshard()
 
     def mask_gradients(self) -> None:
         """Let each parameter's gradient be multiplied by the mask in force, before anything else sees it."""
         for name, parameter in self.parameters.items():
-            self._handles.append(parameter.register_hook(_Hook(lambda grad, name=name: self._scaled(name, grad))))
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_hook(_Hook(lambda grad, name=name: self._scaled(name, grad))))
 
     def _scaled(self, name: str, grad: Tensor) -> Tensor | None:
-        return grad * self._masks[name] if name in self._masks else None
+        return grad * self._masks[name]() if name in self._masks else None
 
     def on_gradient(self, name: str, function: Callable[[Tensor], None]) -> None:
         """Call ``function(gradient)`` with each backward's gradient of a parameter, before a mask multiplies it."""
-        self._handles.append(self.parameters[name].register_hook(_Hook(function)))
+        if self.parameters[name].requires_grad:
+            self._handles.append(self.parameters[name].register_hook(_Hook(function)))
 
     def on_forward(self, layer: nn.Module, function: Callable[[nn.Module, tuple[Any, ...], Any], Any]) -> None:
         """Call ``function(layer, inputs, output)`` after each forward of ``layer``; what it returns replaces the output."""
@@ -115,22 +135,29 @@ def write_view(state: dict[str, Any], module: nn.Module, parameters: Mapping[str
     """Put the view of each selected parameter into a state dict of ``module``, under every name that it has there."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     for key, _, _, parameter in owners(module):
-        if id(parameter) in names and key in state:
-            state[key] = view(names[id(parameter)])
+        if id(parameter) in names:
+            value = view(names[id(parameter)])
+            if shards.is_sharded(value) and not shards.is_sharded(state.get(key)):  # a full state dict, which rank 0 holds alone
+                value = shards.full(value).cpu()
+            if key in state:
+                state[key] = value
 
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+    """By torch.compile(module), by module.compile(), or as a LightningModule that was given to the Trainer compiled."""
+    marks = ("_compiled_call_impl", "_compiler_ctx")
+    return type(module).__name__ == "OptimizedModule" or any(getattr(module, mark, None) is not None for mark in marks)
 
 
 def layers(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Module]:
     """For each selected ``weight`` of a Linear or ConvNd layer that is really called: its layer, by parameter name.
 
     A weight with several owners, a subclass such as attention's output projection (whose forward is bypassed), and what
-    is compiled is left out: what happens to it cannot be seen from one layer's input and output.
+    is compiled is left out: what happens to it cannot be seen from one layer's input and output, or only at the price of
+    a graph that breaks at every layer.
     """
     compiled = {id(part) for root in module.modules() if _is_compiled(root) for part in root.modules()}
     names = {id(parameter): name for name, parameter in parameters.items()}

@@ -1,17 +1,21 @@
 """What is counted about weights and keep probabilities: one rule for every figure that is logged, printed or saved.
 
 Counts are Python integers, so 1e8 weights count exactly; shares are fractions in [0, 1]. Weights that share memory (tied
-layers, also tied through a view such as a transpose) count once, under the first of their names.
+layers, also tied through a view such as a transpose) count once, under the first of their names. Weights that are split
+over processes (FSDP2) count as a whole, the same on every rank: there each function here is a collective.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lightning_sparse import shards
 
 Counts = dict[str, tuple[int, int]]
 
@@ -44,11 +48,18 @@ def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[tuple[object, ...]] = set()
     kept = {}
     for name, tensor in tensors.items():
-        key = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel())
+        key = _memory(tensor)
         if tensor.numel() == 0 or key not in seen:
             seen.add(key)
             kept[name] = tensor
     return kept
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """Where the elements lie; a process may hold none of a split tensor, whose storage then still tells it from others."""
+    part = shards.local(tensor.detach())
+    storage = part.untyped_storage()
+    return tensor.device, storage.data_ptr() or storage._cdata, part.storage_offset(), tensor.numel()
 
 
 def count_zeros(tensors: Mapping[str, Tensor], zeros: Mapping[str, Tensor] | None = None) -> Counts:
@@ -60,9 +71,13 @@ def count_zeros(tensors: Mapping[str, Tensor], zeros: Mapping[str, Tensor] | Non
     found = {}
     for name, tensor in distinct(tensors).items():
         size = tensor.numel()
-        count = int(zeros[name].count_nonzero()) if zeros is not None else size - int(tensor.detach().count_nonzero())
-        found[name] = (count, size)
+        marked = _nonzero(tensor if zeros is None else zeros[name])
+        found[name] = (size - marked if zeros is None else marked, size)
     return found
+
+
+def _nonzero(tensor: Tensor) -> int:
+    return int(shards.total(shards.local(tensor.detach()).count_nonzero(), tensor))
 
 
 def share(counts: Counts) -> float:
@@ -79,7 +94,7 @@ def mean(tensors: Iterable[Tensor]) -> float:
     """Mean over all elements of all tensors (mean alpha, say); NaN where there is no element."""
     total, size = 0.0, 0
     for tensor in tensors:
-        total += float(tensor.detach().sum(dtype=wide(tensor)))
+        total += float(shards.total(shards.local(tensor.detach()).sum(dtype=wide(tensor)), tensor))
         size += tensor.numel()
     return total / size if size else math.nan
 
@@ -95,25 +110,30 @@ def layers(weights: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> list[La
 
 def log_alpha_histogram(keep: Iterable[Tensor], bins: int = BINS, floor: float = LOG_ALPHA_FLOOR) -> Histogram:
     """Histogram of log alpha over [floor, 0]; what lies below (alpha = 0 too) is counted in the first bin."""
-    return histogram((alpha.detach().float().log().clamp(min=floor) for alpha in keep), floor, 0.0, bins)
+    logs = (shards.elementwise(lambda part: part.float().log().clamp(min=floor), alpha) for alpha in keep)
+    return histogram(logs, floor, 0.0, bins)
 
 
 def magnitude_histogram(weights: Iterable[Tensor], bins: int = BINS) -> Histogram:
     """Histogram of |w| over [0, max |w|], zeros in the first bin."""
     given = [weight.detach() for weight in weights]
     largest = max((_largest(weight) for weight in given), default=0.0)
-    return histogram((weight.abs() for weight in given), 0.0, largest if largest > _SMALLEST else 1.0, bins)
+    return histogram((shards.elementwise(torch.abs, weight) for weight in given), 0.0, largest if largest > _SMALLEST else 1.0, bins)
 
 
 def histogram(values: Iterable[Tensor], low: float, high: float, bins: int = BINS) -> Histogram:
     """Exact counts in ``bins`` equal bins over [low, high]; values outside fall in the outer bins, NaN and inf in none."""
     counts = torch.zeros(bins + 1, dtype=torch.int64)  # the last one takes what is not finite
     for tensor in values:
-        for part in torch.split(tensor.detach().flatten(), _CHUNK):
-            exact = part if part.dtype in (torch.float32, torch.float64) else part.float()
-            index = ((exact - low) / (high - low) * bins).clamp(0, bins - 1)
-            counts += torch.bincount(index.where(exact.isfinite(), bins).long(), minlength=bins + 1).cpu()
+        parts = torch.split(shards.local(tensor.detach()).flatten(), _CHUNK)
+        counts += shards.total(torch.stack([_binned(part, low, high, bins) for part in parts]).sum(0), tensor).cpu()
     return Histogram(counts[:bins].tolist(), [low + (high - low) * i / bins for i in range(bins + 1)])
+
+
+def _binned(part: Tensor, low: float, high: float, bins: int) -> Tensor:
+    exact = part if part.dtype in (torch.float32, torch.float64) else part.float()
+    index = ((exact - low) / (high - low) * bins).clamp(0, bins - 1)
+    return torch.bincount(index.where(exact.isfinite(), bins).long(), minlength=bins + 1)
 
 
 def weight_in_use(module: nn.Module, name: str) -> tuple[str, Tensor]:
@@ -125,10 +145,24 @@ def weight_in_use(module: nn.Module, name: str) -> tuple[str, Tensor]:
     """
     path, leaf = _plain(module, name)
     owner = module.get_submodule(path)
-    with torch.no_grad():
+    with torch.no_grad(), _still(owner):
         pruned = hasattr(owner, f"{leaf}_orig") and hasattr(owner, f"{leaf}_mask")
         value = getattr(owner, f"{leaf}_orig") * getattr(owner, f"{leaf}_mask") if pruned else getattr(owner, leaf)
     return f"{path}.{leaf}" if path else leaf, value.detach()
+
+
+@contextmanager
+def _still(owner: nn.Module) -> Iterator[None]:
+    """Parametrisations in evaluation mode: in training, spectral_norm's estimate moves each time the weight is read."""
+    lists = getattr(owner, "parametrizations", None)
+    training = [part for part in lists.modules() if part.training] if isinstance(lists, nn.Module) else []
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _plain(module: nn.Module, name: str) -> tuple[str, str]:
@@ -147,7 +181,9 @@ def wide(tensor: Tensor) -> torch.dtype:
 
 
 def _largest(weight: Tensor) -> float:
-    return float(weight.abs().nan_to_num(0.0, 0.0).max()) if weight.numel() else 0.0
+    part = shards.local(weight)
+    size = part.abs().nan_to_num(0.0, 0.0).max() if part.numel() else part.new_zeros(())
+    return float(shards.largest(size, weight))
 
 
 def _ratio(zeros: int, size: int) -> float:

@@ -24,6 +24,8 @@ class EmpiricalFisher(Curvature):
     """H from the training gradients themselves: free of extra passes, and fit for negative log-likelihoods.
 
     Wrong for a squared loss, where it vanishes with the residual: use :class:`InputMoment` or :class:`SampledFisher`.
+    Samples lie along dimension 0 of a layer's input; along dimension 1 of a Linear layer's where only that is as long as the
+    batch's first tensor. Where the batch itself is sequence-first, (T, B), each step of it is taken for a sample.
     """
 
     def attach(self, module: nn.Module, attachment: Attachment) -> None:
@@ -38,8 +40,14 @@ class EmpiricalFisher(Curvature):
             output.register_hook(lambda grad: self._on_output_gradient(name, layer, x, grad.detach()))
 
     def _on_output_gradient(self, name: str, layer: nn.Module, x: Tensor, grad: Tensor) -> None:
+        if self._is_sequence_first(layer, x):
+            x, grad = x.transpose(0, 1), grad.transpose(0, 1)
         value, used = squared_gradients(layer, x, grad, self.samples)
         self._add(name, value * self._sample_factor(len(x), used))
+
+    def _is_sequence_first(self, layer: nn.Module, x: Tensor) -> bool:
+        """(T, B, ...) of a batch of B samples: seen by the length of the batch's own first tensor, unless T = B."""
+        return isinstance(layer, nn.Linear) and x.dim() > 2 and len(x) != self._batch == x.shape[1]
 
 
 class SampledFisher(EmpiricalFisher):
@@ -87,8 +95,12 @@ class SampledFisher(EmpiricalFisher):
         if self._active and isinstance(output, Tensor) and output.requires_grad:
             self._prediction = output
 
+    def begin(self, step: int, batch: int, scale: float = 1.0) -> None:
+        super().begin(step, batch, scale)
+        self._seen, self._prediction = [], None  # of forwards without a backward, or a bare one
+
     def before_backward(self, scale: float) -> None:
-        super().before_backward(1.0)  # the drawn gradients below are not scaled by the loss
+        super().before_backward(scale)
         if self._seen and self._prediction is None:
             raise RuntimeError(
                 f"SampledFisher saw no output of the module {self.output!r}; name the module whose output the loss takes, "
@@ -96,13 +108,13 @@ class SampledFisher(EmpiricalFisher):
             )
         if self._prediction is not None and self._seen:
             outputs = [output for *_, output in self._seen]
-            drawn = draw_residual(self._prediction.detach(), self.likelihood, self.reduction, self.generator)
-            grads = torch.autograd.grad(self._prediction, outputs, drawn, retain_graph=True, allow_unused=True)
+            exact = self._prediction.detach().to(torch.promote_types(self._prediction.dtype, torch.float32))
+            drawn = draw_residual(exact, self.likelihood, self.reduction, self.generator) * scale  # which keeps fp16 from underflow
+            grads = torch.autograd.grad(self._prediction, outputs, drawn.to(self._prediction), retain_graph=True, allow_unused=True)
             for (name, layer, x, _), grad in zip(self._seen, grads, strict=True):
                 if grad is not None:
                     self._on_output_gradient(name, layer, x, grad)
         self._seen, self._prediction = [], None
-        super().before_backward(scale)
 
 
 class InputMoment(Curvature):

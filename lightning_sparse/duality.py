@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sparse import _checks, numeric
+from lightning_sparse import _checks, numeric, shards
 
 Examples = tuple[dict[str, Any], ...]
 
@@ -198,5 +198,6 @@ def __getattr__(name: str) -> Any:
 
 
 def penalty_value(penalty: Penalty, weights: list[Tensor], lam: float) -> float:
-    """lam * Omega over a list of weight tensors, summed in float64."""
-    return lam * sum(float(penalty.omega(w.detach()).sum(dtype=torch.float64)) for w in weights)
+    """lam * Omega over a list of weight tensors, summed in float64; a collective for weights that are split over processes."""
+    parts = [(shards.local(w.detach()), w) for w in weights]
+    return lam * sum(float(shards.total(penalty.omega(part).sum(dtype=torch.float64), w)) for part, w in parts)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sparse import counts
+from lightning_sparse import counts, shards
 from lightning_sparse.masked_loss import duality_gap, duality_gap_samples
 
 __all__ = ["Compression", "DualityGap", "KeepProbability", "Sparsity", "duality_gap", "duality_gap_samples"]
@@ -119,9 +119,11 @@ class KeepProbability(_Plotted):
     def update(self, alpha: Tensors) -> None:
         """Add the keep probabilities ``alpha``. Raises ValueError where one lies outside [0, 1]."""
         for name, tensor in _named(alpha).items():
-            if not bool(((tensor >= 0) & (tensor <= 1)).all()):
-                raise ValueError(f"keep probabilities lie in [0, 1]; those of {name!r} reach from {tensor.min():g} to {tensor.max():g}")
-            self.total = self.total + tensor.detach().sum(dtype=torch.float64).to(self.total.device)
+            part = shards.local(tensor.detach())
+            if int(shards.total(((part < 0) | (part > 1) | part.isnan()).count_nonzero(), tensor)):  # on every rank, or on none
+                given = shards.full(tensor.detach())
+                raise ValueError(f"keep probabilities lie in [0, 1]; those of {name!r} reach from {given.min():g} to {given.max():g}")
+            self.total = self.total + shards.total(part.sum(dtype=torch.float64), tensor).to(self.total.device)
             self.size = self.size + tensor.numel()
 
     def compute(self) -> Tensor:

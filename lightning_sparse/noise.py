@@ -21,6 +21,14 @@ class Noise(ABC):
     def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A mask with E s = 1 and Var s = (1 - alpha) / alpha, zero where alpha is zero."""
 
+    def pattern(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What to keep of a draw until the backward pass, from which :meth:`mask` makes it again: here the mask itself."""
+        return self.sample(alpha, generator)
+
+    def mask(self, pattern: Tensor, alpha: Tensor) -> Tensor:
+        """The mask of a :meth:`pattern` and the alpha that it was drawn with."""
+        return pattern
+
 
 @dataclass(frozen=True)
 class ScaledBernoulli(Noise):
@@ -30,9 +38,15 @@ class ScaledBernoulli(Noise):
     """
 
     def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.mask(self.pattern(alpha, generator), alpha)
+
+    def pattern(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Which weights are kept, one byte each."""
         wide = torch.promote_types(alpha.dtype, torch.float32)  # 16-bit draws have too few levels near 0
-        kept = torch.rand(alpha.shape, dtype=wide, device=alpha.device, generator=generator) < alpha
-        return kept / torch.where(kept, alpha, torch.ones_like(alpha))
+        return ~(torch.rand(alpha.shape, dtype=wide, device=alpha.device, generator=generator) >= alpha)  # NaN stays NaN
+
+    def mask(self, pattern: Tensor, alpha: Tensor) -> Tensor:
+        return pattern / torch.where(pattern, alpha, torch.ones_like(alpha))
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Gaussian(Noise):
     def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
         draw = torch.empty_like(alpha).normal_(generator=generator)
         mask = 1 + draw * variance(alpha).sqrt()
-        return torch.where(alpha > 0, mask, torch.zeros_like(mask))
+        return mask.masked_fill(alpha == 0, 0.0)
 
 
 def variance(alpha: Tensor) -> Tensor:

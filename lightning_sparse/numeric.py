@@ -82,9 +82,9 @@ def prox(omega: Function, w: Tensor, step: Tensor | float, points: int = 65, rou
     return torch.where(w.isinf(), w, (x * w.detach().double().sign()).to(w.dtype))
 
 
-def nearer(x: Tensor, size: Tensor, cost: Tensor) -> Tensor:
-    """Whether x in [0, size] at a penalty ``cost`` beats 0 in (x - size)^2 / 2 + cost; an infinite size is kept."""
-    return (cost < x * (size - x / 2)) | size.isinf()
+def farther(x: Tensor, size: Tensor, cost: Tensor) -> Tensor:
+    """Whether 0 beats x in [0, size] at a penalty ``cost`` in (x - size)^2 / 2 + cost; an infinite size is kept."""
+    return (cost >= x * (size - x / 2)) & ~size.isinf()
 
 
 def _golden(objective: Function, low: Tensor, high: Tensor, rounds: int) -> Tensor:

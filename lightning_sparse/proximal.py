@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse import numeric
+from lightning_sparse import numeric, shards
 from lightning_sparse.duality import Penalty
 
 
 def step_size(optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, Any], metric: str) -> Tensor | float:
-    """rho_j of a parameter's last step: lr, or lr / (sqrt(v_hat_j) + eps) in Adam's metric.
+    """rho_j of a parameter's last step: lr, or lr / (sqrt(v_hat_j) + eps) in Adam's metric, of the part that this process holds.
 
     ``metric`` is "plain", "adam", or "auto": Adam's where the optimiser keeps second moments.
     """
@@ -21,7 +21,7 @@ def step_size(optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[s
         return float(group["lr"])
     if "exp_avg_sq" not in state:
         raise ValueError(f"metric='adam' needs second moments, which {type(optimizer).__name__} does not keep; use metric='plain'")
-    moment: Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # amsgrad divides by the maximum
+    moment = shards.local(state.get("max_exp_avg_sq", state["exp_avg_sq"]))  # amsgrad divides by the maximum
     correction = 1 - group["betas"][1] ** float(state["step"])
     rho: Tensor = group["lr"] / ((moment / correction).sqrt() + group["eps"])
     return rho
@@ -53,15 +53,22 @@ def rests(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float, steps: f
     return w.abs() <= _reach(penalty, step).to(w.dtype)
 
 
-def _reach(penalty: Penalty, step: Tensor, points: int = 65) -> Tensor:
+def _reach(penalty: Penalty, step: Tensor) -> Tensor:
     """The largest |w| that the prox of step * omega maps to zero, interpolated over step where that is a tensor."""
     x = numeric.grid(1e-12, 1e4, 513).to(step.device)
-    low, high = step.min().clamp(min=1e-30).log(), step.max().clamp(min=1e-30).log()
-    steps = torch.linspace(0, 1, points if step.dim() else 1, dtype=x.dtype, device=x.device) * (high - low) + low
-    edges = (x / 2 + steps.exp()[:, None] * (penalty.omega(x) / x)).amin(1)
+    slope = penalty.omega(x) / x
+    steps = _nodes(step) if step.dim() else step[None]
+    edges = (x / 2 + steps[:, None] * slope).amin(1)
     if not step.dim():
         return torch.where(step > 0, edges[0], torch.zeros_like(step))
-    place = (step.clamp(min=1e-30).log() - low) / (high - low).clamp(min=1e-9) * (points - 1)
-    index = place.long().clamp(0, points - 2)
-    reach = edges[index] + (edges[index + 1] - edges[index]) * (place - index)
+    index = (torch.searchsorted(steps, step, right=True) - 1).clamp(0, len(steps) - 2)
+    share = (step - steps[index]) / (steps[index + 1] - steps[index])
+    reach = edges[index] + (edges[index + 1] - edges[index]) * share
     return torch.where(step > 0, reach, torch.zeros_like(step))
+
+
+def _nodes(step: Tensor) -> Tensor:
+    """Quarter octaves around the positive steps, the same whatever else a tensor holds: a part of it gives what the whole gives."""
+    octaves = step[step > 0].clamp(1e-30, 1e30).log2() * 4
+    first, last = (int(octaves.min().floor()), int(octaves.max().floor())) if len(octaves) else (0, 0)
+    return torch.arange(first, last + 2, dtype=step.dtype, device=step.device).div(4).exp2()

@@ -127,6 +127,11 @@ class Quartic(Penalty):
         return 1 / (w * w)
 
 
+class NaNPruned(penalties.HardThreshold):
+    def prox(self, w, step):
+        return torch.where(w.abs() > self.tau * step**0.5, w, torch.zeros_like(w))
+
+
 @dataclass(frozen=True)
 class NaNAtZero(Penalty):
     def omega(self, w):
@@ -158,6 +163,7 @@ PENALTIES: list[tuple[Penalty, str]] = [
     (SoftForFirm(3.0), "prox is worse"),
     (Quartic(), "not subquadratic: eta_hat decreases"),
     (NaNAtZero(), "eta_hat is NaN"),
+    (NaNPruned(0.5), "prox hides NaN"),
 ]
 
 

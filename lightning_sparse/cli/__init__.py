@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from lightning_sparse import _checks
 from lightning_sparse._version import __version__
 from lightning_sparse.cli.errors import UsageError
+from lightning_sparse.cli.failures import RunError
 
-__all__ = ["UsageError", "main"]
+__all__ = ["RunError", "UsageError", "main"]
 
 _TRAINING = "lightning_sparse.cli.training"
 _VERBS = {
@@ -42,7 +43,10 @@ def usage() -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, or 2 with one line on stderr for a mistake in the input."""
+    """Run one verb and return the exit code, one line on stderr with the others than 0.
+
+    0: done; 1: the run failed, by a loss that is not finite, say, or a full disk; 2: a mistake in the input.
+    """
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] == ["--version"]:
         print(__version__)
@@ -52,9 +56,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     try:
         return _run(words[0], words[1:])
-    except UsageError as error:
+    except (RunError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, RunError) else 2
 
 
 def _run(verb: str, rest: list[str]) -> int:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lightning_sparse import duality
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.cli import recipes
-from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.training import SparseCLI, launch
 
 _STAND_IN = ["--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
@@ -27,24 +23,17 @@ class CheckCLI(SparseCLI):
 
 
 def run(verb: str, words: list[str]) -> int:
-    """Print one line a sparsity callback, or raise UsageError."""
+    """Print one line a sparsity callback; UsageError for what cannot be trained."""
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: lightning-sparse {verb} RECIPE [overrides as in fit, e.g. --sparsify.lam 1e-3]")
         return 0 if words else 2
     path, rest = recipes.find(words[0]), words[1:]
-    overlay = not _has_model(path) and not any(word.startswith(("--model", "--config", "-c")) for word in rest)
+    overlay = "model" not in recipes.content(path) and not any(word.startswith(("--model", "--config", "-c")) for word in rest)
     cli = launch(CheckCLI, ["fit", "--config", str(path), *(_STAND_IN if overlay else []), *rest])
     for callback in cli.sparsifiers():
         print(_line(callback, cli, overlay))
     print(f"ok: {words[0]}" + ("" if cli.sparsifiers() else ", without a sparsity callback"))
     return 0
-
-
-def _has_model(path: Path) -> bool:
-    try:
-        return "model" in (yaml.safe_load(path.read_text()) or {})
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {error}") from None
 
 
 def _line(callback: Sparsifier, cli: CheckCLI, overlay: bool) -> str:

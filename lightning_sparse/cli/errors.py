@@ -16,6 +16,17 @@ _STRUCTURE = (
 )  # fmt: skip
 
 
+_KINDS = {
+    "float": "a number (float)",
+    "int": "a whole number (int)",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list",
+    "Sequence": "a list",
+}
+_OTHER_KIND = re.compile(r"(?:^|: )(?:must be (?!.*, got )|no class )")
+
+
 class UsageError(Exception):
     """A mistake in the command line or a recipe; its text is all that the user is shown."""
 
@@ -26,7 +37,8 @@ def explain(text: str, keys: Iterable[str] = ()) -> str:
     ``keys`` are the dotted keys that the parser knows. A report that is not understood is returned whole.
     """
     causes = list(dict.fromkeys(_causes(text, list(keys))))
-    return "\n".join(causes) or text
+    clear = [cause for cause in causes if not _OTHER_KIND.search(cause)]  # where one of a union's types says what is wrong
+    return "\n".join(clear or causes) or text
 
 
 def _causes(text: str, keys: list[str]) -> Iterator[str]:
@@ -57,6 +69,9 @@ def _sentence(cause: str, where: str, owner: str, bases: str, keys: list[str]) -
         return "" if name[1] in known else f"{prefix}no class {name[1]!r}{_checks.closest(name[1], known)}"
     if option := re.search(r"does not accept option '([^']+)'|Unrecognized arguments: (?:--)?([\w.+-]+)", cause, re.IGNORECASE):
         return f"no key {option[1] or option[2]!r}{_near_key(option[1] or option[2], keys)}"
+    if kind := re.match(r"Expected a (?:<class '(?:[\w.]+\.)?(\w+)'>|typing\.Literal(\[.*\]))(?:\. Got value: (.*))?$", cause):
+        wanted = f"one of {kind[2]}" if kind[2] else _KINDS.get(kind[1], kind[1])
+        return f"{prefix}must be {wanted}{f', got {kind[3]}' if kind[3] else ''}"
     return prefix + cause
 
 
@@ -73,6 +88,12 @@ def class_names(text: str) -> set[str]:
         if base := _import(path):
             found.update(cls.__name__ for cls in below(base) if not inspect.isabstract(cls))
     return {name for name in found if not name.startswith("_")}
+
+
+def class_of(given: Any) -> type[Any] | None:
+    """The class that a parsed ``class_path`` entry names, if it has one."""
+    path = getattr(given, "class_path", None)
+    return _import(path) if isinstance(path, str) else None
 
 
 def _import(path: str) -> type[Any] | None:

@@ -44,7 +44,7 @@ def read(word: str) -> Penalty | MaskRule:
     try:
         tree = yaml.safe_load(word)
     except yaml.YAMLError as error:
-        raise UsageError(f"{word!r} is neither a class name nor YAML: {error}") from None
+        raise UsageError(f"{word!r} is neither a class name nor YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, (str, dict)):
         raise UsageError(f"{word!r} is neither a class name nor a mapping such as 'MCP: {{c: 0.7}}'")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)

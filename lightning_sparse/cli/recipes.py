@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -35,6 +36,30 @@ def find(name: str) -> Path:
     raise UsageError(f"no recipe {name!r}{_checks.closest(packaged, names())}; neither a file nor one of {', '.join(names())}")
 
 
+def content(path: Path) -> dict[str, Any]:
+    """The mapping that a recipe's file holds; UsageError, naming the file and the key, for anything else."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} must hold keys such as 'trainer' and 'sparsify', it holds {tree!r:.40}")
+    for key in ("trainer", "report", "sparsify", "model", "data"):
+        if not isinstance(tree.get(key), (dict, str, type(None))):
+            raise UsageError(f"{path}: {key} must be a mapping of its arguments, got {tree[key]!r:.40}")
+    _check_classes(path, tree, "")
+    return tree
+
+
+def _check_classes(path: Path, tree: Any, key: str) -> None:
+    """``init_args``, wherever they stand, are a mapping."""
+    for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        where = f"{key}.{name}" if key else str(name)
+        if name == "init_args" and not isinstance(value, (dict, type(None))):
+            raise UsageError(f"{path}: {where} must be a mapping of arguments, got {value!r:.40}")
+        _check_classes(path, value, where)
+
+
 def about(path: Path) -> dict[str, str]:
     """The ``key: text`` lines of the comment that opens a recipe (``summary``, ``reaches``, ``command``)."""
     head: list[str] = []
@@ -47,15 +72,21 @@ def about(path: Path) -> dict[str, str]:
 
 
 def with_paths(words: Sequence[str]) -> list[str]:
-    """The command line with the recipe names after ``--config`` (or ``-c``) replaced by their files."""
+    """The command line with the recipe names after ``--config`` (or ``-c``) replaced by their files, which are looked through."""
     done: list[str] = []
     for word in words:
         flag, equals, name = word.partition("=")
         if equals and flag in ("--config", "-c"):
-            done.append(f"{flag}={find(name)}")
+            done.append(f"{flag}={_checked(name)}")
         else:
-            done.append(str(find(word)) if done[-1:] in (["--config"], ["-c"]) else word)
+            done.append(str(_checked(word)) if done[-1:] in (["--config"], ["-c"]) else word)
     return done
+
+
+def _checked(name: str) -> Path:
+    path = find(name)
+    content(path)
+    return path
 
 
 def run(verb: str, words: list[str]) -> int:

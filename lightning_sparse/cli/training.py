@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,9 +18,10 @@ import lightning_sparse.mask_rules
 import lightning_sparse.noise
 import lightning_sparse.penalties
 import lightning_sparse.schedules  # noqa: F401  (short class names resolve once their classes are imported)
-from lightning_sparse.callbacks import Sparsifier
-from lightning_sparse.cli import recipes
-from lightning_sparse.cli.errors import UsageError, explain
+from lightning_sparse.callbacks import Sparsifier, _refusals
+from lightning_sparse.cli import checkpoints, recipes
+from lightning_sparse.cli.errors import UsageError, class_of, explain
+from lightning_sparse.cli.failures import in_one_line
 from lightning_sparse.cli.report import Report, Result, Scribe
 
 MISTAKES = (ValueError, TypeError, ImportError, AttributeError, MisconfigurationException)
@@ -38,6 +39,7 @@ class SparseCLI(LightningCLI):
 
     trainer: Any
     result: Result | None = None
+    checkpoint: Any = None  # the content of --ckpt_path until it has been checked
 
     def __init__(self, args: Sequence[str]) -> None:
         self.words = recipes.with_paths(args)
@@ -62,6 +64,17 @@ class SparseCLI(LightningCLI):
         except argparse.ArgumentError as error:
             known = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys(branches=True)}
             raise UsageError(explain(str(error.message), known)) from None
+        chosen = self.config.get(self.config.get("subcommand") or "") or {}
+        if not _is_seed(chosen.get("seed_everything")):
+            raise UsageError(f"seed_everything must be true, false or a whole number from 0 to 2**32 - 1, got {chosen['seed_everything']}")
+        if "weights_only" in chosen:  # Lightning 2.5 loads any object
+            self.checkpoint = checkpoints.read(chosen.get("ckpt_path"))
+
+    def _parse_ckpt_path(self) -> None:
+        try:  # Lightning lets the file's hyper_parameters replace the command line's
+            super()._parse_ckpt_path()
+        except argparse.ArgumentError as error:
+            raise UsageError(f"hyper_parameters of --ckpt_path: {explain(str(error.message))}") from None
 
     def instantiate_classes(self) -> None:
         try:
@@ -94,12 +107,46 @@ class SparseCLI(LightningCLI):
             for callback in self.sparsifiers():
                 callback.setup(self.trainer, self.model, "fit")
                 self.scribe.names += callback.parameters
+                _refusals.check_optimizer(callback, class_of(self.config[self.subcommand].get("optimizer")))
+            self._check_checkpoint(self.sparsifiers(), resumed=True)
+            for callback in self.sparsifiers():
                 callback.teardown(self.trainer, self.model, "fit")
         except MISTAKES as error:
             raise UsageError(str(error)) from error
 
+    def before_validate(self) -> None:
+        self._check_checkpoint()
+
+    before_test = before_predict = before_validate
+
+    def _check_checkpoint(self, callbacks: Sequence[Sparsifier] = (), resumed: bool = False) -> None:
+        if self.checkpoint is not None:
+            checkpoints.check(self.settings["ckpt_path"], self.checkpoint, self.model, callbacks, resumed)
+            self.checkpoint = None
+
+    def fit(self, **given: Any) -> None:
+        """The Trainer's, its errors in one line where they are not the user's own code."""
+        self._launch(self.trainer.fit, given)
+
+    def validate(self, **given: Any) -> None:
+        """As :meth:`fit`."""
+        self._launch(self.trainer.validate, given)
+
+    def test(self, **given: Any) -> None:
+        """As :meth:`fit`."""
+        self._launch(self.trainer.test, given)
+
+    def predict(self, **given: Any) -> None:
+        """As :meth:`fit`."""
+        self._launch(self.trainer.predict, given)
+
+    def _launch(self, verb: Callable[..., Any], given: dict[str, Any]) -> None:
+        with in_one_line(given.get("ckpt_path")):
+            verb(**given)
+
     def after_fit(self) -> None:
-        self.result = self.settings["report"].write(self) if not self.trainer.fast_dev_run else None
+        with in_one_line():
+            self.result = self.settings["report"].write(self) if not self.trainer.fast_dev_run else None
 
     def another(self) -> tuple[LightningModule, LightningDataModule | None, Any]:
         """A fresh model and data module with the run's seed, and fresh settings of the Trainer."""
@@ -113,6 +160,10 @@ class SparseCLI(LightningCLI):
         """The whole configuration of the run as YAML."""
         text: str = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         return text
+
+
+def _is_seed(given: Any) -> bool:
+    return given is None or isinstance(given, bool) or 0 <= given < 2**32
 
 
 def fit(words: Sequence[str]) -> SparseCLI:

@@ -13,14 +13,14 @@ from lightning_sparse.duality import Examples, MaskRule, Penalty
 
 
 def largest(w: Tensor, count: int) -> Tensor:
-    """Boolean mask of the ``count`` largest |w|; among equal ones the first in memory order win."""
-    size = w.detach().abs().reshape(-1)
+    """Boolean mask of the ``count`` largest |w|, and of NaN; among equal ones the first in memory order win."""
+    size = w.detach().abs().reshape(-1).nan_to_num(torch.inf, torch.inf)
     if count <= 0 or count >= len(size):
         return torch.full_like(w, count > 0, dtype=torch.bool)
     bound = size.kthvalue(len(size) - count + 1).values
     above, level = size > bound, size == bound
     room = count - above.sum()
-    return (above | (level & (level.cumsum(0) <= room))).reshape(w.shape)
+    return (above | (level & (level.cumsum(0) <= room))).reshape(w.shape) | w.isnan()
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class MCP(Penalty):
         size, lam = w.abs(), torch.as_tensor(step, dtype=w.dtype, device=w.device)
         steep = lam >= self.c  # the objective is then concave up to c: 0 or w itself
         firm = (size - lam).clamp(min=0) / (1 - lam / self.c).masked_fill(steep, 1.0)
-        hard = torch.where(size > (lam * self.c).sqrt(), size, torch.zeros_like(size))
+        hard = size.masked_fill(size <= (lam * self.c).sqrt(), 0.0)  # NaN stays NaN
         return torch.where(steep, hard, torch.where(size <= self.c, firm, size)) * w.sign()
 
 

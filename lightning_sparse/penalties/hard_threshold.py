@@ -41,4 +41,4 @@ class HardThreshold(Penalty):
 
     def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
         lam = torch.as_tensor(step, dtype=w.dtype, device=w.device)
-        return torch.where(w.abs() > self.tau * lam.sqrt(), w, torch.zeros_like(w))
+        return w.masked_fill(w.abs() <= self.tau * lam.sqrt(), 0.0)

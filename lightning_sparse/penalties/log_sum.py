@@ -48,6 +48,6 @@ class LogSum(Penalty):
         reach = size + self.eps
         root = (reach * reach - 4 * lam).clamp(min=0).sqrt()
         x = (size - 2 * lam / (reach + root)).clamp(min=0)
-        real = reach * reach >= 4 * lam
-        better = numeric.nearer(x, size, lam * self.omega(x))
-        return torch.where(real & better, x, torch.zeros_like(x)) * w.sign()
+        none = reach * reach < 4 * lam
+        zero = none | numeric.farther(x, size, lam * self.omega(x))
+        return x.masked_fill(zero, 0.0) * w.sign()  # NaN stays NaN

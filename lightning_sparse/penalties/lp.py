@@ -110,8 +110,8 @@ class Lp(Penalty):
 def _prox_half(w: Tensor, step: Tensor | float) -> Tensor:
     """argmin_x (x - w)^2 / 2 + 2 step sqrt|x|: the trigonometric root of a cubic in sqrt(x), above 1.5 (2 step)^(2/3)."""
     size, lam = w.abs(), torch.as_tensor(step, dtype=w.dtype, device=w.device)
-    kept = (size > 1.5 * (2 * lam) ** (2 / 3)) & (size > 0)
-    safe = torch.where(kept & size.isfinite(), size, torch.ones_like(size))
+    zero = (size <= 1.5 * (2 * lam) ** (2 / 3)) | (size == 0)  # NaN stays NaN
+    safe = torch.where(~zero & size.isfinite(), size, torch.ones_like(size))
     angle = torch.acos((lam / 2 * (safe / 3) ** -1.5).clamp(max=1))
     share = 2 / 3 * (1 + torch.cos(2 / 3 * (math.pi - angle)))
-    return torch.where(kept, size * torch.where(size.isinf(), torch.ones_like(share), share), torch.zeros_like(size)) * w.sign()
+    return (size * torch.where(size.isinf(), torch.ones_like(share), share)).masked_fill(zero, 0.0) * w.sign()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_sparse import _checks
@@ -46,4 +47,6 @@ class Scaled(Penalty):
         return self.p.dual(eta / self.t**2)
 
     def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
-        return self.t * self.p.prox(w / self.t, step / self.t**2)
+        inner = w / self.t
+        moved = self.t * self.p.prox(inner, step / self.t**2)
+        return torch.where(inner.isinf(), w, moved)  # also where the quotient overflows

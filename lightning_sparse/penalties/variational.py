@@ -64,7 +64,7 @@ class VariationalDropout(Penalty):
 
 def _asinh(x: Tensor) -> Tensor:
     """asinh for x >= 0, accurate near 0: x + x^2 / (1 + sqrt(1 + x^2)) - 1 inside the logarithm."""
-    safe = x.clamp(max=1e18)
+    safe = x.clamp(max=min(1e18, torch.finfo(x.dtype).max))
     near = torch.log1p(safe + safe * (safe / (1 + torch.hypot(safe, torch.ones_like(safe)))))
     return torch.where(x > 1e6, (2 * x.clamp(min=1)).log(), near)
 

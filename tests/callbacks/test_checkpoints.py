@@ -51,7 +51,8 @@ def test_a_form_swapped_on_resume_continues_the_live_weights_and_the_clock(first
     path = tmp_path / "epoch=1.ckpt"
     file = torch.load(path, weights_only=True)["state_dict"]
     assert any((file[name] == 0).any() and (w != 0).all() for name, w in saved[1].items())
-    trainer(other, epochs=4).fit(Resuming(seed=1), data(), ckpt_path=path)
+    with pytest.warns(UserWarning, match=f"form: {first.__name__} -> {second.__name__}"):
+        trainer(other, epochs=4).fit(Resuming(seed=1), data(), ckpt_path=path)
     assert checked == [8]
     assert (other.step, other.frozen) == (16, True)
 

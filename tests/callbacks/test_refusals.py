@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from toys import Repeated, Toy, data, hooks, trainer, weights
 
@@ -97,10 +97,20 @@ def test_two_callbacks_on_one_weight_are_refused_and_on_disjoint_ones_not():
     assert first.state_key != ReweightedPenalty(LOG_SUM, 0.5, select=["network.2.*"]).state_key
 
 
-def test_sharded_strategies_are_refused():
-    run = trainer(ReweightedPenalty(LOG_SUM, 0.5))
-    run.strategy.__class__ = type("Sharded", (FSDPStrategy,), {})
-    with pytest.raises(ValueError, match="does not support Sharded, which splits the parameters; use a single device or DDPStrategy"):
+STRATEGIES = [
+    (ReweightedPenalty, {}, FSDPStrategy, "does not support Posed, which flattens the parameters; use DDPStrategy or ModelParallelStrategy"),
+    (AdaptiveProx, {}, DeepSpeedStrategy, "does not support Posed, which flattens the parameters"),
+    (AdaptiveMask, {}, ModelParallelStrategy, r"does not support Posed: FSDP2 gathers .* use the same penalty as to_penalty\(\)"),
+    (ReweightedPenalty, {"gap_samples": 2}, ModelParallelStrategy, "set gap_samples=0"),
+    (ReweightedPenalty, {}, DDPStrategy, "does not support a model_averaging_period"),
+]
+
+
+@pytest.mark.parametrize(("form", "options", "strategy", "message"), STRATEGIES)
+def test_strategies_under_which_ranks_would_disagree_are_refused(form, options, strategy, message):
+    run = trainer(form(LOG_SUM, 0.5, **options))
+    run.strategy.__class__ = type("Posed", (strategy,), {"_model_averaging_period": 4} if strategy is DDPStrategy else {})
+    with pytest.raises(ValueError, match=message):
         run.callbacks[0].setup(run, Toy(), "fit")
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse.callbacks import ReweightedPenalty, SparsityMonitor, _wandb
+from lightning_sparse.conformance._wandb_file import Run, read_run
 from lightning_sparse.counts import LOG_ALPHA_FLOOR
 from lightning_sparse.penalties import LogSum
 
@@ -29,72 +28,6 @@ pytestmark = [
 ]
 
 STEPS, EPOCHS = 2, 3
-
-
-class Run(NamedTuple):
-    history: list[dict[str, Any]]
-    config: dict[str, Any]
-    summary: dict[str, Any]
-    tables: dict[str, Any]
-
-
-def _records(path: Path) -> Iterator[Any]:
-    """The protobuf records of a .wandb file: a LevelDB log of 32 KiB blocks after a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, parts = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        room = 32768 - position % 32768
-        if room < 7:
-            position += room
-            continue
-        _, size, kind = struct.unpack_from("<IHB", data, position)
-        if position + 7 + size > len(data):
-            return  # still being written
-        parts += data[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4):  # a whole record, or its last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
-
-
-def _finished(path: Path) -> list[Any]:
-    """All records: wandb's service may still be writing when ``finish()`` returns; the exit record is the last to matter."""
-    for _ in range(400):
-        records = list(_records(path))
-        if any(record.HasField("exit") for record in records):
-            return records
-        time.sleep(0.05)
-    raise TimeoutError(f"{path} has no exit record after 20 s")
-
-
-def _put(target: dict[str, Any], item: Any) -> None:
-    *path, last = list(item.nested_key) or [item.key]
-    for key in path:
-        target = target.setdefault(key, {})
-    target[last] = json.loads(item.value_json)
-
-
-def _read(folder: Path) -> Run:
-    (path,) = folder.rglob("*.wandb")
-    run = Run([], {}, {}, {})
-    for record in _finished(path):
-        if record.HasField("history"):
-            run.history.append({})
-        for items, target in (
-            (record.history.item, run.history[-1] if run.history else {}),
-            (record.config.update, run.config),
-            (record.run.config.update, run.config),
-            (record.summary.update, run.summary),
-        ):
-            for item in items:
-                _put(target, item)
-    for row in run.history:
-        tables = {name: value["path"] for name, value in row.items() if isinstance(value, dict) and value.get("_type") == "table-file"}
-        run.tables.update({name: json.loads((path.parent / "files" / file).read_text()) for name, file in tables.items()})
-    return run
 
 
 class Net(LightningModule):
@@ -139,7 +72,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, _offline: None) -> Fitted:
     trainer = Trainer(accelerator="cpu", max_epochs=EPOCHS, logger=logger, callbacks=[callback, SparsityMonitor()], **quiet)
     trainer.fit(model, DataLoader(TensorDataset(torch.rand(4 * STEPS, 4)), 4))
     logger.experiment.finish()
-    return Fitted(_read(folder), model, callback)
+    return Fitted(read_run(folder), model, callback)
 
 
 def _rows(run: Run, key: str) -> list[dict[str, Any]]:
@@ -209,7 +142,7 @@ def test_odd_values_and_a_prefix_are_taken(tmp_path: Path) -> None:
     _wandb.log_figures([logger], 8, {"w": torch.tensor([0.0, 1.0, math.nan])}, {"w": torch.zeros(3)})
     _wandb.log_summary([logger], {"sparsity/total": 0.25})
     logger.experiment.finish()
-    run = _read(tmp_path)
+    run = read_run(tmp_path)
     first, second = _rows(run, "a-sparsity/abs_w")
     assert (run.config["sparsify"], run.summary["a-sparsity/total"]) == ({"lam": 2.0}, 0.25)
     assert (first["trainer/global_step"], sum(first["a-sparsity/abs_w"]["values"]), "a-sparsity/log_alpha" in first) == (7, 2, False)

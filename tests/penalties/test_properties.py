@@ -53,3 +53,18 @@ def test_a_scalar_tensor_and_an_empty_one(penalty: Penalty) -> None:
     assert penalty.prox(torch.tensor(0.3), 0.1).shape == ()
     assert penalty.omega(torch.zeros(0, 3)).shape == (0, 3)
     assert penalty.prox(torch.zeros(0, 3), 0.1).shape == (0, 3)
+
+
+@pytest.mark.parametrize("penalty", SEPARABLE, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_nan_is_never_taken_for_a_zero(penalty: Penalty, dtype: torch.dtype) -> None:
+    w = torch.tensor([float("nan"), -float("nan"), 0.5], dtype=dtype)
+    for step in (1e-3, 0.3, torch.full_like(w, 0.3)):
+        assert penalty.prox(w, step).isnan().tolist() == [True, True, False]
+    assert not (duality.keep_probability(penalty.eta_hat(w), 0.5)[:2] < 0.5).any()
+
+
+def test_nan_ranks_first() -> None:
+    w = torch.tensor([3.0, float("nan"), 1.0, float("inf"), 2.0])
+    assert mask_rules.TopK(0.4).kept(w).tolist() == [False, True, False, True, False]
+    assert mask_rules.TopK(0.6).kept(w).tolist() == [True, True, False, True, False]

@@ -1,0 +1,85 @@
+"""SparseCheckpoint: a ModelCheckpoint whose best counts only once the target sparsity holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_sparse import _checks, counts
+from lightning_sparse.callbacks import _averages, _report
+from lightning_sparse.callbacks.sparsity_monitor import SparsityMonitor
+from lightning_sparse.select import select
+
+
+class SparseCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint that saves a best (the top k) only while at least ``target`` of the weights in the file are zero.
+
+    The share is counted anew for every file: ``sparsity/total`` of the sparsity callbacks in the Trainer, after their
+    threshold and, beside WeightAveraging, of the average; without one the exact zeros of the SparsityMonitor's selection,
+    without that of the default selection. The score is that of validation, which saw the same weights. With
+    ``save_last=True`` the last file is written from the start, and files written on an exception are not held back.
+
+    Args:
+        target: share of zeros in [0, 1].
+        settings: ModelCheckpoint's own arguments, such as ``monitor``, ``mode``, ``dirpath`` and ``save_top_k``.
+
+    Raises TypeError or ValueError for a ``target`` that is no share, ValueError for ``save_last="link"``. Warns at the end
+    of fit if the target never held where a file was due, with the largest sparsity seen.
+    """
+
+    def __init__(self, target: float, **settings: Any) -> None:
+        self.target = _checks.between("target", target, 0, 1, closed="lr")
+        super().__init__(**settings)
+        if self.save_last == "link":
+            raise ValueError("save_last='link' would point at a best file that may not exist yet; use save_last=True")
+        self.highest, self.held = 0.0, False
+        self._names: list[str] = []  # whose exact zeros count where no sparsity callback is in the Trainer
+
+    @property
+    def state_key(self) -> str:
+        return f"{super().state_key}, target={self.target}"
+
+    def sparsity(self, trainer: Trainer, module: LightningModule) -> float:
+        """The share of zeros that a file written now would have, in [0, 1], the same on every rank."""
+        peers = _report.peers_of(trainer)
+        share = _report.total(peers, self.save_weights_only) if peers else self._exact_zeros(trainer, module)
+        return float(trainer.strategy.broadcast(share))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if not _report.peers_of(trainer):
+            monitors = (one for one in trainer.callbacks if isinstance(one, SparsityMonitor))  # type: ignore[attr-defined]
+            patterns = next((monitor.select for monitor in monitors), None)
+            self._names = [counts.weight_in_use(pl_module, name)[0] for name in select(pl_module, patterns, trainable=False)]
+
+    def _exact_zeros(self, trainer: Trainer, module: LightningModule) -> float:
+        saved = _averages.saved_module(trainer, module, self.save_weights_only)
+        return counts.share(counts.count_zeros(dict(counts.weight_in_use(saved, name) for name in self._names)))
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        share = self.sparsity(trainer, trainer.lightning_module)
+        self.highest = max(self.highest, share)
+        if share >= self.target:
+            self.held = True
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        elif self.save_last:  # which is written where a best file was due at this step
+            self._last_global_step_saved = trainer.global_step
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        if not (self.held or trainer.fast_dev_run) and self.save_top_k:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"SparseCheckpoint saved no best: its target={self.target:g} never held where a file was due; the largest sparsity "
+                f"there was {self.highest:.4g}. Raise lam, train longer, or lower the target"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"target": self.target, "highest": self.highest, "held": self.held}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.highest, self.held = state_dict.get("highest", 0.0), state_dict.get("held", False)

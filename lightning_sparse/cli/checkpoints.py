@@ -1,0 +1,95 @@
+"""A checkpoint named on the command line, looked through before a logger opens its run: whole, of this model, resumable."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from lightning_sparse import _checks, archive
+from lightning_sparse.callbacks import Sparsifier, _refusals, _states
+from lightning_sparse.cli.errors import UsageError
+from lightning_sparse.cli.failures import in_words
+
+_KEYWORDS = ("best", "last", "hpc")  # paths that the Trainer finds by itself
+_RESUMED = ("optimizer_states", "lr_schedulers", "loops")  # what a weights-only file lacks
+
+
+def read(path: Any) -> Any:
+    """The content of a file, its tensors left on disk; None for what the Trainer finds by itself, folders and addresses.
+
+    Raises UsageError, naming the file, for one that is missing, damaged, or holds more than tensors and plain values.
+    """
+    if path is None or str(path) in _KEYWORDS or str(path).startswith("registry") or "://" in str(path) or Path(path).is_dir():
+        return None
+    if not Path(path).is_file():
+        beside = map(str, sorted(Path(path).parent.glob("*.ckpt")))
+        raise UsageError(f"no checkpoint {str(path)!r}{_checks.closest(str(path), beside)}")
+    with _naming(path):
+        archive.check(path)
+        content = _load(path)
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            held = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"no checkpoint of a LightningModule: it holds {held}, not 'state_dict'")
+        if "pytorch-lightning_version" not in content:
+            raise ValueError("no checkpoint that a Trainer wrote: it lacks 'pytorch-lightning_version'")
+        if not isinstance(content.get("hyper_parameters", {}), dict):
+            raise ValueError(f"a damaged checkpoint: its 'hyper_parameters' are no dict but {content['hyper_parameters']!r:.40}")
+    return content
+
+
+@contextmanager
+def _naming(path: Any) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        raise UsageError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+
+
+def _load(path: Any) -> Any:
+    archived = zipfile.is_zipfile(path)
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archived else []
+        content = None if foreign else torch.load(path, map_location="cpu", weights_only=True, mmap=archived)
+    except Exception as error:  # whatever reading noise as pickle ends in
+        raise ValueError(f"no checkpoint, or a damaged one: {in_words(error)}") from error
+    if foreign:
+        held = ", ".join(foreign[:3])
+        raise ValueError(
+            f"it holds {held}, which may run code when loaded; Trainer.fit(..., weights_only=False) loads a file that you trust"
+        )
+    return content
+
+
+def check(path: Any, content: Any, model: LightningModule, callbacks: Iterable[Sparsifier] = (), resumed: bool = False) -> None:
+    """Raise UsageError where what was :func:`read` is not of this model or these callbacks, or cannot be ``resumed``."""
+    with _naming(path):
+        if missing := [key for key in _RESUMED if resumed and key not in content]:
+            raise ValueError(f"it lacks {missing}, so a run cannot be resumed from it; was it saved with save_weights_only=True?")
+        if model.strict_loading and not _refusals.is_built_later(model):
+            _check_weights(content["state_dict"], model.state_dict(keep_vars=True))
+        states = _states.callbacks_of(content)
+        for callback in callbacks:
+            if state := states.get(callback.state_key):
+                callback.check_state(state)
+
+
+def _check_weights(saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+    """ValueError naming the first weights that the file and the model do not share."""
+    odd = [f"{name} {tuple(saved[name].shape)} against {tuple(w.shape)}" for name, w in own.items() if _differs(saved.get(name), w)]
+    lists = {"lacks": [*own.keys() - saved.keys()], "has besides": [*saved.keys() - own.keys()], "has other shapes": odd}
+    found = [f"it {what} {', '.join(sorted(names)[:3])}" for what, names in lists.items() if names]
+    if found:
+        raise ValueError(f"a checkpoint of another model: {'; '.join(found)}")
+
+
+def _differs(saved: Any, own: Any) -> bool:
+    return isinstance(saved, Tensor) and isinstance(own, Tensor) and not is_lazy(own) and saved.shape != own.shape

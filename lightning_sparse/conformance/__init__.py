@@ -1,0 +1,24 @@
+"""The conformance suite behind :func:`lightning_sparse.testing.check_callback`: what every sparsity callback must keep.
+
+Each check fits small models on the CPU and looks from outside: it knows Lightning and torch, not the callback.
+"""
+
+from __future__ import annotations
+
+from lightning_sparse.conformance import averages, counts, faults, files, life_cycle, memory, models, neighbours, ranks, resume, steps
+from lightning_sparse.conformance._registry import (
+    CHECKS,
+    Check,
+    NotApplicable,
+    Outcome,
+    Subject,
+    check,
+    chosen,
+    outcome,
+    require,
+    subject,
+    undisturbed,
+)
+
+__all__ = ["CHECKS", "Check", "NotApplicable", "Outcome", "Subject", "check", "chosen", "outcome", "require", "subject", "undisturbed"]
+__all__ += ["averages", "counts", "faults", "files", "life_cycle", "memory", "models", "neighbours", "ranks", "resume", "steps"]

@@ -1,0 +1,153 @@
+"""Small networks of the kinds that users bring, and batches for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CLASSES, FEATURES = 3, 8
+
+
+def batches(kind: str, count: int = 2, size: int = 8) -> list[tuple[Tensor, Tensor]]:
+    """Random inputs of a kind (vectors, tokens, images, numbers) with labels."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"vectors": (FEATURES,), "images": (3, 32, 32), "waves": (FEATURES,)}
+    found = []
+    for _ in range(count):
+        x = torch.randint(10, (size, 5), generator=generator) if kind == "tokens" else torch.randn(size, *shapes[kind], generator=generator)
+        found.append((x, torch.randint(CLASSES, (size,), generator=generator)))
+    return found
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+
+
+class Attention(nn.Module):
+    """An encoder layer with its fused evaluation path, and nn.MultiheadAttention used by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.encoder(self.embedding(tokens))
+        out: Tensor = self.head(self.attention(x, x, x)[0].mean(1))
+        return out
+
+
+class Recurrent(nn.Module):
+    """Two layers of LSTM in both directions, then a GRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.lstm = nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True)
+        self.gru = nn.GRU(12, 6, batch_first=True)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.gru(self.lstm(self.embedding(tokens))[0])[0][:, -1])
+        return out
+
+
+class Tied(nn.Module):
+    """The embedding's matrix is also the output layer's; ``seen`` keeps both as a training forward uses them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.body, self.head = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 10, bias=False)
+        self.head.weight = self.embedding.weight
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(self.embedding(tokens))).mean(1)
+        first = self.embedding.weight.detach().clone()
+        out: Tensor = self.head(hidden)
+        if self.training:
+            self.seen.append((first, self.head.weight.detach().clone()))
+        return out
+
+
+class Computed(nn.Module):
+    """Weights computed by weight_norm and spectral_norm, as parametrisations or by the older hooks, and a plain one."""
+
+    def __init__(self, old: bool) -> None:
+        super().__init__()
+        kind: Any = nn.utils if old else nn.utils.parametrizations
+        self.normed = kind.weight_norm(nn.Linear(FEATURES, 16))
+        self.spectral = kind.spectral_norm(nn.Linear(16, 16))
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.spectral(torch.relu(self.normed(x)))))
+        return out
+
+
+class Wave(nn.Module):
+    """A complex layer in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.wave, self.head = nn.Linear(FEATURES, 16), nn.Linear(16, 8, dtype=torch.complex64), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.wave(self.first(x).to(torch.complex64)).abs())
+        return out
+
+
+class Looked(nn.Module):
+    """An embedding with sparse gradients before a plain head; its own optimiser is needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(10, 8, sparse=True), nn.Linear(8, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.embedding(tokens).mean(1))
+        return out
+
+
+class Quantised(nn.Module):
+    """A dynamically quantised layer, which has no parameters, before a plain head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body: Any = torch.ao.nn.quantized.dynamic.Linear(FEATURES, 16)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out
+
+
+def generator(channels: int = 8) -> nn.Module:
+    """DCGAN's generator, from (4, 1, 1) to images of 16 x 16."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(4, 2 * channels, 4, 1, 0, bias=False),
+        nn.BatchNorm2d(2 * channels),
+        nn.ReLU(),
+        nn.ConvTranspose2d(2 * channels, channels, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.ConvTranspose2d(channels, 3, 4, 2, 1, bias=False),
+        nn.Tanh(),
+    )
+
+
+def discriminator(channels: int = 8) -> nn.Module:
+    """DCGAN's discriminator of images of 16 x 16."""
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 4, 2, 1, bias=False),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(channels, 2 * channels, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(2 * channels),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(2 * channels, 1, 4, 1, 0, bias=False),
+        nn.Flatten(),
+    )

@@ -1,0 +1,69 @@
+"""Processes that share one import of Lightning: a server imports it once, each child is a fork of that server."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_TIMEOUT = 300.0  # seconds after which a child is held to hang
+
+
+class Died(Exception):
+    """A child ended without an answer; ``code`` is its exit code, minus the signal's number where one killed it."""
+
+    def __init__(self, code: int | None) -> None:
+        super().__init__(f"a process ended with code {code} and no answer")
+        self.code = code
+
+
+def call(function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+    """``function(*args)`` for each ``args`` in ``arguments``, side by side, each in a process of its own; their results.
+
+    Functions, arguments and results must be picklable. Raises what a child raised (as RuntimeError with its traceback),
+    :class:`Died` if one was killed, TimeoutError if one hangs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_sparse.conformance"])
+    pipes = [context.Pipe(duplex=False) for _ in arguments]
+    children = [context.Process(target=_run, args=(w, function, args)) for (_, w), args in zip(pipes, arguments, strict=True)]
+    for child, (_, writer) in zip(children, pipes, strict=True):
+        child.start()
+        writer.close()
+    try:
+        return [_answer(child, reader) for child, (reader, _) in zip(children, pipes, strict=True)]
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+
+
+def _run(writer: Any, function: Callable[..., Any], args: Sequence[Any]) -> None:
+    import logging
+    import warnings
+
+    import torch
+
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    try:
+        answer = pickle.dumps((True, function(*args)))  # by value: torch's own way shares memory with a child that has ended
+    except BaseException:
+        answer = pickle.dumps((False, traceback.format_exc()))
+    writer.send_bytes(answer)
+
+
+def _answer(child: Any, reader: Any) -> Any:
+    if not reader.poll(_TIMEOUT):
+        raise TimeoutError(f"a process gave no answer in {_TIMEOUT:.0f} s")
+    try:
+        done, value = pickle.loads(reader.recv_bytes())
+    except EOFError:
+        child.join(10)
+        raise Died(child.exitcode) from None
+    if not done:
+        raise RuntimeError(f"in a process of its own:\n{value}")
+    return value

@@ -1,0 +1,157 @@
+"""What a conformance check is, what it is run on, and what came of it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_sparse import _checks
+from lightning_sparse._contract import ContractError
+from lightning_sparse.conformance import toys
+
+
+class NotApplicable(Exception):
+    """The subject does not offer what a check is about, or the same run without it is not exact either; says which."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked: callbacks, made anew for every run, and where sparsity is an optimiser's work, that optimiser.
+
+    ``callbacks()`` returns fresh callbacks; ``optimizer(parameters)`` makes the optimiser in place of a check's own. Both
+    must be importable functions (or partials of such) for the checks that start processes.
+    """
+
+    name: str
+    callbacks: Callable[[], Sequence[Callback]]
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
+
+    def model(self, *args: Any, **options: Any) -> toys.Toy:
+        """A :class:`toys.Toy` with the subject's optimiser where it has one."""
+        return toys.Toy(*args, **(options | ({"optimizer": self.optimizer} if self.optimizer else {})))
+
+    def trainer(self, *neighbours: Callback, first: bool = True, **options: Any) -> Trainer:
+        """A quiet CPU Trainer with the subject's callbacks, before its neighbours or after them."""
+        own = [*self.callbacks()]
+        return toys.trainer(*(own + [*neighbours] if first else [*neighbours] + own), **options)
+
+    def fit(self, module: LightningModule, *neighbours: Callback, loader: Any = None, **options: Any) -> Trainer:
+        """Fit ``module`` on the toy data and return the Trainer."""
+        resume = {"ckpt_path": options.pop("ckpt_path")} if "ckpt_path" in options else {}
+        trainer = self.trainer(*neighbours, **options)
+        trainer.fit(module, toys.data() if loader is None else loader, toys.data(seed=1), **resume)
+        return trainer
+
+
+@dataclass(frozen=True)
+class Check:
+    """One requirement: raises ContractError where a subject breaks it, NotApplicable where it says nothing of it."""
+
+    name: str
+    title: str  # as the table shows it
+    group: str
+    run: Callable[[Subject, Path], None]
+    slow: bool
+
+
+class Outcome(NamedTuple):
+    """``verdict`` is "pass", "fail" or "n/a"; ``reason`` is empty for a pass."""
+
+    check: str
+    verdict: str
+    reason: str
+
+
+CHECKS: dict[str, Check] = {}
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Makes copies of a callback."""
+
+    callback: Callback
+
+    def __call__(self) -> list[Callback]:
+        return [copy.deepcopy(self.callback)]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Makes callbacks by a function that returns one or several."""
+
+    make: Callable[[], Any]
+
+    def __call__(self) -> list[Callback]:
+        made = self.make()
+        return [made] if isinstance(made, Callback) else [*made]
+
+
+def subject(given: Any) -> Subject:
+    """The :class:`Subject` of a callback, or of a function that makes one or several."""
+    if isinstance(given, Callback):
+        return Subject(type(given).__name__, _Copies(given))
+    if callable(given) and not isinstance(given, type):
+        return Subject(getattr(given, "__name__", repr(given)), _Made(given))
+    raise TypeError(f"check_callback takes a lightning.pytorch Callback or a function that makes one, got {given!r}")
+
+
+def chosen(only: Collection[str] | None, skip: Collection[str], slow: bool) -> list[str]:
+    """Names of the checks to run; ValueError for one that is unknown."""
+    for name in [*(only or ()), *skip]:
+        if name not in CHECKS:
+            raise ValueError(f"no check {name!r}{_checks.closest(name, CHECKS)}; one of {', '.join(CHECKS)}")
+    return [name for name, one in CHECKS.items() if (only is None or name in only) and name not in skip and (slow or not one.slow)]
+
+
+def check(title: str, group: str, slow: bool = False) -> Callable[[Callable[[Subject, Path], None]], Callable[[Subject, Path], None]]:
+    """Register a check under its function's name."""
+
+    def register(run: Callable[[Subject, Path], None]) -> Callable[[Subject, Path], None]:
+        CHECKS[run.__name__] = Check(run.__name__, title, group, run, slow)
+        return run
+
+    return register
+
+
+def require(holds: object, message: str) -> None:
+    """Raise ContractError with ``message`` unless ``holds``."""
+    if not holds:
+        raise ContractError(message)
+
+
+def outcome(subject: Subject, name: str) -> Outcome:
+    """Run one check; an error that the subject raises by itself is a failure too."""
+    try:
+        with undisturbed(), tempfile.TemporaryDirectory() as folder:
+            CHECKS[name].run(subject, Path(folder))
+    except NotApplicable as reason:
+        return Outcome(name, "n/a", str(reason))
+    except ContractError as reason:
+        return Outcome(name, "fail", str(reason))
+    except Exception as error:
+        return Outcome(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return Outcome(name, "pass", "")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """The caller's random numbers, warnings and log level stay as they are."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,142 @@
+"""Beside WeightAveraging (EMA) and StochasticWeightAveraging, in either order: the average is sparse, and an average."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, callbacks
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from torch import Tensor, nn
+
+from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
+from lightning_sparse.conformance.resume import first_difference
+
+GROUP = "neighbours"
+DECAY, EPOCHS, STEPS = 0.5, 4, 16  # four batches an epoch
+ORDERS = ((True, "before the averaging callback"), (False, "after the averaging callback"))
+
+
+def _ema() -> Callback:
+    if not hasattr(callbacks, "EMAWeightAveraging"):
+        raise NotApplicable("this Lightning has no EMAWeightAveraging")
+    made: Callback = callbacks.EMAWeightAveraging(decay=DECAY)
+    return made
+
+
+def _swa() -> Callback:
+    return StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=2)
+
+
+def matrices(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights that the linear layers use, by their plain names."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    return {f"{name}.weight": layer.weight.detach().clone() for name, layer in layers.items()}
+
+
+class _Reference(Callback):
+    """The averages again, of the weights as they are after each step and at each epoch's start; what validation sees."""
+
+    def __init__(self) -> None:
+        self.ema: dict[str, Tensor] = {}
+        self.starts: list[dict[str, Tensor]] = []
+        self.seen: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # in validation: the weights and the average
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.starts.append(matrices(pl_module))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        now = matrices(pl_module)
+        self.ema = {name: torch.lerp(w, self.ema.get(name, w), DECAY) for name, w in now.items()}
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            self.seen.append((matrices(pl_module), self.ema))
+
+
+def _thresholded(shown: dict[str, Tensor], average: dict[str, Tensor], where: str) -> None:
+    """``shown`` is the average with zeros in it."""
+    zeros = sum(int((w == 0).sum()) for w in shown.values())
+    require(0 < zeros < 176, f"{where}: {zeros} of 176 weights are zero; some, not all, should be")
+    for name, w in shown.items():
+        odd = int((~torch.isclose(w, average[name], rtol=1e-4, atol=1e-6) & (w != 0)).sum())
+        require(not odd, f"{where}: {odd} weights of {name} are neither the average's nor zero")
+
+
+@check("EMAWeightAveraging, in either order: the average is sparse in validation, in the file and after fit", GROUP)
+def ema_is_sparse(subject: Subject, folder: Path) -> None:
+    for first, order in ORDERS:
+        reference, module = _Reference(), subject.model()
+        keeper = ModelCheckpoint(folder / order, filename="{epoch}", save_top_k=-1)
+        subject.fit(module, _ema(), reference, keeper, first=first, epochs=EPOCHS, enable_checkpointing=True)
+        require(reference.seen, f"{order}: no validation took place")
+        shown, average = reference.seen[-1]
+        _thresholded(shown, average, f"validation, {order}")
+        file = torch.load(folder / order / f"epoch={EPOCHS - 1}.ckpt", weights_only=True)["state_dict"]
+        for name, w in shown.items():
+            require(name in file, f"the file, {order}, has no {name}; it has {sorted(file)}")
+            require(torch.equal(file[name], w), f"the file, {order}: {name} is not what was evaluated")
+        _thresholded(matrices(module), reference.ema, f"after fit, {order}")
+
+
+@check("StochasticWeightAveraging, in either order: the average that ends the fit is sparse", GROUP)
+def swa_is_sparse(subject: Subject, folder: Path) -> None:
+    for first, order in ORDERS:
+        reference, module = _Reference(), subject.model()
+        subject.fit(module, _swa(), reference, first=first, epochs=EPOCHS)
+        starts = reference.starts[1:]
+        average = {name: torch.stack([start[name] for start in starts]).mean(0) for name in starts[0]}
+        _thresholded(matrices(module), average, f"after fit, {order}")
+
+
+@check("StochasticWeightAveraging renews batch norm's statistics with the sparse average", GROUP)
+def swa_renews_statistics(subject: Subject, folder: Path) -> None:
+    for first, order in ORDERS:
+        torch.manual_seed(0)
+        layer, norm = nn.Linear(8, 16), nn.BatchNorm1d(16)
+        network = nn.Sequential(layer, norm, nn.ReLU(), nn.Linear(16, 3))
+        subject.fit(subject.model(network), _swa(), first=first, epochs=EPOCHS)
+        require((layer.weight == 0).any(), f"no weight of the first layer is zero after fit, {order}")
+        mean = torch.stack([layer(x).mean(0) for x, _ in toys.data()]).mean(0).detach()
+        far = float((norm.state_dict()["running_mean"] - mean).abs().max())
+        require(far < 1e-4, f"the running mean, {order}, is {far:.2g} off that of the weights that fit ends with")
+
+
+def _ends(one: Subject, average: Callback, seed: int, **options: Any) -> dict[str, Any]:
+    """What a run ends with, the average too."""
+    module = one.model(decay=STEPS, seed=seed)
+    trainer = one.fit(module, average, *options.pop("more", ()), epochs=EPOCHS, **options)
+    kept = getattr(average, "_average_model", None)
+    averaged = {} if kept is None else dict(kept.state_dict())
+    return {"weights": dict(module.state_dict()), "average": averaged, "optimisers": [o.state_dict() for o in trainer.optimizers]}
+
+
+def _differences(one: Subject, folder: Path, make: Any, first: bool) -> dict[str, str]:
+    """By the file that a run wrote: where the run that goes on from it ends elsewhere."""
+    keeper = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    whole = _ends(one, make(), 0, first=first, more=(keeper,), enable_checkpointing=True)
+    paths = sorted(folder.glob("*.ckpt"))[1:]
+    return {path.stem: first_difference(whole, _ends(one, make(), 1, first=first, ckpt_path=path)) for path in paths}
+
+
+def _resumes(subject: Subject, folder: Path, make: Any) -> None:
+    """From every file from which Lightning's own run is exact: not from a finished run's, whose average it forgets."""
+    control = _differences(Subject("nothing", tuple, subject.optimizer), folder / "control", make, True)
+    if all(control.values()):
+        raise NotApplicable(f"Lightning's own run, resumed, differs at {next(iter(control.values()))}")
+    for first, order in ORDERS:
+        own = _differences(subject, folder / order, make, first)
+        for file in (file for file, odd in control.items() if not odd):
+            require(not own[file], f"resumed from {file}, {order}, the run ends elsewhere: {own[file]}")
+
+
+@check("a run beside EMAWeightAveraging, resumed, ends as the uninterrupted one, the average too, bit for bit", GROUP)
+def ema_resumes(subject: Subject, folder: Path) -> None:
+    _resumes(subject, folder, _ema)
+
+
+@check("the same beside StochasticWeightAveraging", GROUP)
+def swa_resumes(subject: Subject, folder: Path) -> None:
+    _resumes(subject, folder, _swa)

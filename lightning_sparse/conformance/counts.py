@@ -1,0 +1,127 @@
+"""Logged figures equal a direct count of the saved file, whichever logger took them."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from torch import Tensor, nn
+
+from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
+
+GROUP = "counts"
+PREFIX, TOTAL = "sparsity/", "sparsity/total"
+EPOCHS = 3
+
+
+def _compare(figures: Mapping[str, float], file: Mapping[str, Tensor], where: str) -> None:
+    """Every ``sparsity/<parameter>`` and the total against the zeros of a file."""
+    names = [key[len(PREFIX) :] for key in figures if key.startswith(PREFIX) and key[len(PREFIX) :] in file]
+    require(names and TOTAL in figures, f"{where} has no sparsity figures; it has {sorted(figures)[:8]}")
+    for name in names:
+        share = float((file[name] == 0).double().mean())
+        said = figures[PREFIX + name]
+        require(abs(said - share) < 1e-6, f"{where} says {said:.6f} of {name}, the file has {share:.6f}")
+    count, size = sum(int((file[name] == 0).sum()) for name in names), sum(file[name].numel() for name in names)
+    require(abs(figures[TOTAL] - count / size) < 1e-6, f"{where} says {figures[TOTAL]:.6f} in all, the file has {count} of {size}")
+
+
+def _by_csv(folder: Path) -> dict[int, dict[str, float]]:
+    rows: dict[int, dict[str, float]] = {}
+    with next(folder.rglob("metrics.csv")).open() as lines:
+        for row in csv.DictReader(lines):
+            rows.setdefault(int(row["step"]), {}).update({k: float(v) for k, v in row.items() if k.startswith(PREFIX) and v})
+    return rows
+
+
+def _by_tensorboard(folder: Path) -> dict[int, dict[str, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next(folder.rglob("events.out*")).parent))
+    events.Reload()
+    rows: dict[int, dict[str, float]] = {}
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            rows.setdefault(event.step, {})[tag] = event.value
+    return rows
+
+
+def _by_wandb(folder: Path) -> dict[int, dict[str, float]]:
+    from lightning_sparse.conformance._wandb_file import history
+
+    return history(folder)
+
+
+def _logged(subject: Subject, folder: Path, logger: Logger, read: Any) -> None:
+    keeper = ModelCheckpoint(folder / "files", filename="{step}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+    module = subject.model()
+    subject.fit(module, keeper, logger=logger, enable_checkpointing=True, epochs=EPOCHS)
+    logger.finalize("success")
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish()
+    rows = {step: row for step, row in read(folder).items() if any(key.startswith(PREFIX) for key in row)}
+    where = type(logger).__name__
+    require(rows, f"{where} got no figure that starts with {PREFIX!r}")
+    for path in (folder / "files").glob("*.ckpt"):
+        step = int(path.stem.partition("=")[2])
+        row = rows.get(step - 1, {})  # Lightning logs an epoch's values at its last step, counted from 0
+        _compare(row, torch.load(path, weights_only=True)["state_dict"], f"{where} at step {step}")
+    _compare(rows[max(rows)], module.state_dict(), f"the last of {where}")
+
+
+@check("CSV: logged figures, total and by parameter, equal a count of the file, at every epoch and at the end", GROUP)
+def csv_figures_equal_the_file(subject: Subject, folder: Path) -> None:
+    _logged(subject, folder, CSVLogger(folder / "log"), _by_csv)
+
+
+@check("TensorBoard: the same", GROUP)
+def tensorboard_figures_equal_the_file(subject: Subject, folder: Path) -> None:
+    try:
+        logger = TensorBoardLogger(folder / "log")
+    except ModuleNotFoundError:
+        raise NotApplicable("tensorboard is not installed") from None
+    _logged(subject, folder, logger, _by_tensorboard)
+
+
+@check("W&B, offline: the same, read back from the run's file", GROUP, slow=True)
+def wandb_figures_equal_the_file(subject: Subject, folder: Path) -> None:
+    quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    with patch.dict(os.environ, quiet):
+        try:
+            logger = WandbLogger(save_dir=folder / "log", offline=True)
+        except ModuleNotFoundError:
+            raise NotApplicable("wandb is not installed") from None
+        _logged(subject, folder, logger, _by_wandb)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, and a third of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(self.second(self.first(x).relu()).relu())
+        return output
+
+
+@check("tied weights are counted once", GROUP)
+def tied_weights_are_counted_once(subject: Subject, folder: Path) -> None:
+    module = subject.model(Tied())
+    trainer = subject.fit(module)
+    require(module.network.first.weight is module.network.second.weight, "the tie is broken")  # type: ignore[union-attr]
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(PREFIX)}
+    matrices = [p for p in module.parameters() if p.dim() > 1]
+    require(TOTAL in figures, "nothing is logged as sparsity/total")
+    share = sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
+    require(abs(figures[TOTAL] - share) < 1e-6, f"sparsity/total is {figures[TOTAL]:.6f}, a count of the module gives {share:.6f}")
+    require(all(0 <= figures[key] <= 1 for key in figures if key[len(PREFIX) :] in module.state_dict()), f"not fractions: {figures}")

@@ -1,0 +1,179 @@
+"""Plain keys, the user's own parameters and no noise, wherever a hook can look; files that need nothing of the package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
+
+GROUP = "files"
+NOISY = ("on_train_batch_start", "training_step", "on_before_zero_grad", "on_before_backward")  # the data may be masked here
+MOMENTS = (
+    "on_train_start",
+    "on_train_epoch_start",
+    *NOISY,
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_validation_end",
+    "on_train_epoch_end",
+    "on_train_end",
+    "on_exception",
+)
+Look = Callable[[str, Any, toys.Toy], None]  # moment, trainer, module
+
+
+class Everywhere(Callback):
+    """Calls ``look`` at every moment; a step's forward is a moment of :class:`Watched`."""
+
+    def __init__(self, look: Look) -> None:
+        self.look = look
+        for moment in MOMENTS:
+            setattr(self, moment, self._at(moment))
+
+    def _at(self, moment: str) -> Callable[..., None]:
+        return lambda trainer, module, *args: self.look(moment, trainer, module)
+
+
+class Watched(toys.Toy):
+    """A toy that looks after its own forward, and may fail there at a given step."""
+
+    look: Look | None = None
+    fails_at = -1
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        if self.look is not None:
+            self.look("training_step", self.trainer, self)
+        if self.trainer.global_step == self.fails_at:
+            raise InterruptedError("the power went")
+        return loss
+
+
+def _watch(subject: Subject, look: Look, first: bool, fails_at: int = -1, **options: Any) -> Watched:
+    """Two epochs, looked at from before and after the subject in the list of callbacks."""
+    module = Watched(**options)
+    module.look, module.fails_at = look, fails_at
+    trainer = subject.trainer(Everywhere(look), first=first)
+    try:
+        trainer.fit(module, toys.data(), toys.data(seed=1))
+    except InterruptedError:
+        require(fails_at >= 0, "the run was interrupted")
+    return module
+
+
+@check("keys, parameter objects and the module's class are the user's own at every moment", GROUP)
+def plain_at_every_moment(subject: Subject, folder: Path) -> None:
+    for first, fails_at in ((True, -1), (False, -1), (True, 5)):
+        seen: dict[str, Any] = {}
+
+        def look(moment: str, trainer: Any, module: toys.Toy, seen: dict[str, Any] = seen) -> None:
+            now = [list(module.state_dict()), {name: id(p) for name, p in module.named_parameters()}, type(module)]
+            for what, value in zip(("state_dict keys", "parameters", "class"), now, strict=True):
+                require(seen.setdefault(what, value) == value, f"{what} at {moment}: {_short(value)}; before training {_short(seen[what])}")
+
+        module = Watched(optimizer=subject.optimizer) if subject.optimizer else Watched()
+        look("construction", None, module)
+        module.look, module.fails_at = look, fails_at
+        trainer = subject.trainer(Everywhere(look), first=first)
+        with suppress(InterruptedError):
+            trainer.fit(module, toys.data(), toys.data(seed=1))
+        look("the end", None, module)
+
+
+def _short(value: Any) -> str:
+    return str(list(value))[:200] if isinstance(value, (list, dict)) else repr(value)
+
+
+def _rate_zero(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, 0.0)
+
+
+def _clean(state: dict[str, Tensor], before: dict[str, Tensor], where: str) -> None:
+    """With a rate of 0 a weight is what it was, or zero; anything else is noise."""
+    require(state.keys() == before.keys(), f"{where} has the keys {_short(list(state))}")
+    for name, w in state.items():
+        odd = (w != before[name]) & (w != 0)
+        require(not odd.any(), f"{where}: {int(odd.sum())} of {w.numel()} weights of {name} are neither the live ones nor zero")
+
+
+def _no_noise(subject: Subject, folder: Path, first: bool, fails_at: int = -1) -> None:
+    before = toys.weights(toys.Toy())
+    count = 0
+
+    def look(moment: str, trainer: Any, module: toys.Toy) -> None:
+        nonlocal count
+        count += 1
+        path = folder / "now.ckpt"
+        trainer.save_checkpoint(path)
+        _clean(torch.load(path, weights_only=True)["state_dict"], before, f"the file saved at {moment}")
+        _clean(dict(module.state_dict()), before, f"state_dict() at {moment}")
+        if moment not in NOISY:
+            _clean(toys.weights(module), before, f"the data at {moment}")
+
+    module = _watch(subject, look, first, fails_at, optimizer=_rate_zero)
+    _clean(toys.weights(module), before, "the module after fit")
+    require(count > 40, f"only {count} moments were seen")
+
+
+@check("state_dict() and files hold live or thresholded weights at every moment, never noisy ones", GROUP)
+def no_noise_at_any_moment(subject: Subject, folder: Path) -> None:
+    if subject.optimizer:
+        raise NotApplicable("the optimiser itself makes the zeros; a rate of 0 would switch it off")
+    _no_noise(subject, folder, True)
+    _no_noise(subject, folder, False)
+    _no_noise(subject, folder, True, fails_at=7)
+
+
+@check("what validation evaluates is what the file of that moment holds", GROUP)
+def validation_evaluates_the_file(subject: Subject, folder: Path) -> None:
+    shown: list[dict[str, Tensor]] = []
+    files: list[dict[str, Tensor]] = []
+
+    def look(moment: str, trainer: Any, module: toys.Toy) -> None:
+        if moment == "on_validation_batch_end":
+            shown.append(toys.weights(module))
+        if moment in ("on_validation_batch_end", "on_validation_end") and not trainer.sanity_checking:
+            trainer.save_checkpoint(folder / "now.ckpt")
+            files.append(torch.load(folder / "now.ckpt", weights_only=True)["state_dict"])
+
+    subject.fit(subject.model(), Everywhere(look), num_sanity_val_steps=0)
+    for file in files[:5]:
+        for name, w in shown[0].items():
+            require(name in file, f"the file has no {name}; it has {_short(list(file))}")
+            odd = int((file[name] != w).sum())
+            require(not odd, f"the file's {name} differs from the evaluated one in {odd} of {w.numel()} weights")
+
+
+_PLAIN = """
+import sys, torch
+sys.modules.update({name: None for name in ("lightning_sparse", "lightning", "pytorch_lightning")})
+file = torch.load(sys.argv[1], weights_only=True)
+network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+network.load_state_dict({name.removeprefix("network."): w for name, w in file["state_dict"].items()}, strict=True)
+print(sum(int((w == 0).sum()) for w in network.parameters() if w.dim() > 1))
+"""
+
+
+@check("the file loads into the plain module where neither the package nor Lightning is installed", GROUP, slow=True)
+def file_loads_without_the_package(subject: Subject, folder: Path) -> None:
+    module = subject.model()
+    trainer = subject.fit(module)
+    trainer.save_checkpoint(folder / "end.ckpt")
+    done = subprocess.run([sys.executable, "-c", _PLAIN, str(folder / "end.ckpt")], capture_output=True, text=True)
+    require(done.returncode == 0, f"loading failed: {done.stderr.strip().splitlines()[-1:]}")
+    zeros = sum(int((w == 0).sum()) for w in module.parameters() if w.dim() > 1)
+    require(int(done.stdout) == zeros > 0, f"the loaded module has {done.stdout.strip()} zeros, the trained one {zeros}")

@@ -1,0 +1,91 @@
+"""True zeros at the end, a module that is its own again, and nothing that grows from fit to fit."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._registry import Subject, check, require
+
+GROUP = "life cycle"
+SIZE = 128 + 48  # weights of the toy's two matrices
+
+
+def zeros(module: torch.nn.Module) -> int:
+    """Exact zeros in a module's matrices."""
+    return sum(int((w == 0).sum()) for w in module.parameters() if w.dim() > 1)
+
+
+@check("fit ends with true zeros among the weights, and with others", GROUP)
+def fit_ends_with_true_zeros(subject: Subject, folder: Path) -> None:
+    module = subject.model()
+    subject.fit(module, epochs=4)
+    require(all(bool(torch.isfinite(p).all()) for p in module.parameters()), "a weight is not finite after fit")
+    require(0 < zeros(module) < SIZE, f"{zeros(module)} of {SIZE} weights are zero after fit; some, not all, should be")
+
+
+@check("after fit the module has its own class, parameters, keys and no hook, and can be fitted again", GROUP)
+def the_module_is_its_own_again(subject: Subject, folder: Path) -> None:
+    module, own = subject.model(), [*subject.callbacks()]
+    before = _identity(module)
+    for fit in ("first", "second"):
+        toys.trainer(*own).fit(module, toys.data(), toys.data(seed=1))
+        for what, value in _identity(module).items():
+            require(value == before[what], f"{what} after the {fit} fit: {value}, before: {before[what]}")
+    require(zeros(module) > 0, "no weight is zero after the second fit")
+
+
+def _identity(module: torch.nn.Module) -> dict[str, Any]:
+    parameters = [(name, id(parameter)) for name, parameter in module.named_parameters()]
+    return {"class": type(module), "parameters": parameters, "keys": list(module.state_dict()), "hooks": toys.hooks(module)}
+
+
+@check("a callback serves another model after the first, and a copy of a used one works", GROUP)
+def a_callback_is_reusable(subject: Subject, folder: Path) -> None:
+    own = [*subject.callbacks()]
+    ends = []
+    for callbacks in (own, own, copy.deepcopy(own)):
+        module = subject.model()
+        toys.trainer(*callbacks).fit(module, toys.data(), toys.data(seed=1))
+        ends.append(toys.weights(module))
+    for name, w in ends[0].items():
+        require(torch.equal(w, ends[1][name]), f"the second model ends with another {name} than the first, from equal starts")
+        require(torch.equal(w, ends[2][name]), f"a copy of the used callback ends with another {name}")
+
+
+@contextmanager
+def only_new() -> Iterator[None]:
+    """Objects that are there already are not looked at, which makes :func:`storages` quick."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def storages() -> dict[int, int]:
+    """Bytes by address of the memory of all tensors that Python knows and that are younger than :func:`only_new`."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if isinstance(item, Tensor) and item.layout == torch.strided]
+    plain = [t.untyped_storage() for t in tensors if type(t) in (Tensor, torch.nn.Parameter)]
+    return {storage.data_ptr(): storage.nbytes() for storage in plain}
+
+
+@check("ten fits in one process do not grow memory", GROUP)
+def ten_fits_do_not_grow(subject: Subject, folder: Path) -> None:
+    module, own, sizes = subject.model(), [*subject.callbacks()], []
+    with only_new():
+        for _ in range(10):
+            toys.trainer(*own, epochs=1).fit(module, toys.data(), toys.data(seed=1))
+            sizes.append(sum(storages().values()))
+    require(sizes[-1] <= sizes[1], f"bytes in tensors after each fit: {sizes}")
+    require(toys.hooks(module) == toys.hooks(subject.model()), f"{toys.hooks(module)} hooks are left on the module")

@@ -1,0 +1,72 @@
+"""Bytes that a callback holds for each selected weight, beyond the same run without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._registry import Subject, check, require
+from lightning_sparse.conformance.life_cycle import only_new, storages
+
+GROUP = "life cycle"
+WIDTH = 512  # one layer of WIDTH^2 weights, so large that all else hardly counts
+
+
+class _Meter(Callback):
+    """Bytes of all tensors within each batch (before backward, with what autograd has saved) and between batches."""
+
+    def __init__(self) -> None:
+        self.within: list[int] = []
+        self.between: list[int] = []
+        self.saved: dict[int, int] = {}
+        self.watch: Any = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.saved = {}
+        self.watch = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
+        self.watch.__enter__()
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        self.saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        self.watch.__exit__()
+        self.within.append(sum((self.saved | storages()).values()))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        pl_module.zero_grad(set_to_none=True)
+        self.between.append(sum(storages().values()))
+
+
+def _rate_small(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, 1e-3)  # without state of its own
+
+
+def _bytes(subject: Subject, steps: int) -> tuple[list[int], list[int]]:
+    meter = _Meter()
+    module = subject.model(nn.Linear(WIDTH, WIDTH, bias=False), optimizer=_rate_small)
+    batch = (torch.randn(4, WIDTH, requires_grad=True), torch.zeros(4, dtype=torch.long))  # as from a layer before
+    with only_new():
+        subject.trainer(meter, first=True, epochs=1).fit(module, toys.Repeated(batch, steps))
+    return meter.within[1:], meter.between[1:]
+
+
+def extra_bytes(subject: Subject, steps: int = 7) -> dict[str, list[float]]:
+    """Extra bytes per selected weight at each step: ``within`` a batch (before backward) and ``between`` batches."""
+    bare = _bytes(Subject("nothing", tuple, subject.optimizer), steps)
+    own = _bytes(subject, steps)
+    pairs = zip(("within", "between"), own, bare, strict=True)
+    return {name: [(a - b) / WIDTH**2 for a, b in zip(mine, without, strict=True)] for name, mine, without in pairs}
+
+
+@check("the memory that the callback holds does not grow from step to step", GROUP)
+def memory_is_steady_over_steps(subject: Subject, folder: Path) -> None:
+    for moment, sizes in extra_bytes(subject).items():
+        late = sizes[len(sizes) // 2 :]
+        require(max(late) - min(late) < 0.1, f"extra bytes per weight {moment} batches: {[round(size, 2) for size in sizes]}")

@@ -1,0 +1,165 @@
+"""Two processes that train one model on the CPU (gloo): they hold the same zeros, log the same figures, resume alike."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._processes import call
+from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
+from lightning_sparse.conformance.resume import first_difference
+
+GROUP = "ranks"
+DDP = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+
+
+def as_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(rank, *arguments)`` in two processes that Lightning takes for the ranks of one run, and what they return.
+
+    Raises RuntimeError with the tracebacks of all ranks where one raises.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    answers = call(_rank, *[(rank, port, function, arguments) for rank in range(2)])
+    errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error]
+    if errors:
+        raise RuntimeError("\n".join(errors))
+    return [value for value, _ in answers]
+
+
+def _rank(rank: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str]:
+    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    os.environ.update(addresses | {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        return function(rank, *arguments), ""
+    except Exception:
+        return None, traceback.format_exc()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+class _Diary(Callback):
+    """The module's state dict at every epoch's end, and the figures that the Trainer knows at every epoch's start."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+        self.figures: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.states.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.figures.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def _ddp(rank: int, subject: Subject) -> dict[str, Any]:
+    """A run whose model, seed and data are the rank's own."""
+    module, diary = subject.model(seed=rank), _Diary()
+    torch.manual_seed(1000 + rank)
+    trainer = subject.fit(module, diary, loader=toys.data(seed=2 * rank), epochs=3, **DDP)
+    figures = [*diary.figures, {name: float(value) for name, value in trainer.callback_metrics.items()}]
+    return {"states": [*diary.states, dict(module.state_dict())], "figures": figures}
+
+
+@check("two DDP processes with different seeds and data hold the same weights and zeros after every epoch", GROUP, slow=True)
+def ranks_hold_the_same_zeros(subject: Subject, folder: Path) -> None:
+    first, second = (answer["states"] for answer in as_ranks(_ddp, subject))
+    odd = first_difference([_zeros(state) for state in first], [_zeros(state) for state in second])
+    require(not odd, f"the ranks' zeros differ at {odd}")
+    odd = first_difference(first, second)
+    require(not odd, f"the ranks' weights differ at {odd}")
+    require(any(mask.any() for mask in _zeros(first[-1]).values()), "no weight was zero on either rank")
+
+
+def _zeros(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value == 0 for name, value in state.items()}
+
+
+@check("the figures that a callback logs are the same on two DDP processes", GROUP, slow=True)
+def ranks_log_the_same_figures(subject: Subject, folder: Path) -> None:
+    first, second = (answer["figures"] for answer in as_ranks(_ddp, subject))
+    own = [name for name in sorted(first[-1].keys() | second[-1].keys()) if not name.startswith("val")]  # the toy's, of each rank's data
+    if not own:
+        raise NotApplicable("it logs no figure")
+    for epoch, (a, b) in enumerate(zip(first, second, strict=True)):
+        for name in own:
+            require(a.get(name) == b.get(name), f"before epoch {epoch} {name!r} is {a.get(name)} on rank 0 and {b.get(name)} on rank 1")
+
+
+def _resumable(rank: int, subject: Subject, folder: Path, path: Path | None) -> dict[str, Tensor]:
+    module = subject.model(seed=rank, decay=12)
+    torch.manual_seed(1000 + rank + (0 if path is None else 10))
+    keeper = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    resume = {} if path is None else {"ckpt_path": path}
+    subject.fit(module, keeper, loader=toys.data(seed=2 * rank), epochs=3, enable_checkpointing=True, **(DDP | resume))
+    return dict(module.state_dict())
+
+
+@check("a run of two DDP processes, resumed with other seeds, ends as the uninterrupted one, bit for bit", GROUP, slow=True)
+def ranks_resume_exactly(subject: Subject, folder: Path) -> None:
+    whole = as_ranks(_resumable, subject, folder / "whole", None)
+    resumed = as_ranks(_resumable, subject, folder / "rest", folder / "whole" / "epoch=0.ckpt")
+    odd = first_difference(whole, resumed)
+    require(not odd, f"resumed after the first epoch, rank and weights {odd} differ")
+
+
+class SplitToy(toys.Toy):
+    """A :class:`toys.Toy` whose weights FSDP2 splits: the first layer's by itself, the others' together, as the root does."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if not isinstance(self.network, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+            fully_shard(next(self.network.children()), mesh=mesh)
+            fully_shard(self.network, mesh=mesh)
+
+
+def split(**options: Any) -> dict[str, Any]:
+    """Trainer options for FSDP2 on two processes."""
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **options)
+    return {"devices": 2, "strategy": strategy, "use_distributed_sampler": False}
+
+
+def _both(rank: int, subject: Subject, folder: Path) -> dict[str, Any]:
+    """The same run under DDP and under FSDP2, whose final file is written whole; or why the callback refuses the latter."""
+    plain = subject.model()
+    subject.fit(plain, loader=toys.data(seed=2 * rank), epochs=3, **DDP)
+    module = SplitToy(**({"optimizer": subject.optimizer} if subject.optimizer else {}))
+    trainer = subject.trainer(epochs=3, **split(save_distributed_checkpoint=False))
+    try:
+        trainer.fit(module, toys.data(seed=2 * rank), toys.data(seed=1))
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as refusal:
+        if "ModelParallelStrategy" not in str(refusal) or trainer.global_step:
+            raise
+        return {"refusal": str(refusal)}
+    trainer.save_checkpoint(folder / "split.ckpt")
+    return {"ddp": dict(plain.state_dict())}
+
+
+@check("FSDP2 on two processes ends as DDP does and writes a plain file, or is refused with a reason before training", GROUP, slow=True)
+def fsdp2_equals_ddp(subject: Subject, folder: Path) -> None:
+    first, second = as_ranks(_both, subject, folder)
+    if "refusal" in first or "refusal" in second:
+        require("refusal" in first and "refusal" in second, "one rank alone refuses ModelParallelStrategy")
+        raise NotApplicable(first["refusal"])
+    saved = torch.load(folder / "split.ckpt", weights_only=True)["state_dict"]
+    for name, value in first["ddp"].items():
+        require(torch.equal(saved[name] == 0, value == 0), f"{name!r} has other zeros under FSDP2 than under DDP")
+        require(torch.allclose(saved[name], value, rtol=1e-4, atol=1e-6), f"{name!r} differs between FSDP2 and DDP")

@@ -1,0 +1,148 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit; and files go from sparse runs to dense ones and back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._processes import Died, call
+from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
+
+GROUP = "resume"
+EPOCHS, STEPS = 4, 16  # of the toy runs: four batches an epoch
+
+
+def _keeper(folder: Path, **when: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **when)
+
+
+def _run(subject: Subject, *neighbours: Callback, seed: int = 0, mid: bool = False, **options: Any) -> dict[str, Any]:
+    """A whole run's weights, optimiser state and callback states at its end."""
+    module = subject.model(decay=STEPS, seed=seed)
+    loader = toys.Stateful(toys.data()) if mid else toys.data()
+    trainer = subject.fit(module, *neighbours, loader=loader, epochs=EPOCHS, **options)
+    own = [callback.state_dict() for callback in trainer.callbacks if callback not in neighbours]  # type: ignore[attr-defined]
+    optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    return {"weights": dict(module.state_dict()), "optimisers": optimizers, "callbacks": own}
+
+
+def first_difference(a: Any, b: Any, path: str = "") -> str:
+    """Where two nested states differ by a bit; empty if nowhere."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return "" if a.dtype == b.dtype and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) else path
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return next((found for key in a if (found := first_difference(a[key], b[key], f"{path}[{key!r}]"))), "")
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return next((found for i in range(len(a)) if (found := first_difference(a[i], b[i], f"{path}[{i}]"))), "")
+    if isinstance(a, (dict, list, tuple)):
+        return path
+    return "" if type(a) is type(b) and (a is b or bool(a == b) or a != a) else path
+
+
+def _without(subject: Subject) -> Subject:
+    return Subject("nothing", tuple, subject.optimizer)
+
+
+def _compare(subject: Subject, folder: Path, mid: bool, **when: Any) -> None:
+    """One run writes files as it goes; another goes on from each; the same without the subject is the control."""
+    for one, name in ((_without(subject), "control"), (subject, "own")):
+        whole = _run(one, _keeper(folder / name, **when), mid=mid, enable_checkpointing=True)
+        for path in sorted((folder / name).glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2])):
+            _same(one is subject, path, whole, _run(one, seed=1, mid=mid, ckpt_path=path))
+
+
+def _same(own: bool, path: Path, whole: dict[str, Any], resumed: dict[str, Any]) -> None:
+    odd = first_difference(whole, resumed)
+    if odd and not own:
+        raise NotApplicable(f"Lightning's own run, resumed from {path.stem}, differs at {odd}")
+    require(not odd, f"resumed from {path.stem}, the run ends elsewhere: {odd}; zeros {_zeros(whole)} and {_zeros(resumed)}")
+
+
+def _zeros(run: dict[str, Any]) -> int:
+    return sum(int((w == 0).sum()) for w in run["weights"].values() if w.dim() > 1)
+
+
+@check("a run resumed at an epoch's end ends as the uninterrupted one, bit for bit", GROUP)
+def resume_at_an_epochs_end(subject: Subject, folder: Path) -> None:
+    _compare(subject, folder, mid=False, every_n_epochs=1)
+
+
+@check("the same in the middle of an epoch, with a loader that remembers its place", GROUP)
+def resume_within_an_epoch(subject: Subject, folder: Path) -> None:
+    _compare(subject, folder, mid=True, every_n_train_steps=3, save_on_train_epoch_end=False)
+
+
+class _Killer(Callback):
+    """Ends the process at an optimiser step as kill -9 does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _until_killed(subject: Subject, folder: Path, step: int) -> None:
+    _run(subject, _Killer(step), _keeper(folder, every_n_epochs=1), enable_checkpointing=True)
+
+
+@check("the same after kill -9 in training", GROUP, slow=True)
+def resume_after_a_kill(subject: Subject, folder: Path) -> None:
+    try:
+        call(_until_killed, (subject, folder, 10))
+    except Died as died:
+        require(died.code == -signal.SIGKILL, f"the run ended by itself: {died}")
+    newest = max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    _same(True, newest, _run(subject), _run(subject, seed=1, ckpt_path=newest))
+
+
+class _Smaller(Callback):
+    """Lets the kernel end the process in the middle of writing the next file (SIGXFSZ at half its size)."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        self.step, self.folder = step, folder
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            import resource
+
+            size = max(path.stat().st_size for path in self.folder.glob("*.ckpt"))
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+
+def _until_writing(subject: Subject, folder: Path) -> None:
+    keeper = ModelCheckpoint(folder, filename="one", enable_version_counter=False, every_n_epochs=1)
+    _run(subject, _Smaller(6, folder), keeper, enable_checkpointing=True)
+
+
+@check("a kill while a checkpoint is being written leaves the one before whole, and the run resumes from it", GROUP, slow=True)
+def resume_after_a_kill_while_writing(subject: Subject, folder: Path) -> None:
+    try:
+        call(_until_writing, (subject, folder))
+    except Died as died:
+        require(died.code == -signal.SIGXFSZ, f"the run ended by itself: {died}")
+    path = folder / "one.ckpt"
+    step = torch.load(path, weights_only=True)["global_step"]
+    require(step == 4, f"the file on disk is of step {step}, not the whole one of step 4")
+    _same(True, path, _run(subject), _run(subject, seed=1, ckpt_path=path))
+
+
+@check("a sparse run's checkpoint is continued by a dense run, and a dense run's by a sparse one", GROUP)
+def dense_and_sparse_files_are_exchanged(subject: Subject, folder: Path) -> None:
+    other = _without(subject)
+    for first, second, name in ((subject, other, "sparse"), (other, subject, "dense")):
+        trainer = first.fit(first.model(), epochs=2)
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+        resumed = second.fit(second.model(seed=1), epochs=4, ckpt_path=folder / f"{name}.ckpt")
+        require(resumed.global_step == STEPS, f"from a {name} file the run went on to step {resumed.global_step} of {STEPS}")

@@ -1,0 +1,292 @@
+"""DDP on two processes: the masks' gradients, the double batch, what ranks must agree on, and that none is left waiting.
+
+All runs share one pair of processes. The same zeros on every rank and exact resumes are in the conformance suite.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from toys import Spy, Toy, data, weights
+
+from lightning_sparse import duality, noise, penalties
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, _ranks
+from lightning_sparse.conformance.ranks import DDP, as_ranks
+from lightning_sparse.conformance.toys import trainer
+from lightning_sparse.curvature import EmpiricalFisher
+
+slow = pytest.mark.slow
+LOG_SUM, LAM, SEED, RATE = penalties.LogSum(eps=2.0), 0.5, 7, 0.1
+NOISES = {"Bernoulli": noise.ScaledBernoulli(), "local": noise.Gaussian(local=True)}
+FORMS = {"penalty": ReweightedPenalty, "prox": AdaptiveProx}
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, RATE)
+
+
+# -- in each of the two processes -----------------------------------------------------------------------------------------------
+
+
+def masked(rank, kind):
+    """The live weights after three steps with masks, of a seed and of data of the rank's own."""
+    module, seen = Toy(optimizer=sgd), {}
+    torch.manual_seed(SEED + rank)
+    look = lambda moment, module: seen.update(weights(module)) if moment == "batch end" else None  # noqa: E731
+    mask = AdaptiveMask(LOG_SUM, LAM, noise=NOISES[kind], curvature=None)
+    trainer(mask, Spy(look), epochs=1, **DDP).fit(module, data(48, seed=rank))
+    return seen
+
+
+def halved(rank, kind):
+    """Half of every batch for each rank."""
+    module, (x, y) = Toy(), data().dataset.tensors
+    run = trainer(FORMS[kind](LOG_SUM, LAM, freeze=0.2), epochs=3, **DDP)
+    run.fit(module, DataLoader(TensorDataset(x[rank::2], y[rank::2]), batch_size=8))
+    return weights(module), {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+def failed(rank, callback, *others, batches=(4, 4), bad=False):
+    """The message of the error that a run with so many batches ends with on this rank, or none."""
+    module = Toy()
+    module.allow_zero_length_dataloader_with_multiple_devices = True
+    loader = data(16 * batches[rank])
+    loader.dataset.tensors[0][20:21] *= float("nan") if bad else 1.0  # in the second batch
+    try:
+        trainer(callback, *others, **DDP).fit(module, loader)
+    except (RuntimeError, FloatingPointError) as error:
+        return str(error)
+    return ""
+
+
+class Tamper(Callback):
+    """Changes something on rank 1 alone, after the first epoch's first batch."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_rank == 1 and trainer.global_step == 1:
+            self.change(pl_module, trainer.callbacks[0])
+
+
+def change_weight(module, callback):
+    module.network[2].weight.data[0, 0] += 1e-6
+
+
+def change_threshold(module, callback):
+    callback.tol = 0.9
+
+
+def disagreements(rank):
+    penalty = lambda tol=0.05: ReweightedPenalty(LOG_SUM, 1e-3, tol=tol)  # noqa: E731
+    rules = [duality.CallableRule(lambda w: w / (1 + w)), duality.CallableRule(lambda w: w / (1 + w))]
+    return {
+        "nothing": failed(rank, penalty()),
+        "address": failed(rank, AdaptiveMask(rules[rank], curvature=None)),
+        "weight": failed(rank, penalty(), Tamper(change_weight)),
+        "zeros": failed(rank, penalty(), Tamper(change_threshold)),
+        "argument": failed(rank, penalty(0.05 + rank / 100)),
+        "batches": failed(rank, penalty(), batches=(4, 3)),
+        "no batches": failed(rank, penalty(), batches=(4, 0)),
+        "NaN": failed(rank, AdaptiveMask(LOG_SUM, LAM, noise=noise.Gaussian()), bad=rank == 1),
+        "one rank's error": _told(),
+    }
+
+
+def _told():
+    def complain():
+        raise ValueError("the file is damaged")
+
+    try:
+        _ranks.on_rank_zero(trainer(**DDP), complain)
+    except ValueError as error:
+        return str(error)
+
+
+class Branching(Toy):
+    """Rank 1 goes around a layer; so does its last batch, which is smaller than rank 0's."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(16, 3)
+
+    def forward(self, x):
+        hidden = self.network[:2](x)
+        return self.network[2](hidden) + (self.extra(hidden) if self.global_rank == 0 else 0)
+
+
+def branching(rank):
+    """What the ranks hold after a run in which a layer is unused on one of them, and the last batches are uneven."""
+    module = Branching()
+    torch.manual_seed(rank)
+    mask = AdaptiveMask(LOG_SUM, 0.05, curvature=EmpiricalFisher(every=1), gap_samples=2)
+    run = trainer(mask, **(DDP | {"strategy": "ddp_find_unused_parameters_true"}))
+    run.fit(module, data(64 - 11 * rank, seed=rank))
+    figures = {name: float(value) for name, value in run.callback_metrics.items()}
+    return weights(module), {name: value.clone() for name, value in mask.curvature.mean.items()}, figures
+
+
+def everything(rank):
+    runs = {f"masked {kind}": masked(rank, kind) for kind in NOISES} | {f"halved {kind}": halved(rank, kind) for kind in FORMS}
+    return runs | {"branching": branching(rank)} | disagreements(rank)
+
+
+# -- in this process ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return as_ranks(everything)
+
+
+def enumerated(kind):
+    """One process that draws both ranks' masks and averages their gradients."""
+    module = Toy()
+    matrices = {name: p for name, p in module.named_parameters() if p.dim() == 2}
+    streams = lambda rank, draw, *place: noise.stream(torch.device("cpu"), SEED, rank, draw, *place)  # noqa: E731
+    for draw, batches in enumerate(zip(data(48, seed=0), data(48, seed=1), strict=True), start=1):
+        alpha = {name: duality.keep_probability(LOG_SUM.eta_hat(w.detach()), LAM).clamp(min=1e-3) for name, w in matrices.items()}
+        losses = []
+        for rank, (x, y) in enumerate(batches):
+            for index, (name, layer) in enumerate(zip(matrices, (module.network[0], module.network[2]), strict=True)):
+                if kind == "Bernoulli":
+                    w = layer.weight * NOISES[kind].sample(alpha[name], streams(rank, draw, index, -1))
+                    x = nn.functional.linear(x, w, layer.bias)
+                else:
+                    spread = (x**2 @ (layer.weight**2 * (1 - alpha[name]) / alpha[name]).T).sqrt()
+                    x = layer(x) + spread * torch.randn(spread.shape, generator=streams(rank, draw, index, 0))
+                x = x if index else x.relu()
+            losses.append(nn.functional.cross_entropy(x, y))
+        grads = torch.autograd.grad(sum(losses) / 2, list(module.parameters()))
+        for parameter, grad in zip(module.parameters(), grads, strict=True):
+            parameter.data -= RATE * grad
+    return weights(module)
+
+
+@slow
+@pytest.mark.parametrize("kind", NOISES)
+def test_masks_of_two_ranks_give_the_mean_of_their_gradients(ranks, kind):
+    expected = enumerated(kind)
+    for answer in ranks:
+        for name, value in expected.items():
+            torch.testing.assert_close(answer[f"masked {kind}"][name], value, rtol=1e-4, atol=1e-6)
+            assert not torch.equal(value, weights(Toy())[name])
+
+
+@slow
+@pytest.mark.parametrize("kind", FORMS)
+def test_two_ranks_equal_one_with_the_double_batch(ranks, kind):
+    module = Toy()
+    run = trainer(FORMS[kind](LOG_SUM, LAM, freeze=0.2), epochs=3)
+    run.fit(module, data(batch_size=16))
+    for held, figures in (answer[f"halved {kind}"] for answer in ranks):
+        for name, value in weights(module).items():
+            assert torch.equal(held[name] == 0, value == 0)
+            torch.testing.assert_close(held[name], value, rtol=1e-4, atol=1e-6)
+        assert figures == pytest.approx({name: float(value) for name, value in run.callback_metrics.items()}, rel=1e-5)
+    assert (module.network[0].weight == 0).any()
+
+
+MESSAGES = {
+    "nothing": "",
+    "address": "",
+    "weight": "'network.2.weight' differs on rank 1 from rank 0 at the end of epoch 0: the ranks no longer train one model",
+    "zeros": "'network.0.weight' differs on rank 1 from rank 0",
+    "argument": "ReweightedPenalty differs on rank 1 from rank 0: its arguments",
+    "batches": "different numbers of training batches (rank 0: 4, rank 1: 3)",
+    "no batches": "different numbers of training batches (rank 0: 4, rank 1: 0)",
+    "NaN": "at optimiser step 1, from the loss of this rank or of another; the weights are those before this batch",
+    "one rank's error": "the file is damaged",
+}
+
+
+@slow
+@pytest.mark.parametrize("what", MESSAGES)
+def test_ranks_that_disagree_raise_together(ranks, what):
+    for answer in ranks:
+        assert MESSAGES[what] in answer[what]
+        assert bool(MESSAGES[what]) == bool(answer[what])
+
+
+@slow
+def test_a_layer_unused_on_one_rank_and_uneven_last_batches(ranks):
+    (first, curvature, figures), (second, other, others) = (answer["branching"] for answer in ranks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert figures == others
+    assert (first["network.0.weight"] == 0).any()
+    assert curvature.keys() == other.keys() == {"network.0.weight", "network.2.weight", "extra.weight"}
+    assert all(torch.equal(curvature[name], other[name]) for name in curvature)
+    assert curvature["extra.weight"].any()
+
+
+def test_curvature_is_the_mean_over_the_ranks_that_saw_the_layer():
+    meeting, shared, results = threading.Barrier(2), [None, None], [None, None]
+    parameters = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(4)}
+    seen = [{"a": torch.tensor([1.0, 3.0])}, {"b": torch.ones(3), "a": torch.tensor([3.0, 5.0])}]
+
+    def run(rank):
+        def reduce(value):
+            shared[rank] = value.clone()
+            meeting.wait(10)
+            mean = (shared[0] + shared[1]) / 2
+            meeting.wait(10)
+            return mean
+
+        fisher = EmpiricalFisher(every=1)
+        fisher.begin(0, 1)
+        fisher._pending = dict(seen[rank])
+        fisher.end(reduce, parameters)
+        results[rank] = {name: fisher.estimate(name) for name in parameters}
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join(30) for thread in threads]
+    for result in results:
+        torch.testing.assert_close(result["a"], torch.tensor([2.0, 4.0]))
+        torch.testing.assert_close(result["b"], torch.ones(3))
+        assert result["c"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_hash_tells_every_single_weight_and_zero_apart(dtype):
+    w = torch.randn(5, 3, dtype=torch.float64).to(dtype)
+    zeros = w.abs() < 0.3
+    found = {int(_ranks.digest(w, zeros))}
+    for place in range(w.numel()):
+        for part, value in ((w, -w.view(-1)[place]), (zeros, ~zeros.view(-1)[place])):
+            changed = part.clone()
+            changed.view(-1)[place] = value
+            found.add(int(_ranks.digest(changed, zeros) if part is w else _ranks.digest(w, changed)))
+    assert len(found) == 1 + 2 * w.numel()
+    assert int(_ranks.digest(w.clone(), zeros.clone())) in found
+
+
+def test_a_hash_does_not_depend_on_its_chunks(monkeypatch):
+    w = torch.randn(1000)
+    whole = int(_ranks.digest(w, w < 0))
+    monkeypatch.setattr(_ranks, "_CHUNK", 7)
+    assert int(_ranks.digest(w, w < 0)) == whole
+
+
+def on_gpus(rank):
+    module = Toy(seed=rank)
+    torch.manual_seed(rank)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = Trainer(max_epochs=3, accelerator="gpu", devices=2, strategy="ddp", callbacks=[AdaptiveMask(LOG_SUM, LAM)], **quiet)
+    run.fit(module, data(batch_size=8))
+    return {name: value.cpu() for name, value in weights(module).items()}
+
+
+@slow
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_hold_the_same_zeros():
+    first, second = as_ranks(on_gpus)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (first["network.0.weight"] == 0).any()

@@ -1,0 +1,130 @@
+"""What a resumed run says of a changed recipe, and zeros that a fit starts with."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from toys import Spy, Toy, data, trainer, weights
+
+from lightning_sparse import noise, penalties
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
+from lightning_sparse.callbacks._recipes import differences
+from lightning_sparse.schedules import LinearWarmup
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+]
+LOG_SUM = penalties.LogSum(eps=2.0)
+FORMS = {
+    "penalty": lambda **k: ReweightedPenalty(LOG_SUM, 0.3, **k),
+    "prox": lambda **k: AdaptiveProx(LOG_SUM, 0.1, **k),
+    "mask": lambda **k: AdaptiveMask(LOG_SUM, 0.3, **k),
+    "Bernoulli": lambda **k: AdaptiveMask(LOG_SUM, 0.3, noise=noise.ScaledBernoulli(), **k),
+}
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+
+
+def written(callback, path, epochs=2):
+    run = trainer(callback, epochs=epochs)
+    run.fit(Toy(), data())
+    run.save_checkpoint(path)
+    return path
+
+
+def said(callback, path):
+    """What the resumed run warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(callback, epochs=3).fit(Toy(seed=1), data(), ckpt_path=path)
+    return [str(warning.message) for warning in caught if "recipe" in str(warning.message)]
+
+
+def test_the_same_recipe_is_resumed_without_a_word(tmp_path):
+    path = written(FORMS["mask"](), tmp_path / "a.ckpt")
+    assert said(FORMS["mask"](), path) == []
+
+
+def test_a_changed_recipe_says_what_changed_and_what_applies(tmp_path):
+    path = written(ReweightedPenalty(LOG_SUM, LinearWarmup(0.3, 0.2), tol=0.04), tmp_path / "a.ckpt")
+    callback = ReweightedPenalty(penalties.LogSum(eps=1.0), LinearWarmup(0.5, 0.2), freeze=0.1, tol=0.04)
+    (message,) = said(callback, path)
+    assert message.startswith("resuming at step 8 of the checkpoint's ReweightedPenalty with another recipe: ")
+    for change in ("penalty.eps: 2.0 -> 1.0", "lam.lam: 0.3 -> 0.5", "freeze: 0.0 -> 0.1"):
+        assert change in message
+    assert "tol" not in message
+    assert "share" not in message.split(". The new one applies from here on")[0]
+    assert callback.schedule.lam == 0.5
+
+
+def test_another_form_and_another_penalty_are_said_as_such(tmp_path):
+    path = written(ReweightedPenalty(LOG_SUM, 0.3), tmp_path / "a.ckpt")
+    (message,) = said(AdaptiveMask(penalties.MCP(1.0), 0.3), path)
+    assert "form: ReweightedPenalty -> AdaptiveMask" in message
+    assert "penalty: LogSum(eps=2.0) -> MCP(c=1.0)" in message
+    assert "curvature" not in message
+
+
+def test_a_frozen_support_stays_frozen_and_that_is_said(tmp_path):
+    path = written(ReweightedPenalty(LOG_SUM, 0.5, freeze=0.5), tmp_path / "a.ckpt")
+    zeros = {name: w == 0 for name, w in torch.load(path, weights_only=True)["state_dict"].items() if w.dim() > 1}
+    assert any(zero.any() for zero in zeros.values())
+    module = Toy(seed=1)
+    with pytest.warns(UserWarning, match=r"freeze: 0.5 -> 0.0\. .*the support that the checkpoint froze stays frozen"):
+        trainer(ReweightedPenalty(LOG_SUM, 0.5), epochs=6).fit(module, data(), ckpt_path=path)
+    assert all(torch.equal(module.get_parameter(name) == 0, zero) for name, zero in zeros.items())
+
+
+def test_differences_name_the_leaf_that_differs():
+    def recipe(c, **more):
+        return {"a": 1, "b": {"class_path": "X", "init_args": {"c": c}}, **more}
+
+    assert differences(recipe(2), recipe(3)) == ["b.c: 2 -> 3"]
+    assert differences(recipe(2), recipe(2, new=5)) == ["new: nothing -> 5"]
+    assert differences(recipe(2), recipe(2)) == []
+
+
+def sparse_start():
+    module = Toy(optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-3))
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            parameter.data[parameter.abs() < 0.1] = 0.0
+    return module
+
+
+@every_form
+@pytest.mark.parametrize("freeze", [0.0, 0.5])
+def test_a_fit_keeps_the_zeros_that_it_starts_with(form, freeze):
+    seen, module = [], sparse_start()
+    before = {name: w == 0 for name, w in weights(module).items() if w.dim() > 1}
+    assert all(zero.any() for zero in before.values())
+    look = lambda moment, module: seen.append(weights(module)) if moment == "batch end" else None  # noqa: E731
+    trainer(form(keep_zeros=True, freeze=freeze), Spy(look), epochs=3).fit(module, data())
+    assert all(not w[name][zero].any() for w in [*seen, weights(module)] for name, zero in before.items())
+    assert any((w[name][~zero] != 0).any() for w in seen for name, zero in before.items())
+
+
+def test_without_the_option_they_may_grow_again():
+    module, seen = sparse_start(), []
+    before = module.network[0].weight.detach() == 0
+    look = lambda moment, module: seen.append(weights(module)) if moment == "batch end" else None  # noqa: E731
+    trainer(FORMS["penalty"](), Spy(look), epochs=1).fit(module, data())
+    assert any(w["network.0.weight"][before].any() for w in seen)
+
+
+@every_form
+def test_a_resumed_run_keeps_the_zeros_of_the_first_start_and_no_others(form, tmp_path):
+    straight, keeper = sparse_start(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(form(keep_zeros=True), keeper, epochs=4, enable_checkpointing=True).fit(straight, data())
+    resumed = Toy(seed=1, optimizer=straight.make)
+    trainer(form(keep_zeros=True), epochs=4).fit(resumed, data(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert all(torch.equal(w, weights(resumed)[name]) for name, w in weights(straight).items())
+
+
+def test_keep_zeros_must_be_a_truth_value():
+    with pytest.raises(TypeError, match="keep_zeros must be True or False, got 1 of type int"):
+        ReweightedPenalty(LOG_SUM, 0.1, keep_zeros=1)
+    assert AdaptiveProx(LOG_SUM, 0.1, keep_zeros=True).to_mask().keep_zeros is True

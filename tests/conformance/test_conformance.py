@@ -1,0 +1,45 @@
+"""Every check on every callback of the package, and on Lightning's ModelPruning, the control that must fail."""
+
+from __future__ import annotations
+
+import pytest
+from subjects import OTHERS, OURS
+
+from lightning_sparse import conformance, testing
+from lightning_sparse.callbacks import SparsityMonitor
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("check", conformance.CHECKS)
+@pytest.mark.parametrize("name", OURS)
+def test_our_callbacks_conform(name, check):
+    outcome = conformance.outcome(OURS[name], check)
+    assert outcome.verdict == "pass" or (outcome.verdict == "n/a" and (name, check) in SILENT), outcome.reason
+
+
+# what a check does not ask of a callback of ours
+SILENT: set[tuple[str, str]] = set()
+
+# what Lightning's own pruning is known to break, and how that shows
+BROKEN = {
+    "resume_at_an_epochs_end": "resumed from step=4, the run ends elsewhere",
+    "resume_within_an_epoch": "the run ends elsewhere",
+    "resume_after_a_kill": "the run ends elsewhere",
+    "csv_figures_equal_the_file": "CSVLogger got no figure",
+    "plain_at_every_moment": "weight_orig",
+    "no_noise_at_any_moment": "weight_orig",
+    "a_callback_is_reusable": "don't exist in the model",
+    "mask_buffers_are_the_users_own": "",
+}
+
+
+@pytest.mark.parametrize("check", BROKEN)
+def test_the_control_fails_where_it_is_known_to(check):
+    outcome = conformance.outcome(OTHERS["ModelPruning"], check)
+    assert (outcome.verdict, BROKEN[check] in outcome.reason) == ("fail", True), outcome
+
+
+def test_a_callback_that_only_measures_prunes_nothing_and_that_is_said():
+    with pytest.raises(testing.ContractError, match="fails 1 of 2 checks:\n  fit_ends_with_true_zeros: 0 of 176 weights are zero"):
+        testing.check_callback(SparsityMonitor(), only=["fit_ends_with_true_zeros", "plain_at_every_moment"])

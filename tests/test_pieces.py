@@ -1,0 +1,184 @@
+"""Properties of the callbacks' pieces on any weights: every bit pattern, denormals, -0.0, inf, NaN, empty and 0-d tensors.
+
+Two run through all of them: what is not touched keeps its bits, and NaN never becomes a zero nor anything else NaN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_sparse import attach, counts, curvature, mask_rules, noise, penalties, proximal
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, _faults
+
+BITS = st.integers(-(2**31), 2**31 - 1)
+SPECIAL = st.sampled_from([0, -(2**31), 1, -(2**31) + 1, 0x7F800000, -0x800000, 0x7FC00001, -0x3FFFFF, 0x7F7FFFFF, 0x00800000])
+quick = settings(max_examples=30, deadline=None, database=None)
+ROWS = [getattr(penalties, name)(**kwargs) for name in penalties.__all__ for kwargs in getattr(penalties, name).examples[:1]]
+SEPARABLE = [row for row in ROWS if row.separable] + [penalties.Lp(0.5), mask_rules.Standout().to_penalty()]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).view(torch.int32)
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> Tensor:
+    """float32 of any bit pattern in a few shapes, an empty one and a scalar among them."""
+    shape = draw(st.sampled_from([(), (0,), (0, 3), (1,), (5,), (2, 3)]))
+    values = draw(st.lists(st.one_of(BITS, SPECIAL), min_size=math.prod(shape), max_size=math.prod(shape)))
+    return torch.tensor(values, dtype=torch.int32).view(torch.float32).reshape(shape).clone()
+
+
+class Holder(nn.Module):
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(w.clone())
+
+
+@quick
+@given(w=weights(), mask=weights(), shown=weights())
+def test_attached_weights_come_back_bit_for_bit(w: Tensor, mask: Tensor, shown: Tensor) -> None:
+    module = Holder(w)
+    fill = mask.reshape(-1)[0] if mask.numel() else torch.tensor(0.0)
+    view = torch.full_like(w, float(shown.reshape(-1)[0]) if shown.numel() else 0.0)
+    attachment = attach.Attachment(module, {"w": module.w}, lambda name: view)
+    for step in ("multiply", "multiply", "show", "multiply", "restore", "show", "restore"):
+        if step == "multiply":
+            attachment.multiply("w", torch.full_like(w, float(fill)))
+        else:
+            getattr(attachment, step)()
+        assert torch.equal(bits(attachment.live("w")), bits(w))
+        assert torch.equal(bits(module.state_dict()["w"]), bits(view))
+        if step == "restore":
+            assert torch.equal(bits(module.w), bits(w))
+    attachment.show()
+    assert torch.equal(bits(module.w), bits(view))
+    attachment.detach()
+    assert torch.equal(bits(module.w), bits(w))
+    assert torch.equal(bits(module.state_dict()["w"]), bits(w))
+
+
+FORMS = [
+    ReweightedPenalty(penalties.LogSum(2.0), 0.5, threshold=1e-3),
+    AdaptiveProx(penalties.HardThreshold(0.5), 0.5, exact=True),
+    AdaptiveMask(penalties.LogSum(2.0), 0.5, curvature=None),
+    AdaptiveMask(mask_rules.TopK(0.5)),
+    AdaptiveMask(mask_rules.TargetedDropout(0.5, 0.5), threshold=0.1),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{type(form).__name__} {form.given}")
+@quick
+@given(w=weights())
+def test_the_thresholded_view_zeroes_what_counts_as_zero_and_keeps_the_other_bits(form: ReweightedPenalty, w: Tensor) -> None:
+    form.parameters = {"w": nn.Parameter(w.clone())}
+    zeros, shown = form.zeros("w"), form.thresholded("w")
+    assert shown.shape == zeros.shape == w.shape
+    assert not (zeros & w.isnan()).any()
+    assert zeros[w == 0].all()
+    assert torch.equal(bits(shown)[~zeros.reshape(-1)], bits(w)[~zeros.reshape(-1)])
+    assert not bits(shown)[zeros.reshape(-1)].any()
+    assert counts.count_zeros({"w": shown}) == {"w": (int(zeros.sum()), w.numel())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", SEPARABLE, ids=repr)
+@quick
+@given(w=weights(), rho=st.floats(1e-6, 10), lam=st.floats(1e-6, 10), each=st.booleans())
+def test_proximal_steps_shrink_and_keep_nan_inf_and_zero(penalty: penalties.L1, w: Tensor, rho: float, lam: float, each: bool) -> None:
+    rate = torch.full_like(w, rho) if each else rho
+    for step in (proximal.reweighted_step, proximal.exact_step):
+        moved = step(penalty, w, rate, lam)
+        assert (moved.shape, moved.dtype) == (w.shape, w.dtype)
+        assert torch.equal(moved.isnan(), w.isnan())
+        assert (moved[w == 0] == 0).all()
+        assert (moved[w.isfinite()].abs() <= w[w.isfinite()].abs()).all()
+        assert (moved * w.sign())[~w.isnan()].ge(0).all()
+    if w.numel():  # a group without weights has no step size to bound
+        rests = proximal.rests(penalty, w, rate, lam, 10.0)
+        assert not (rests & (w.isnan() | w.isinf())).any()
+        assert rests[w == 0].all()
+
+
+@pytest.mark.parametrize("kind", [noise.ScaledBernoulli(), noise.Gaussian()])
+@quick
+@given(alpha=st.lists(st.sampled_from([0.0, 1e-45, 1e-30, 1e-3, 0.5, 1.0, float("nan")]), max_size=6), seed=st.integers(0, 99))
+def test_masks_are_nan_where_alpha_is_and_nowhere_else(kind: noise.Noise, alpha: list[float], seed: int) -> None:
+    given = torch.tensor(alpha)
+    mask = kind.sample(given, torch.Generator().manual_seed(seed))
+    assert torch.equal(mask.isnan(), given.isnan())
+    assert (mask[given == 0] == 0).all()
+    assert (mask[given == 1] == 1).all()
+
+
+@quick
+@given(w=weights())
+def test_counts_take_zeros_for_zeros_and_nan_for_none(w: Tensor) -> None:
+    expected = sum(1 for value in w.reshape(-1).tolist() if value == 0)
+    assert counts.count_zeros({"w": w}) == {"w": (expected, w.numel())}
+    assert counts.figures({"w": (expected, w.numel())})["sparsity/total"] == (expected / w.numel() if w.numel() else 0.0)
+    histogram = counts.magnitude_histogram([w])
+    assert sum(histogram.counts) == sum(1 for value in w.reshape(-1).tolist() if math.isfinite(value))
+
+
+@quick
+@given(
+    eta=st.lists(st.sampled_from([0.0, 1e-45, 1.0, 3e38, float("inf")]), min_size=1, max_size=5),
+    h=st.sampled_from([0.0, 1e-45, 1e-12, 1.0, 1e38]),
+    lam=st.floats(1e-8, 1e3),
+    ceiling=st.floats(1e-3, 1e3),
+)
+def test_calibration_makes_no_nan_and_bounds_the_strength(eta: list[float], h: float, lam: float, ceiling: float) -> None:
+    value = curvature.calibrated(torch.tensor(eta), torch.full((len(eta),), h), lam, ceiling)
+    assert not value.isnan().any()
+    assert (value >= torch.tensor(eta) * (lam / ceiling) * (1 - 1e-5)).all()
+
+
+@quick
+@given(w=weights(), other=weights(), nan_only=st.booleans())
+def test_values_that_are_not_finite_are_found_wherever_they_are_and_only_there(w: Tensor, other: Tensor, nan_only: bool) -> None:
+    expected = {}
+    for name, tensor in (("w", w), ("other", other)):
+        values = tensor.reshape(-1).tolist()
+        found = sum(map(math.isnan, values)), sum(map(math.isinf, values))
+        if found[0] or (found[1] and not nan_only):
+            expected[name] = found
+    assert _faults.unfit({"w": w, "other": other}, nan_only) == expected
+
+
+def test_a_sum_that_overflows_is_no_fault_and_sparse_gradients_are_looked_through() -> None:
+    large = torch.full((4,), 3e38)
+    assert _faults.unfit({"large": large, "half": torch.full((9,), 6e4, dtype=torch.float16)}) == {}
+    rows = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([[float("nan"), 1.0]]), (3, 2), check_invariants=True)
+    assert _faults.unfit({"rows": rows, "none": torch.zeros(0)}) == {"rows": (1, 0)}
+
+
+GARBAGE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | weights() | st.just(torch.ones(3) > 0),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["w", "class_path", "init_args", "mean", "weight"]), inner),
+    max_leaves=4,
+)
+STATE = {"step": 3, "offset": 0, "frozen": False, "taken": {"w": torch.ones(2)}, "seed": 1, "draws": 2}
+ENTRIES = [*STATE, "begun", "averaged", "held", "recipe", "curvature"]
+
+
+@pytest.mark.slow
+@quick
+@given(entry=st.sampled_from(ENTRIES), value=GARBAGE, whole=st.booleans())
+def test_a_state_of_garbage_is_taken_or_refused_in_words(entry: str, value: object, whole: bool) -> None:
+    form = AdaptiveMask(penalties.LogSum(2.0), 0.5)
+    form.parameters = {"w": nn.Parameter(torch.ones(2, 3))}
+    try:
+        form.check_state(value if whole else STATE | {entry: value})
+    except ValueError as error:
+        assert "the checkpoint's" in str(error)  # noqa: PT017 - either is right
+    else:
+        assert not whole or isinstance(value, dict)
+    form.check_state(STATE)
