@@ -45,9 +45,9 @@ def saved_module(trainer: Trainer, module: LightningModule, weights_only: bool =
 
 
 def stand_first(callback: Callback, trainer: Trainer) -> None:
-    """Put ``callback`` before every averaging one: what it changed for a while it gives back before they read or swap."""
+    """Put ``callback`` before all others but its like: what it changed for a while it gives back before they look or swap."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    place = min((callbacks.index(one) for one in averaging(trainer)), default=len(callbacks))
+    place = next((at for at, one in enumerate(callbacks) if not hasattr(one, "schedule")), len(callbacks))
     if place < callbacks.index(callback):  # a new list: the Trainer is walking over the old one
         rest = [one for one in callbacks if one is not callback]
         trainer.callbacks = rest[:place] + [callback] + rest[place:]  # type: ignore[attr-defined]

@@ -78,7 +78,8 @@ def check_weights(callback: Form, trainer: Trainer) -> None:
             raise RuntimeError(
                 f"{name} differs on {odd} from rank 0 at the end of epoch {trainer.current_epoch}: the ranks no longer train one model. "
                 "Usual causes: weights changed, or a file loaded, on one rank alone; a forward that goes around the wrapped module, so "
-                "that its gradients are not averaged. Make every change on all ranks, and resume from the last checkpoint"
+                "that its gradients are not averaged; weights that were frozen when DDP wrapped the module (BackboneFinetuning), whose "
+                "gradients it never averages. Make every change on all ranks, and resume from the last checkpoint"
             )
 
 

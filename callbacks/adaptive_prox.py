@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sparse import proximal, shards
+from lightning_sparse import _rates, proximal, shards
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule
@@ -21,8 +21,8 @@ class AdaptiveProx(Sparsifier):
     """After each optimiser step ``w <- w / (1 + rho lam / eta_hat(w))`` (AdaProx), or the exact prox of rho lam omega.
 
     Args:
-        metric: rho_j is the learning rate ("plain") or lr / (sqrt(v_hat_j) + eps) as in Adam's own step ("adam");
-            "auto" takes Adam's where the optimiser keeps second moments.
+        metric: rho_j is the learning rate ("plain"), lr / (sqrt(v_hat_j) + eps) as in Adam's own step ("adam"), or the
+            optimiser's own, whichever it is ("auto"); as many times longer as SGD's or RMSprop's momentum makes steps.
         exact: the exact prox, which reaches zeros by itself, in place of the reweighted step.
 
     The other arguments are :class:`Sparsifier`'s.
@@ -66,6 +66,6 @@ class AdaptiveProx(Sparsifier):
         step = proximal.exact_step if self.exact else proximal.reweighted_step
         for _, parameter, group in self._owned(optimizer):
             if parameter.grad is not None:
-                rho = proximal.step_size(optimizer, parameter, group, self.metric)
+                rho = _rates.gain(group) * proximal.step_size(optimizer, parameter, group, self.metric)
                 w = shards.local(parameter.detach())
                 w.copy_(step(self.penalty, w, rho, lam))

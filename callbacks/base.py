@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,12 +9,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sparse import archive, attach, shards
-from lightning_sparse.callbacks import _averages, _faults, _joining, _ranks, _recipes, _refusals, _report, _states
-from lightning_sparse.callbacks._form import Form
+from lightning_sparse import attach
+from lightning_sparse.callbacks import _averages, _faults, _joining, _ranks, _refusals, _report
+from lightning_sparse.callbacks._saved import Saved
 
 
-class Sparsifier(Form):
+class Sparsifier(Saved):
     """Base of the callbacks that train a network to true zeros: their life cycle. The arguments are Form's."""
 
     @property
@@ -99,10 +98,6 @@ class Sparsifier(Form):
         self._whole = _refusals.total_steps(self, trainer)
         self._begin_at(self._offset)
 
-    def _begin_at(self, offset: int) -> None:
-        """The callback's own clock starts ``offset`` steps into the run."""
-        self._offset, self.total = offset, max(self._whole - offset, 1)
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0 or _joining.signature(self, trainer) != self._seen:
             self._admit(trainer, pl_module)
@@ -150,44 +145,6 @@ class Sparsifier(Form):
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """What a form does to the weights after an optimiser step; nothing by default."""
 
-    def _hold_zeros(self, names: Iterable[str]) -> None:
-        """Where weights are zero now, they stay so, if that was asked for."""
-        if self.keep_zeros:
-            self.held |= {name: self._live(name) != 0 for name in names}
-
-    @torch.no_grad()
-    def _hold(self, optimizer: torch.optim.Optimizer, support: Mapping[str, Tensor]) -> None:
-        for name, parameter, _ in self._owned(optimizer):
-            if name in support:
-                shards.clear(parameter, ~support[name])
-
-    @torch.no_grad()
-    def _maybe_freeze(self) -> None:
-        if not self.frozen and self.freeze and self.step >= round(self.total * (1 - self.freeze)):
-            self.support = {}
-            self._freeze(self.parameters)
-
-    @torch.no_grad()
-    def _freeze(self, names: Iterable[str]) -> None:
-        """Where supports are frozen, freeze these parameters' too."""
-        support, self.support = self.support, None
-        if support is not None and self.attachment is not None:
-            self.attachment.restore()
-            fresh = {name: ~self.zeros(name) for name in names}
-            for name, kept in fresh.items():
-                shards.clear(self.parameters[name], ~kept)
-            self.support = support | fresh
-
-    @torch.no_grad()
-    def prune(self) -> None:
-        """Make the zeros of every selected parameter true, for good."""
-        if self.attachment is not None:
-            self.attachment.restore()
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(self.thresholded(name))
-        if self.attachment is not None:
-            self.attachment.renew()
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.attachment is not None:
             _faults.check_weights(self)
@@ -203,11 +160,6 @@ class Sparsifier(Form):
     def _show(self) -> None:
         if self.attachment is not None and not self.attachment.shown:
             self.attachment.show()
-
-    @property
-    def _averaged(self) -> bool:
-        """An average takes the weights' place in validation and in files."""
-        return self._averages is not None and bool(self._averages.saved)
 
     def evaluated(self, name: str) -> Tensor:
         swapped = self.attachment is not None and self.attachment.shown  # then the module holds the average, which holds the weights
@@ -272,69 +224,6 @@ class Sparsifier(Form):
         """Not after an exception: a file that is written then holds the average."""
         if self._averages is not None:
             self._averages.detach()
-
-    # -- state --------------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the step, and the live values where the file holds the threshold's zeros."""
-        if self._restored is not None and not self._applied:  # a tuner saves before on_fit_start
-            return self._restored
-        taken = {name: shards.picked(self._live(name), self.thresholded(name) == 0) for name in self.parameters}
-        clock: dict[str, Any] = {"step": self.step, "offset": self._offset, "begun": self._begun}
-        averaged = {} if self._averages is None else self._averages.taken()
-        held = {name: shards.full(where).cpu() for name, where in self.held.items()}
-        clock |= {"recipe": self.recipe(), "clipped": self._clipping.mean} | ({"held": held} if held else {})
-        return clock | {"frozen": self.frozen, "taken": taken} | ({"averaged": averaged} if averaged else {})
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        waiting = self._restored is not None and not self._applied
-        if self.attachment is None and self.parameters and not waiting:  # after an exception: the views are gone, the state is not
-            attach.write_view(checkpoint["state_dict"], pl_module, self.parameters, self.thresholded)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        _ranks.on_rank_zero(trainer, partial(archive.check, trainer.ckpt_path))
-        states = _states.callbacks_of(checkpoint)
-        others = (state for state in states.values() if _joining.fits(self, trainer, pl_module, state))
-        own = states[self.state_key] if self.state_key in states else next(others, {})
-        if self.attachment is None:
-            self.parameters = _joining.choose(self, trainer, pl_module, own)
-        if self.state_key not in states:  # another form's state of the same parameters carries this one on
-            self.load_state_dict(own)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
-            self.check_state(state_dict)
-        held = state_dict.get("taken") or state_dict.get("begun")  # not in a file that was written before a fit
-        self._restored, self._applied = (state_dict if held else None), False
-        if self.attachment is not None and self._restored is not None:
-            self._resume(self._restored)
-
-    def check_state(self, state: Any) -> None:
-        """Raise ValueError, naming the entry, unless ``state`` is one that this form saves; nothing is used of it yet."""
-        _states.check(self, state)
-
-    @torch.no_grad()
-    def _resume(self, state: dict[str, Any]) -> None:
-        averaged = state.get("averaged", state["taken"])
-        if not self._averaged:  # of a file written beside WeightAveraging the module has loaded the average
-            state = state | {"taken": averaged}
-        _refusals.check_state(self, state)
-        _recipes.say_changes(self, state)
-        if self.keep_zeros:
-            self.held |= {name: self._part(name, held) for name, held in state.get("held", {}).items()}
-        self.step, self._begun, self._applied = state["step"], state.get("begun", True), True
-        self._begin_at(state["offset"])
-        self._clipping.resume(state.get("clipped", 1.0))
-        if self._averages is not None:
-            self._averages.give_back(averaged)
-        for name, taken in state["taken"].items():
-            shards.put(self.parameters[name], taken)
-        frozen = {name: parameter.detach() != 0 for name, parameter in self.parameters.items()}
-        self.support = frozen if state["frozen"] else None
-
-    def _part(self, name: str, whole: Tensor) -> Tensor:
-        parameter = self.parameters[name]
-        return shards.like(shards.part(whole.to(parameter.device), parameter), parameter)
 
 
 def is_idle(optimizer: torch.optim.Optimizer) -> bool:

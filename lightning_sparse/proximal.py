@@ -7,24 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse import numeric, shards
+from lightning_sparse import _rates, numeric
 from lightning_sparse.duality import Penalty
 
 
 def step_size(optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, Any], metric: str) -> Tensor | float:
-    """rho_j of a parameter's last step: lr, or lr / (sqrt(v_hat_j) + eps) in Adam's metric, of the part that this process holds.
+    """rho_j of a parameter's last step: how far a unit of its gradient moves a weight, of the part that this process holds.
 
-    ``metric`` is "plain", "adam", or "auto": Adam's where the optimiser keeps second moments.
+    ``metric`` is "plain" (the learning rate), "adam" (lr / (sqrt(v_hat_j) + eps)), or "auto": the optimiser's own.
     """
     state = optimizer.state.get(parameter, {})
-    if metric == "plain" or (metric == "auto" and "exp_avg_sq" not in state):
-        return float(group["lr"])
-    if "exp_avg_sq" not in state:
+    if metric == "adam" and "exp_avg_sq" not in state:
         raise ValueError(f"metric='adam' needs second moments, which {type(optimizer).__name__} does not keep; use metric='plain'")
-    moment = shards.local(state.get("max_exp_avg_sq", state["exp_avg_sq"]))  # amsgrad divides by the maximum
-    correction = 1 - group["betas"][1] ** float(state["step"])
-    rho: Tensor = group["lr"] / ((moment / correction).sqrt() + group["eps"])
-    return rho
+    own = None if metric == "plain" else _rates.adaptive(state, group)
+    return float(group["lr"]) if own is None else own
 
 
 def reweighted_step(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float) -> Tensor:
@@ -69,6 +65,8 @@ def _reach(penalty: Penalty, step: Tensor) -> Tensor:
 
 def _nodes(step: Tensor) -> Tensor:
     """Quarter octaves around the positive steps, the same whatever else a tensor holds: a part of it gives what the whole gives."""
-    octaves = step[step > 0].clamp(1e-30, 1e30).log2() * 4
-    first, last = (int(octaves.min().floor()), int(octaves.max().floor())) if len(octaves) else (0, 0)
+    if not step.numel():
+        return step.new_ones(2)
+    ends = torch.stack([torch.where(step > 0, step, torch.inf).min(), torch.where(step > 0, step, 0.0).max()])
+    first, last = (ends.clamp(1e-30, 1e30).log2() * 4).floor().int().tolist() if ends[1] > 0 else (0, 0)
     return torch.arange(first, last + 2, dtype=step.dtype, device=step.device).div(4).exp2()

@@ -20,9 +20,9 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """The part of a detached ``tensor`` that this process holds, in the same memory; the tensor itself if it is whole."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part
 
 
@@ -32,9 +32,9 @@ def like(part: Tensor, whole: Any) -> Tensor:
         return part
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(  # type: ignore[no-any-return]
-        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
+    layout = {"shape": whole.shape, "stride": whole.stride()}
+    split: Tensor = DTensor.from_local(part, whole.device_mesh, whole.placements, run_check=False, **layout)
+    return split
 
 
 @torch.no_grad()
@@ -86,12 +86,13 @@ def _reduced(value: Tensor, of: Any, how: str) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     placements = [Replicate() if placement.is_replicate() else Partial(how) for placement in of.placements]
-    return DTensor.from_local(value, of.device_mesh, placements, run_check=False).full_tensor()  # type: ignore[no-any-return]
+    reduced: Tensor = DTensor.from_local(value, of.device_mesh, placements, run_check=False).full_tensor()
+    return reduced
 
 
-def full(tensor: Tensor) -> Tensor:
+def full(tensor: Any) -> Tensor:
     """The whole of a detached ``tensor`` on every process: a collective."""
-    whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return whole
 
 

@@ -81,6 +81,7 @@ def test_fit_reports_what_its_checkpoint_holds(capsys: pytest.CaptureFixture[str
         assert str(path) in printed
 
 
+@pytest.mark.slow
 def test_the_dense_twin_is_the_run_without_the_callback() -> None:
     result = fit(["--config", "digits", *SHORT, "--report.pictures", "false"]).result
     assert result is not None
@@ -90,6 +91,7 @@ def test_the_dense_twin_is_the_run_without_the_callback() -> None:
     torch.testing.assert_close(dict(plain.model.state_dict()), dict(twin), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_whole_configuration_lies_beside_the_checkpoints_and_trains_again() -> None:
     result = fit(["--config", "digits", *SHORT, "--report.dense_twin", "false", "--trainer.default_root_dir", "first"]).result
     assert result is not None

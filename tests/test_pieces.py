@@ -9,15 +9,18 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_sparse import attach, counts, curvature, mask_rules, noise, penalties, proximal
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, _faults
 
+pytestmark = pytest.mark.slow
 BITS = st.integers(-(2**31), 2**31 - 1)
-SPECIAL = st.sampled_from([0, -(2**31), 1, -(2**31) + 1, 0x7F800000, -0x800000, 0x7FC00001, -0x3FFFFF, 0x7F7FFFFF, 0x00800000])
+# 0, -0.0, the smallest denormals, inf, -inf, NaN with payloads (a signalling one too), the largest and the smallest normal
+PATTERNS = [0, -(2**31), 1, -(2**31) + 1, 0x7F800000, -0x800000, 0x7FC00001, -0x3FFFFF, 0x7F800001, 0x7F7FFFFF, 0x00800000]
+EVERY = torch.tensor(PATTERNS, dtype=torch.int32).view(torch.float32)
 quick = settings(max_examples=30, deadline=None, database=None)
 ROWS = [getattr(penalties, name)(**kwargs) for name in penalties.__all__ for kwargs in getattr(penalties, name).examples[:1]]
 SEPARABLE = [row for row in ROWS if row.separable] + [penalties.Lp(0.5), mask_rules.Standout().to_penalty()]
@@ -31,7 +34,7 @@ def bits(tensor: Tensor) -> Tensor:
 def weights(draw: st.DrawFn) -> Tensor:
     """float32 of any bit pattern in a few shapes, an empty one and a scalar among them."""
     shape = draw(st.sampled_from([(), (0,), (0, 3), (1,), (5,), (2, 3)]))
-    values = draw(st.lists(st.one_of(BITS, SPECIAL), min_size=math.prod(shape), max_size=math.prod(shape)))
+    values = draw(st.lists(st.one_of(BITS, st.sampled_from(PATTERNS)), min_size=math.prod(shape), max_size=math.prod(shape)))
     return torch.tensor(values, dtype=torch.int32).view(torch.float32).reshape(shape).clone()
 
 
@@ -42,6 +45,7 @@ class Holder(nn.Module):
 
 
 @quick
+@example(w=EVERY, mask=torch.tensor(0.0), shown=torch.tensor(1.0))
 @given(w=weights(), mask=weights(), shown=weights())
 def test_attached_weights_come_back_bit_for_bit(w: Tensor, mask: Tensor, shown: Tensor) -> None:
     module = Holder(w)
@@ -73,9 +77,9 @@ FORMS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{type(form).__name__} {form.given}")
 @quick
+@example(w=EVERY)
 @given(w=weights())
 def test_the_thresholded_view_zeroes_what_counts_as_zero_and_keeps_the_other_bits(form: ReweightedPenalty, w: Tensor) -> None:
     form.parameters = {"w": nn.Parameter(w.clone())}
@@ -88,9 +92,9 @@ def test_the_thresholded_view_zeroes_what_counts_as_zero_and_keeps_the_other_bit
     assert counts.count_zeros({"w": shown}) == {"w": (int(zeros.sum()), w.numel())}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("penalty", SEPARABLE, ids=repr)
 @quick
+@example(w=EVERY, rho=0.1, lam=0.5, each=False)
 @given(w=weights(), rho=st.floats(1e-6, 10), lam=st.floats(1e-6, 10), each=st.booleans())
 def test_proximal_steps_shrink_and_keep_nan_inf_and_zero(penalty: penalties.L1, w: Tensor, rho: float, lam: float, each: bool) -> None:
     rate = torch.full_like(w, rho) if each else rho
@@ -119,6 +123,7 @@ def test_masks_are_nan_where_alpha_is_and_nowhere_else(kind: noise.Noise, alpha:
 
 
 @quick
+@example(w=EVERY)
 @given(w=weights())
 def test_counts_take_zeros_for_zeros_and_nan_for_none(w: Tensor) -> None:
     expected = sum(1 for value in w.reshape(-1).tolist() if value == 0)
@@ -169,7 +174,6 @@ STATE = {"step": 3, "offset": 0, "frozen": False, "taken": {"w": torch.ones(2)},
 ENTRIES = [*STATE, "begun", "averaged", "held", "recipe", "curvature"]
 
 
-@pytest.mark.slow
 @quick
 @given(entry=st.sampled_from(ENTRIES), value=GARBAGE, whole=st.booleans())
 def test_a_state_of_garbage_is_taken_or_refused_in_words(entry: str, value: object, whole: bool) -> None:

@@ -136,6 +136,7 @@ def test_the_seeds_are_summed_up_by_mean_and_sample_deviation() -> None:
     assert lines[-1].split() == ["sd", "2.6458"]
 
 
+@pytest.mark.slow
 def test_seeds_trains_once_for_each_and_tells_them_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,23 @@ Each check fits small models on the CPU and looks from outside: it knows Lightni
 
 from __future__ import annotations
 
-from lightning_sparse.conformance import averages, counts, faults, files, life_cycle, memory, models, neighbours, ranks, resume, steps
+from lightning_sparse.conformance import (
+    averages,
+    changes,
+    counts,
+    damage,
+    faults,
+    files,
+    life_cycle,
+    loops,
+    memory,
+    models,
+    neighbours,
+    precision,
+    ranks,
+    resume,
+    steps,
+)
 from lightning_sparse.conformance._registry import (
     CHECKS,
     Check,
@@ -21,4 +37,5 @@ from lightning_sparse.conformance._registry import (
 )
 
 __all__ = ["CHECKS", "Check", "NotApplicable", "Outcome", "Subject", "check", "chosen", "outcome", "require", "subject", "undisturbed"]
-__all__ += ["averages", "counts", "faults", "files", "life_cycle", "memory", "models", "neighbours", "ranks", "resume", "steps"]
+__all__ += ["averages", "changes", "counts", "damage", "faults", "files", "life_cycle", "loops", "memory", "models"]
+__all__ += ["neighbours", "precision", "ranks", "resume", "steps"]

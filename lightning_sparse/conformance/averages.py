@@ -132,11 +132,11 @@ def _resumes(subject: Subject, folder: Path, make: Any) -> None:
             require(not own[file], f"resumed from {file}, {order}, the run ends elsewhere: {own[file]}")
 
 
-@check("a run beside EMAWeightAveraging, resumed, ends as the uninterrupted one, the average too, bit for bit", GROUP)
+@check("a run beside EMAWeightAveraging, resumed, ends as the uninterrupted one, the average too, bit for bit", GROUP, slow=True)
 def ema_resumes(subject: Subject, folder: Path) -> None:
     _resumes(subject, folder, _ema)
 
 
-@check("the same beside StochasticWeightAveraging", GROUP)
+@check("the same beside StochasticWeightAveraging", GROUP, slow=True)
 def swa_resumes(subject: Subject, folder: Path) -> None:
     _resumes(subject, folder, _swa)

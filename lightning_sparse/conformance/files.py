@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,15 @@ class Everywhere(Callback):
     """Calls ``look`` at every moment; a step's forward is a moment of :class:`Watched`."""
 
     def __init__(self, look: Look) -> None:
-        self.look = look
+        self.look, self.found = look, False
         for moment in MOMENTS:
-            setattr(self, moment, self._at(moment))
+            setattr(self, moment, partial(self._at, moment))
 
-    def _at(self, moment: str) -> Callable[..., None]:
-        return lambda trainer, module, *args: self.look(moment, trainer, module)
+    def _at(self, moment: str, trainer: Any, module: Any, *args: Any) -> None:
+        if not self.found:  # a look that found something is itself an exception; what comes then would hide it
+            self.found = True
+            self.look(moment, trainer, module)
+            self.found = False
 
 
 class Watched(toys.Toy):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,8 @@ from lightning_sparse.conformance import _networks, toys
 from lightning_sparse.conformance._networks import CLASSES, batches
 from lightning_sparse.conformance._registry import Subject, check, require
 from lightning_sparse.conformance.life_cycle import zeros
-from lightning_sparse.conformance.steps import Gan, _own_steps, matrices
+from lightning_sparse.conformance.loops import Gan
+from lightning_sparse.conformance.steps import matrices
 
 GROUP = "models"
 Build = Callable[[], nn.Module]
@@ -49,8 +48,7 @@ class _Loader:
 def _ends_well(trainer: Trainer, module: toys.Toy, build: Build, data: Any, folder: Path) -> None:
     """True zeros, plain keys, and a file that the plain network loads strictly and that computes the same."""
     require(all(bool(torch.isfinite(p).all()) for p in module.parameters() if not p.is_complex()), "a weight is not finite after fit")
-    size = sum(w.numel() for w in matrices(module).values())
-    require(0 < zeros(module) < size, f"{zeros(module)} of {size} weights are zero after fit; some, not all, should be")
+    require(zeros(module) > 0, "no weight is zero after fit")  # whether all are depends on the strength, which is the author's
     trainer.save_checkpoint(folder / "end.ckpt")
     plain = nn.ModuleDict({"network": build()})
     own = torch.load(folder / "end.ckpt", weights_only=True)["state_dict"]
@@ -67,9 +65,9 @@ def _same_output(plain: nn.Module, trained: nn.Module, x: Tensor) -> None:
     require(far < 1e-4, f"the loaded model's output differs from the trained one's by {far:.2g}")
 
 
-def _trains(subject: Subject, folder: Path, build: Build, kind: str) -> toys.Toy:
+def _trains(subject: Subject, folder: Path, build: Build, kind: str, **options: Any) -> toys.Toy:
     module, data = _module(subject, build), batches(kind)
-    _ends_well(_fit(subject, module, data), module, build, data, folder)
+    _ends_well(_fit(subject, module, data, **options), module, build, data, folder)
     return module
 
 
@@ -94,14 +92,11 @@ def _lazy(module: nn.Module) -> bool:
     return any(isinstance(p, nn.UninitializedParameter) for p in module.parameters())
 
 
-# -- networks -------------------------------------------------------------------------------------------------------------
-
-
 @check("torchvision's ResNet-18", GROUP, slow=True)
 def resnet18_ends_sparse(subject: Subject, folder: Path) -> None:
     import torchvision
 
-    _trains(subject, folder, partial(torchvision.models.resnet18, num_classes=CLASSES), "images")
+    _trains(subject, folder, partial(torchvision.models.resnet18, num_classes=CLASSES), "images", limit_val_batches=0)
 
 
 @check("torchvision's MobileNetV3", GROUP, slow=True)
@@ -199,125 +194,3 @@ def odd_weights_are_trained_or_refused(subject: Subject, folder: Path) -> None:
     _trains_or_refuses(subject, folder, _networks.Wave, "vectors")
     _trains_or_refuses(subject, folder, _networks.Quantised, "vectors")
     _trains_or_refuses(subject, folder, _networks.Looked, "tokens", epochs=8, **({} if subject.optimizer else {"optimizer": LOOSE}))
-
-
-# -- copies, changes, compilation -----------------------------------------------------------------------------------------
-
-
-class Portable(LightningModule):
-    """A module that can be pickled whole: no function made on the spot hangs on it."""
-
-    def __init__(self, optimizer: Any = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.network, self.make = _networks.plain(), optimizer or partial(torch.optim.Adam, lr=1e-2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.network(x)
-        return out
-
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return self.make(self.parameters())
-
-
-def _pickled(module: nn.Module) -> Any:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@check("a copy or a pickle of the module in mid-run is a plain module with the original's weights, and the run goes on", GROUP)
-def copies_in_mid_run_are_plain(subject: Subject, folder: Path) -> None:
-    copies: list[tuple[str, Any, dict[str, Tensor]]] = []
-
-    def look(moment: str, module: Any) -> None:
-        for kind, make in (("copy", copy.deepcopy), ("pickle", _pickled)):
-            copies.append((f"{kind} at {moment}", make(module), toys.weights(module)))
-
-    disturbed, alone = Portable(subject.optimizer), Portable(subject.optimizer)
-    subject.trainer(toys.Spy(look)).fit(disturbed, toys.data())
-    subject.trainer().fit(alone, toys.data())
-    for name, w in toys.weights(alone).items():
-        require(torch.equal(w, disturbed.get_parameter(name)), f"with copies made on the way, {name} ends elsewhere")
-    keys = list(Portable().state_dict())
-    for where, made, before in copies:
-        require(list(made.state_dict()) == keys, f"the {where} has the keys {list(made.state_dict())}")
-        _is_plain(where, made, before)
-
-
-def _is_plain(where: str, made: Any, before: dict[str, Tensor]) -> None:
-    """It computes what a plain network with its parameters does, forwards and backwards."""
-    twin, x = _networks.plain(), torch.randn(4, _networks.FEATURES)
-    twin.load_state_dict({name.removeprefix("network."): w for name, w in before.items()})
-    made.train()
-    require(torch.equal(made(x), twin(x)), f"the {where} computes something else than a plain network with its weights")
-    made(x).square().sum().backward()
-    twin(x).square().sum().backward()
-    for copied, plain in zip(made.network.parameters(), twin.parameters(), strict=True):
-        require(torch.equal(copied.grad, plain.grad), f"the {where} has other gradients than a plain network")
-
-
-class Widening(toys.Toy):
-    """Goes to float64 at the start of its second epoch."""
-
-    def on_train_epoch_start(self) -> None:
-        if self.current_epoch == 1:
-            self.to(torch.float64)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        return super().training_step((batch[0].to(self.dtype), batch[1]), index)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        super().validation_step((batch[0].to(next(self.parameters()).dtype), batch[1]), index)
-
-
-@check("the module may go to another dtype in mid-run", GROUP)
-def a_change_of_dtype_is_followed(subject: Subject, folder: Path) -> None:
-    _own_steps(subject)
-    module = Widening(optimizer=LOOSE)
-    before = {name: id(p) for name, p in module.named_parameters()}
-    subject.fit(module, epochs=3)
-    require(all(p.dtype == torch.float64 for p in module.parameters()), "the weights are not all float64 after fit")
-    require({name: id(p) for name, p in module.named_parameters()} == before, "a parameter was replaced")
-    size = sum(w.numel() for w in matrices(module).values())
-    require(0 < zeros(module) < size, f"{zeros(module)} of {size} weights are zero after fit; some, not all, should be")
-
-
-def graphs() -> int:
-    """Graphs that torch.compile has made so far."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
-@check("a compiled model ends with true zeros, and nothing is compiled anew from step to step", GROUP, slow=True)
-def compiled_models_end_sparse(subject: Subject, folder: Path) -> None:
-    for name, compile_ in COMPILED.items():
-        torch._dynamo.reset()
-        module = subject.model()
-        given, made = compile_(module), []
-        spy = toys.Spy(lambda moment, _, made=made: made.append(graphs()) if moment == "batch end" else None)  # type: ignore[misc]
-        subject.trainer(spy, epochs=4).fit(given, toys.data(), toys.data(seed=1))
-        require(0 < zeros(module) < 176, f"{name}: {zeros(module)} of 176 weights are zero; some, not all, should be")
-        require(made[-1] == made[7] > 0, f"{name}: graphs made by the end of each batch: {made}")
-
-
-def _inside(module: toys.Toy) -> Any:
-    module.network = torch.compile(module.network)  # type: ignore[assignment]
-    return module
-
-
-def _in_place(module: toys.Toy) -> Any:
-    module.compile()
-    return module
-
-
-COMPILED: dict[str, Callable[[toys.Toy], Any]] = {
-    "torch.compile of the network": _inside,
-    "torch.compile of the LightningModule": torch.compile,
-    "module.compile()": _in_place,
-}

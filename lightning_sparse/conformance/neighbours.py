@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,16 @@ def _tune(subject: Subject, folder: Path, make: Any) -> None:
         require(not odd, f"beside the tuner, with the callback {order}, the run ends elsewhere: {odd}")
 
 
-@check("LearningRateFinder's trial leaves no trace in the run", GROUP)
+@check("LearningRateFinder's trial leaves no trace in the run", GROUP, slow=True)
 def learning_rate_finder_leaves_no_trace(subject: Subject, folder: Path) -> None:
     _tune(subject, folder, lambda: LearningRateFinder(num_training_steps=6, update_attr=False))
 
 
-@check("BatchSizeFinder's trials leave no trace in the run", GROUP)
+@check("BatchSizeFinder's trials leave no trace in the run", GROUP, slow=True)
 def batch_size_finder_leaves_no_trace(subject: Subject, folder: Path) -> None:
-    _tune(subject, folder, lambda: BatchSizeFinder(steps_per_trial=2, init_val=16, max_trials=1, max_val=16))
+    bounded = "max_val" in inspect.signature(BatchSizeFinder).parameters  # both find the batch size of the run without them
+    options: dict[str, Any] = {"init_val": 16, "max_val": 16} if bounded else {"init_val": 8}
+    _tune(subject, folder, lambda: BatchSizeFinder(steps_per_trial=2, max_trials=1, **options))
 
 
 class _Buffered(nn.Sequential):

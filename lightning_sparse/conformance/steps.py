@@ -1,15 +1,14 @@
-"""Precision, accumulation, clipping and every kind of optimiser step: zeros stay zeros, and lam means the same."""
+"""Momentum, decay, accumulation, clipping, schedules: zeros stay zeros, and lam means the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_sparse.conformance import toys
@@ -28,12 +27,12 @@ MOMENTA: dict[str, Make] = {
 }
 
 
-def _own_steps(subject: Subject) -> None:
+def own_steps(subject: Subject) -> None:
     if subject.optimizer:
         raise NotApplicable("the subject brings its own optimiser")
 
 
-def _some_zeros(module: nn.Module, where: str) -> None:
+def some_zeros(module: nn.Module, where: str) -> None:
     """True zeros, not everywhere, and nothing that is not finite."""
     require(all(bool(torch.isfinite(p).all()) for p in module.parameters()), f"a weight is not finite {where}")
     require(0 < zeros(module) < SIZE, f"{zeros(module)} of {SIZE} weights are zero {where}; some, not all, should be")
@@ -75,94 +74,15 @@ def frozen_zeros_stay(subject: Subject, folder: Path) -> None:
             one.freeze = 0.5  # type: ignore[attr-defined]
         module = toys.Toy(optimizer=make)
         toys.trainer(*own, steps, epochs=6, num_sanity_val_steps=0).fit(module, toys.data(), toys.data(seed=1))
-        _some_zeros(module, f"under {name}")
+        some_zeros(module, f"under {name}")
         late = steps.batches[13:] if freezing else steps.epochs[-2:]
         require(not (count := _revived(late)), f"{count} times a zero of the frozen support came back under {name}")
 
 
-# -- precision ----------------------------------------------------------------------------------------------------------
-
-
-@check("bf16-mixed ends with true zeros in float32 weights", GROUP)
-def bf16_ends_sparse(subject: Subject, folder: Path) -> None:
-    module = subject.model()
-    subject.fit(module, epochs=4, precision="bf16-mixed")
-    _some_zeros(module, "after bf16-mixed")
-    require(all(p.dtype == torch.float32 for p in module.parameters()), "the weights are no longer float32")
-
-
-class Overflowing(toys.Toy):
-    """Its gradients do not fit into fp16 at batch 2 of every epoch, while its loss is finite."""
-
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        return super().training_step(batch, index) * (1e30 if index == 2 else 1.0)
-
-
-class _Skips(Callback):
-    """Keeps the weights at the end of every batch, and the GradScaler's scale."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[dict[str, Tensor], float]] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        self.seen.append((toys.weights(pl_module), trainer.precision_plugin.scaler.get_scale()))
-
-
-def fp16(device: str = "cpu") -> MixedPrecision:
-    """fp16 with a GradScaler, also where ``precision="16-mixed"`` would become bf16."""
-    return MixedPrecision("16-mixed", device)
-
-
-def _fp16_run(subject: Subject, make: Make | None) -> list[tuple[dict[str, Tensor], float]]:
-    module = Overflowing(optimizer=make) if make else Overflowing()
-    skips = _Skips()
-    subject.fit(module, skips, epochs=3, plugins=[fp16()])
-    _some_zeros(module, "after 16-mixed")
-    return skips.seen
-
-
-FUSED: dict[str, Make] = {
-    "Adam": partial(torch.optim.Adam, lr=1e-2, foreach=False),
-    "fused Adam": partial(torch.optim.Adam, lr=1e-2, fused=True),
-    "fused SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True),
-}
-
-
-@check("under 16-mixed a step that overflows leaves the weights untouched, fused optimisers' too", GROUP)
-def skipped_steps_touch_nothing(subject: Subject, folder: Path) -> None:
-    for name, make in {"its own": subject.optimizer}.items() if subject.optimizer else FUSED.items():
-        seen = _fp16_run(subject, make)
-        skipped = [i for i in range(1, len(seen)) if seen[i][1] < seen[i - 1][1]]
-        require(2 in skipped, f"the GradScaler skipped no step under {name}")
-        for i in skipped:
-            odd = [key for key, w in seen[i][0].items() if not torch.equal(w, seen[i - 1][0][key])]
-            require(not odd, f"{name}: the skipped step {i} changed {odd}")
-
-
-@check("under 16-mixed a fused optimiser ends where the plain one does", GROUP)
-def fused_fp16_equals_plain(subject: Subject, folder: Path) -> None:
-    _own_steps(subject)
-    plain, fused = (_fp16_run(subject, FUSED[name])[-1][0] for name in ("Adam", "fused Adam"))
-    _close(plain, fused, "of the fused optimiser")
-
-
-def _close(wanted: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
+def close(wanted: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
     for name, w in wanted.items():
         far = float((w - found[name]).abs().max())
         require(far < 1e-3, f"{name} {where} ends up to {far:.2g} from the plain run's")
-
-
-@check("for-loop, foreach and fused optimisers end alike", GROUP)
-def kinds_of_steps_agree(subject: Subject, folder: Path) -> None:
-    _own_steps(subject)
-    ends = {}
-    for kind in ("plain", "foreach", "fused"):
-        module = toys.Toy(optimizer=partial(torch.optim.AdamW, lr=1e-2, **({kind: True} if kind != "plain" else {"foreach": False})))
-        subject.fit(module)
-        _some_zeros(module, f"under {kind} AdamW")
-        ends[kind] = toys.weights(module)
-    for kind in ("foreach", "fused"):
-        _close(ends["plain"], ends[kind], f"of {kind} AdamW")
 
 
 # -- accumulation and clipping --------------------------------------------------------------------------------------------
@@ -186,7 +106,7 @@ def _accumulated(subject: Subject, times: int, seed: int = 0) -> dict[str, Tenso
     torch.manual_seed(seed)
     trainer = subject.trainer(epochs=4, accumulate_grad_batches=times)
     trainer.fit(module, _Copies(times), toys.data(seed=1))
-    _some_zeros(module, f"with {times} batches a step")
+    some_zeros(module, f"with {times} batches a step")
     return toys.weights(module)
 
 
@@ -197,7 +117,7 @@ def accumulation_keeps_lam(subject: Subject, folder: Path) -> None:
     if any(not torch.equal(w, once[name]) for name, w in _accumulated(subject, 1, seed=1).items()):
         return  # it draws random numbers, more of them for more batches: that it ends sparse is all that can be asked
     for times, end in others.items():
-        _close(once, end, f"with each batch {times} times and {times} batches a step")
+        close(once, end, f"with each batch {times} times and {times} batches a step")
 
 
 class _Norms(Callback):
@@ -225,89 +145,9 @@ def clipping_holds(subject: Subject, folder: Path) -> None:
     for algorithm, limit in (("norm", 0.3), ("value", 0.2)):
         module, norms = subject.model(), _Norms()
         subject.fit(module, norms, epochs=4, gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
-        _some_zeros(module, f"with gradients clipped by {algorithm}")
+        some_zeros(module, f"with gradients clipped by {algorithm}")
         largest = norms.norm if algorithm == "norm" else norms.size
         require(0 < largest < limit * 1.001, f"clipped by {algorithm} to {limit}, a step got {largest:.4g}")
-
-
-# -- several optimisers, several backwards --------------------------------------------------------------------------------
-
-
-class TwoOptimizers(toys.Toy):
-    """Manual optimisation: an optimiser for each layer, stepped in turn, each after a forward and backward of its own."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.automatic_optimization = False
-
-    def configure_optimizers(self) -> Any:
-        layers: Any = self.network
-        return [self.make(layers[i].parameters()) for i in (0, 2)]
-
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:  # type: ignore[override]
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, index))
-            optimizer.step()
-
-
-@check("several optimisers under manual optimisation: zeros in the weights of each", GROUP)
-def several_optimizers_end_sparse(subject: Subject, folder: Path) -> None:
-    module = TwoOptimizers(**({"optimizer": subject.optimizer} if subject.optimizer else {}))
-    subject.fit(module, epochs=4)
-    _some_zeros(module, "after fit")
-    for name, w in matrices(module).items():
-        require((w == 0).any(), f"no weight of {name} is zero")
-
-
-class Gan(LightningModule):
-    """Two networks against each other: the discriminator sees true and made samples in two backwards, then one step.
-
-    ``make`` makes each network's optimiser. The generator is toggled, so that the discriminator gets no gradient from it.
-    """
-
-    def __init__(self, generator: nn.Module, discriminator: nn.Module, noise: Iterable[int], make: Make | None = None) -> None:
-        super().__init__()
-        self.generator, self.discriminator = generator, discriminator
-        self.noise, self.automatic_optimization = (*noise,), False
-        self.make = make or partial(torch.optim.Adam, lr=2e-3, betas=(0.5, 0.999))
-
-    def configure_optimizers(self) -> Any:
-        return [self.make(part.parameters()) for part in (self.generator, self.discriminator)]
-
-    def _judge(self, samples: Tensor, truth: float) -> Tensor:
-        score = self.discriminator(samples)
-        return nn.functional.binary_cross_entropy_with_logits(score, torch.full_like(score, truth))
-
-    def training_step(self, batch: Any, index: int) -> None:
-        makes, judges = self.optimizers()  # type: ignore[misc]
-        z = torch.randn(len(batch[0]), *self.noise)
-        self.toggle_optimizer(makes)
-        makes.zero_grad()
-        self.manual_backward(self._judge(self.generator(z), 1.0))
-        makes.step()
-        self.untoggle_optimizer(makes)
-        self.toggle_optimizer(judges)
-        judges.zero_grad()
-        self.manual_backward(self._judge(batch[0], 1.0))
-        self.manual_backward(self._judge(self.generator(z).detach(), 0.0))
-        judges.step()
-        self.untoggle_optimizer(judges)
-
-
-def _layers(*sizes: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(sizes[0], sizes[1]), nn.LeakyReLU(0.2), nn.Linear(sizes[1], sizes[2]))
-
-
-@check("a GAN by manual optimisation, two backwards before a step: zeros in both networks", GROUP)
-def a_gan_ends_sparse(subject: Subject, folder: Path) -> None:
-    torch.manual_seed(0)
-    module = Gan(_layers(4, 16, 8), _layers(8, 16, 1), (4,), subject.optimizer)
-    subject.trainer(epochs=4).fit(module, toys.data())
-    for part in (module.generator, module.discriminator):
-        found, size = zeros(part), sum(w.numel() for w in matrices(part).values())
-        require(0 < found < size, f"{found} of {size} weights of a network are zero; some, not all, should be")
-    require(all(bool(torch.isfinite(p).all()) for p in module.parameters()), "a weight is not finite")
 
 
 # -- rates and closures -----------------------------------------------------------------------------------------------------
@@ -333,15 +173,16 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 @check("learning rate schedules end with true zeros: to zero, with restarts, one cycle", GROUP)
 def schedules_end_sparse(subject: Subject, folder: Path) -> None:
     for name, make in SCHEDULERS.items():
-        module = Scheduled(**({"optimizer": subject.optimizer} if subject.optimizer else {}))
+        own: Any = {"optimizer": subject.optimizer} if subject.optimizer else {}
+        module = Scheduled(**own)
         module.scheduler = make
         subject.fit(module, epochs=4)
-        _some_zeros(module, f"after the schedule {name}")
+        some_zeros(module, f"after the schedule {name}")
 
 
 @check("LBFGS is refused before it changes a weight, or ends with true zeros", GROUP)
 def lbfgs_is_refused_or_works(subject: Subject, folder: Path) -> None:
-    _own_steps(subject)
+    own_steps(subject)
     module = toys.Toy(optimizer=partial(torch.optim.LBFGS, lr=0.1))
     before, steps = toys.weights(module), []
     watch = Everywhere(lambda moment, trainer, module: steps.append(moment) if moment == "on_train_batch_end" else None)
@@ -352,4 +193,4 @@ def lbfgs_is_refused_or_works(subject: Subject, folder: Path) -> None:
         require(not steps and not touched, f"it failed after {len(steps)} batches, with {touched} changed: {error}")
         require("LBFGS" in str(error), f"the refusal does not name LBFGS: {error}")
     else:
-        _some_zeros(module, "under LBFGS")
+        some_zeros(module, "under LBFGS")

@@ -1,9 +1,10 @@
 """Every conformance check on every callback of the package and on others, and what each holds in memory:
 
-    python tests/benchmarks/conformance.py [--write docs/correctness.md] [--only NAME ...]
+    python tests/benchmarks/conformance.py [--only CHECK ...] [--on CALLBACK ...] [--write docs/correctness.md]
 
-Prints each outcome as it comes, then the two tables of docs/correctness.md, which --write puts between their markers.
-Where torchao is installed, its PruneOptimizer stands in the last column.
+Prints each outcome as it comes and keeps it in docs/correctness.json, so that a part can be run again; then the two
+tables of docs/correctness.md, which --write puts between their markers. Where torchao is installed, its PruneOptimizer
+stands in the last column.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import re
 import sys
@@ -22,48 +24,55 @@ import torch
 
 from lightning_sparse import conformance, noise
 from lightning_sparse.callbacks import AdaptiveMask
-from lightning_sparse.conformance import Outcome, Subject, memory
+from lightning_sparse.conformance import Subject, memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "conformance"))
 
 import subjects
 
+STORE = Path(__file__).resolve().parent.parent.parent / "docs" / "correctness.json"
 MARK = {"pass": "yes", "n/a": "n/a", "fail": "**no**"}
 
 
-def run(columns: list[Subject], names: list[str]) -> dict[str, dict[str, Outcome]]:
-    """Outcomes by check and subject."""
-    found: dict[str, dict[str, Outcome]] = {}
+def run(columns: list[Subject], names: list[str], store: Path) -> None:
+    """Run checks on subjects and keep the outcomes."""
     for name in names:
-        found[name] = {subject.name: conformance.outcome(subject, name) for subject in columns}
-        for subject, outcome in found[name].items():
-            print(f"{subject:26} {name:44} {outcome.verdict:5} {outcome.reason[:160]}", flush=True)
-    return found
+        for subject in columns:
+            outcome = conformance.outcome(subject, name)
+            print(f"{subject.name:26} {name:44} {outcome.verdict:5} {outcome.reason[:160]}", flush=True)
+            kept = json.loads(store.read_text()) if store.exists() else {}
+            kept.setdefault(name, {})[subject.name] = [outcome.verdict, outcome.reason, versions()]
+            store.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
-def versions(columns: list[Subject]) -> str:
+def versions() -> str:
     """What ran."""
-    ao = f", torchao {importlib.metadata.version('torchao')}" if any(s.name == "PruneOptimizer" for s in columns) else ""
+    ao = f", torchao {importlib.metadata.version('torchao')}" if importlib.util.find_spec("torchao") else ""
     return f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}{ao}"
 
 
-def table(columns: list[Subject], found: dict[str, dict[str, Outcome]]) -> str:
+def table(kept: dict[str, dict[str, list[str]]]) -> str:
     """Checks by callbacks in Markdown, with the reasons of failures and of silence below."""
     notes: list[str] = []
-    lines = [f"{versions(columns)}.", "", "| check | " + " | ".join(s.name for s in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in found.items():
-        cells = [_cell(row[subject.name], notes) for subject in columns]
+    columns = [name for name in (*subjects.OURS, *subjects.OTHERS) if any(name in row for row in kept.values())]
+    ran = sorted({outcome[2] for row in kept.values() for outcome in row.values()})
+    lines = [f"{'; '.join(ran)}.", "", "| check | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in (name for name in conformance.CHECKS if name in kept):
+        cells = [_cell(kept[name].get(column), notes) for column in columns]
         lines.append(f"| {conformance.CHECKS[name].title} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
 
 
-def _cell(outcome: Outcome, notes: list[str]) -> str:
-    if not outcome.reason:
-        return MARK[outcome.verdict]
-    reason = re.sub(r"\s+", " ", outcome.reason.replace("|", "/"))[:240]
-    if reason not in notes:
-        notes.append(reason)
-    return f"{MARK[outcome.verdict]} ({notes.index(reason) + 1})"
+def _cell(outcome: list[str] | None, notes: list[str]) -> str:
+    if outcome is None:
+        return ""
+    verdict, reason, _ = outcome
+    if not reason:
+        return MARK[verdict]
+    text = re.sub(r"0x[0-9a-f]+|/tmp/\S+", "...", re.sub(r"\s+", " ", reason.replace("|", "/")))[:240]
+    if text not in notes:
+        notes.append(text)
+    return f"{MARK[verdict]} ({notes.index(text) + 1})"
 
 
 def memory_table() -> str:
@@ -94,14 +103,16 @@ def write(path: Path, name: str, text: str) -> None:
 
 
 def main() -> None:
+    others = [s for s in subjects.OTHERS.values() if s.optimizer is None or importlib.util.find_spec("torchao")]
+    columns = {subject.name: subject for subject in [*subjects.OURS.values(), *others]}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(conformance.CHECKS), choices=list(conformance.CHECKS), metavar="CHECK")
+    parser.add_argument("--on", nargs="*", default=list(columns), choices=list(columns), metavar="CALLBACK")
     parser.add_argument("--write", type=Path)
-    parser.add_argument("--only", nargs="*", default=list(conformance.CHECKS), choices=list(conformance.CHECKS))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    others = [s for s in subjects.OTHERS.values() if s.optimizer is None or importlib.util.find_spec("torchao")]
-    columns = [*subjects.OURS.values(), *others]
-    checks, held = table(columns, run(columns, given.only)), memory_table()
+    run([columns[name] for name in given.on], given.only, STORE)
+    checks, held = table(json.loads(STORE.read_text())), memory_table()
     print(f"\n{checks}\n\n{held}")
     if given.write:
         write(given.write, "checks", checks)

@@ -232,12 +232,12 @@ def test_no_noise_is_drawn_where_batch_norm_is_renewed():
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_our_callbacks_stand_before_the_averaging_one_and_keep_their_order(average):
+def test_our_callbacks_stand_first_and_keep_their_order(average):
     one, two, monitor = ReweightedPenalty(LOG_SUM, 0.5, ["network.0.*"]), AdaptiveProx(LOG_SUM, 0.1, ["network.2.*"]), SparsityMonitor()
     averaging = average()
     run = trainer(monitor, averaging, one, two, epochs=1)
     run.fit(Toy(), data())
-    assert [callback for callback in run.callbacks if callback in (one, two, monitor, averaging)] == [monitor, one, two, averaging]
+    assert [callback for callback in run.callbacks if callback in (one, two, monitor, averaging)] == [one, two, monitor, averaging]
 
 
 @slow

@@ -198,6 +198,7 @@ def test_a_state_that_lacks_an_entry(name, saved, tmp_path):
     assert f"it lacks {name!r}; it has [" in resumed(content, tmp_path / "bad.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
 def test_another_callbacks_garbage_is_none_of_ours(saved, tmp_path):
     content = saved[0] | {"callbacks": {"elsewhere": [1, 2], "there": {"taken": 3}}}

@@ -131,6 +131,7 @@ def test_attention_and_shared_layers_are_not_read_from_one_layer():
     assert layers(module, names) == {}
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_calibrated_and_masked_all_the_same():
     network = torch.compile(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), backend="eager")
     callback = AdaptiveMask(penalties.LogSum(2.0), lam=0.3)

@@ -113,6 +113,7 @@ def test_expected_gradient_of_the_mask_form_is_the_penalty_forms():
     torch.testing.assert_close(total, one_step(toy(), ReweightedPenalty(LOG_SUM, lam), batch), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("local", "rows", "batches"), [(False, 1, 800), (True, 1000, 2)])
 def test_gaussian_noise_has_the_promised_variance(local, rows, batches):
     """Outputs of one layer under noise: mean W x and variance (W^2 lam / eta)(x^2), drawn a batch or a row."""

@@ -13,8 +13,8 @@ from torch import nn
 from toys import Toy, data
 
 from lightning_sparse import penalties, shards
-from lightning_sparse.callbacks import AdaptiveProx, ReweightedPenalty, SparsityMonitor
-from lightning_sparse.conformance.ranks import DDP, SplitToy, as_ranks, split
+from lightning_sparse.callbacks import AdaptiveProx, ReweightedPenalty, SparsityMonitor, _faults
+from lightning_sparse.conformance.ranks import DDP, SplitToy, as_ranks, obstacle, split
 from lightning_sparse.conformance.toys import trainer
 
 pytestmark = pytest.mark.slow
@@ -89,7 +89,18 @@ def bad_data(rank):
         return str(error)
 
 
+def unfit_on_one(rank):
+    """What both processes are told of a weight that is not finite in the part of one."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    w = torch.distributed.tensor.distribute_tensor(torch.zeros(4, 2), mesh, [torch.distributed.tensor.Shard(0)])
+    if rank == 1:
+        shards.local(w)[0, 0] = float("nan")
+    return _faults.unfit({"w": w})
+
+
 def everything(rank, folder):
+    if why := obstacle():
+        return why
     answers = {}
     for form in FORMS:
         answers[form] = {"ddp": run(rank, form, DDP), "split": run(rank, form, "split")}
@@ -97,7 +108,7 @@ def everything(rank, folder):
         first = resumed(rank, folder, sharded, optimizer)
         path = folder / f"{sharded}-{optimizer}-True" / "epoch=1.ckpt"
         answers[sharded, optimizer] = first, resumed(rank, folder, sharded, optimizer, path)
-    return answers | {"NaN": bad_data(rank)}
+    return answers | {"NaN": bad_data(rank), "one part": unfit_on_one(rank)}
 
 
 # -- in this process ------------------------------------------------------------------------------------------------------------
@@ -110,7 +121,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return as_ranks(everything, folder)
+    answers = as_ranks(everything, folder)
+    if isinstance(answers[0], str):
+        pytest.skip(answers[0])
+    return answers
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -158,4 +172,5 @@ def test_a_whole_file_has_zeros_and_loads_into_the_plain_module(ranks, folder):
 
 def test_values_that_are_not_finite_stop_both_processes(ranks):
     for answer in ranks:
+        assert answer["one part"] == {"w": (1, 0)}
         assert "at optimiser step 1, from the loss of this rank or of another" in answer["NaN"]

@@ -34,6 +34,7 @@ def share_of_zeros(module):
     return sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
 
 
+@pytest.mark.slow
 @every_form
 @pytest.mark.parametrize("decay", [True, False], ids=["decayed", "constant rate"])
 def test_fit_ends_with_true_zeros(form, decay):
@@ -54,6 +55,7 @@ def test_the_module_is_its_own_again(form):
         assert (list(module.state_dict()), hooks(module), type(module)) == (keys, count, kind)
 
 
+@pytest.mark.slow
 @every_form
 def test_a_frozen_support_stays_through_momentum(form):
     seen = []
@@ -123,6 +125,7 @@ def test_validation_sees_thresholded_weights_and_training_goes_on_with_its_own(f
     assert differs
 
 
+@pytest.mark.slow
 @every_form
 @pytest.mark.parametrize("freeze", [0.0, 0.6])
 def test_resume_is_exact_and_the_file_holds_the_zeros(form, freeze, tmp_path):

@@ -5,8 +5,6 @@ All runs share one pair of processes. The same zeros on every rank and exact res
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -223,55 +221,6 @@ def test_a_layer_unused_on_one_rank_and_uneven_last_batches(ranks):
     assert curvature.keys() == other.keys() == {"network.0.weight", "network.2.weight", "extra.weight"}
     assert all(torch.equal(curvature[name], other[name]) for name in curvature)
     assert curvature["extra.weight"].any()
-
-
-def test_curvature_is_the_mean_over_the_ranks_that_saw_the_layer():
-    meeting, shared, results = threading.Barrier(2), [None, None], [None, None]
-    parameters = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(4)}
-    seen = [{"a": torch.tensor([1.0, 3.0])}, {"b": torch.ones(3), "a": torch.tensor([3.0, 5.0])}]
-
-    def run(rank):
-        def reduce(value):
-            shared[rank] = value.clone()
-            meeting.wait(10)
-            mean = (shared[0] + shared[1]) / 2
-            meeting.wait(10)
-            return mean
-
-        fisher = EmpiricalFisher(every=1)
-        fisher.begin(0, 1)
-        fisher._pending = dict(seen[rank])
-        fisher.end(reduce, parameters)
-        results[rank] = {name: fisher.estimate(name) for name in parameters}
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    [thread.start() for thread in threads]
-    [thread.join(30) for thread in threads]
-    for result in results:
-        torch.testing.assert_close(result["a"], torch.tensor([2.0, 4.0]))
-        torch.testing.assert_close(result["b"], torch.ones(3))
-        assert result["c"] is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_a_hash_tells_every_single_weight_and_zero_apart(dtype):
-    w = torch.randn(5, 3, dtype=torch.float64).to(dtype)
-    zeros = w.abs() < 0.3
-    found = {int(_ranks.digest(w, zeros))}
-    for place in range(w.numel()):
-        for part, value in ((w, -w.view(-1)[place]), (zeros, ~zeros.view(-1)[place])):
-            changed = part.clone()
-            changed.view(-1)[place] = value
-            found.add(int(_ranks.digest(changed, zeros) if part is w else _ranks.digest(w, changed)))
-    assert len(found) == 1 + 2 * w.numel()
-    assert int(_ranks.digest(w.clone(), zeros.clone())) in found
-
-
-def test_a_hash_does_not_depend_on_its_chunks(monkeypatch):
-    w = torch.randn(1000)
-    whole = int(_ranks.digest(w, w < 0))
-    monkeypatch.setattr(_ranks, "_CHUNK", 7)
-    assert int(_ranks.digest(w, w < 0)) == whole
 
 
 def on_gpus(rank):

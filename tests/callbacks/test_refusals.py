@@ -98,7 +98,7 @@ def test_two_callbacks_on_one_weight_are_refused_and_on_disjoint_ones_not():
 
 
 STRATEGIES = [
-    (ReweightedPenalty, {}, FSDPStrategy, "does not support Posed, which flattens the parameters; use DDPStrategy or ModelParallelStrategy"),
+    (ReweightedPenalty, {}, FSDPStrategy, "does not support Posed, which flattens the parameters; use DDPStrategy or ModelParallel"),
     (AdaptiveProx, {}, DeepSpeedStrategy, "does not support Posed, which flattens the parameters"),
     (AdaptiveMask, {}, ModelParallelStrategy, r"does not support Posed: FSDP2 gathers .* use the same penalty as to_penalty\(\)"),
     (ReweightedPenalty, {"gap_samples": 2}, ModelParallelStrategy, "set gap_samples=0"),

@@ -115,6 +115,7 @@ def test_without_the_option_they_may_grow_again():
     assert any(w["network.0.weight"][before].any() for w in seen)
 
 
+@pytest.mark.slow
 @every_form
 def test_a_resumed_run_keeps_the_zeros_of_the_first_start_and_no_others(form, tmp_path):
     straight, keeper = sparse_start(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)

@@ -15,7 +15,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from toys import Toy, data, trainer
 
 from lightning_sparse import penalties
-from lightning_sparse.callbacks import AdaptiveProx, ReweightedPenalty, SparseCheckpoint, SparsityMonitor
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, SparseCheckpoint, SparsityMonitor
+from lightning_sparse.conformance.neighbours import Backboned
+from lightning_sparse.conformance.ranks import DDP, as_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
@@ -23,6 +25,7 @@ pytestmark = [
 ]
 LOG_SUM = penalties.LogSum(eps=2.0)
 slow = pytest.mark.slow
+needs_ema = pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="this Lightning has no EMAWeightAveraging")
 
 
 class Scored(Toy):
@@ -160,7 +163,7 @@ def test_the_weights_that_model_pruning_masks_count(tmp_path):
 
 
 @slow
-@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="this Lightning has no EMAWeightAveraging")
+@needs_ema
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("own", [(ReweightedPenalty(LOG_SUM, 0.3),), ()], ids=["penalty", "exact zeros"])
 def test_beside_an_average_the_files_own_weights_count(own, weights_only, tmp_path):
@@ -191,3 +194,35 @@ def test_it_is_made_from_yaml(tmp_path, monkeypatch):
     (keeper,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, SparseCheckpoint)]
     assert (keeper.target, keeper.monitor, keeper.mode, keeper.save_top_k) == (0.9, "val/loss", "max", 3)
     assert "target=0.9" in keeper.state_key
+
+
+def _two_ranks(rank, folder, average):
+    """A run beside an average, on data of the rank's own."""
+    keeper, module = every(folder, 0.3), Scored(seed=rank)
+    others = [callbacks.EMAWeightAveraging(decay=0.3)] if average else []
+    run = trainer(*others, AdaptiveMask(LOG_SUM, 0.5), keeper, epochs=4, enable_checkpointing=True, **DDP)
+    run.fit(module, data(seed=2 * rank), data(seed=1))
+    return dict(module.state_dict()), keeper.highest, sorted(map(str, keeper.best_k_models))
+
+
+@slow
+@pytest.mark.parametrize("average", [False, pytest.param(True, marks=needs_ema)])
+def test_two_ranks_agree_on_what_is_saved(average, tmp_path):
+    one, two = as_ranks(_two_ranks, tmp_path, average)
+    assert all(torch.equal(w, two[0][name]) for name, w in one[0].items())
+    assert one[1:] == two[1:]
+    assert one[1] > 0.3
+    assert sorted(map(str, tmp_path.iterdir())) == one[2] != []
+    assert all(share(path) >= 0.3 for path in tmp_path.iterdir())
+
+
+def _unfreezing(rank):
+    own, thaw = ReweightedPenalty(LOG_SUM, 0.5), callbacks.BackboneFinetuning(1, backbone_initial_ratio_lr=1.0)
+    trainer(thaw, own, epochs=3, **DDP).fit(Backboned(), data(seed=2 * rank), data(seed=1))
+
+
+@slow
+def test_what_ddp_leaves_out_of_step_when_it_is_unfrozen_is_refused():
+    """DDP averages no gradient of a weight that was frozen when it wrapped the module; Lightning's own run goes apart too."""
+    with pytest.raises(RuntimeError, match=r"backbone.weight.* differs on rank 1(.|\n)*frozen when DDP wrapped"):
+        as_ranks(_unfreezing)

@@ -11,15 +11,17 @@ from lightning_sparse.callbacks import SparsityMonitor
 pytestmark = pytest.mark.slow
 
 
+# what a check need not say of a callback of ours: masks on FSDP2's shards are refused
+SILENT = {("AdaptiveMask", "fsdp2_equals_ddp"), ("AdaptiveMask, Bernoulli", "fsdp2_equals_ddp")}
+
+
 @pytest.mark.parametrize("check", conformance.CHECKS)
 @pytest.mark.parametrize("name", OURS)
 def test_our_callbacks_conform(name, check):
     outcome = conformance.outcome(OURS[name], check)
-    assert outcome.verdict == "pass" or (outcome.verdict == "n/a" and (name, check) in SILENT), outcome.reason
+    control = outcome.reason.startswith("Lightning")  # the same run without the callback is not exact either, or not to be had
+    assert outcome.verdict == "pass" or (outcome.verdict == "n/a" and (control or (name, check) in SILENT)), outcome.reason
 
-
-# what a check does not ask of a callback of ours
-SILENT: set[tuple[str, str]] = set()
 
 # what Lightning's own pruning is known to break, and how that shows
 BROKEN = {
@@ -31,6 +33,17 @@ BROKEN = {
     "no_noise_at_any_moment": "weight_orig",
     "a_callback_is_reusable": "don't exist in the model",
     "mask_buffers_are_the_users_own": "",
+    "ema_is_sparse": "are neither the average's nor zero",
+    "the_best_score_is_that_of_its_file": "recorded",
+    "ranks_hold_the_same_zeros": "the ranks' zeros differ",
+    "frozen_weights_stay": "a frozen weight changed",
+    "tied_weights_are_counted_once": "nothing is logged",
+    "an_exception_leaves_the_module": "the hooks are 4; before 0",
+    "a_full_disk_while_saving": "the hooks are 4; before 0",
+    "a_loss_that_is_not_finite": "went unnoticed",
+    "gradients_that_are_not_finite": "went unnoticed",
+    "weights_that_are_not_finite": "went unnoticed",
+    "flipped_bits_are_refused": "resumed as if nothing were wrong",
 }
 
 

@@ -1,0 +1,137 @@
+"""Files when things go wrong: a full disk, cut and flipped ones, and what it takes to read them."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._processes import call
+from lightning_sparse.conformance._registry import Subject, check, require
+from lightning_sparse.conformance.faults import EPOCHS, GROUP, STEP, Accident, Unlucky, fails, is_as_before, unlucky
+from lightning_sparse.conformance.resume import first_difference
+
+
+class _Full(Callback):
+    """Lets the disk be full from a step on: files may not grow beyond a kilobyte."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == STEP:
+            _limit(1024)
+
+
+def _limit(size: int) -> None:
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with EFBIG, as on a full disk with ENOSPC
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def _fill_the_disk(subject: Subject, folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """What is odd after the failed save, and the end of a run without and with that failure in between."""
+    whole = unlucky(subject)
+    subject.fit(whole, epochs=EPOCHS)
+    module, path = unlucky(subject), folder / "one.ckpt"
+    keeper = ModelCheckpoint(folder, filename="one", enable_version_counter=False, every_n_epochs=1, save_on_train_epoch_end=True)
+    odd = _failed_save(subject, module, keeper)
+    again = unlucky(subject, seed=1)
+    subject.fit(again, epochs=EPOCHS, ckpt_path=path)
+    return odd, toys.weights(whole), toys.weights(again)
+
+
+def _failed_save(subject: Subject, module: Unlucky, keeper: Callback) -> str:
+    import resource
+
+    try:
+        subject.fit(module, _Full(), keeper, epochs=EPOCHS, enable_checkpointing=True)
+    except OSError as error:
+        _limit(resource.RLIM_INFINITY)
+        if error.errno != errno.EFBIG:
+            raise
+    else:
+        return "the save did not fail"
+    try:
+        is_as_before(module, "after a failed save")
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+@check("a full disk while saving leaves the module, and the file of before whole: the run resumes from it", GROUP, slow=True)
+def a_full_disk_while_saving(subject: Subject, folder: Path) -> None:
+    ((odd, whole, again),) = call(_fill_the_disk, (subject, folder))
+    require(not odd, odd)
+    step = torch.load(folder / "one.ckpt", weights_only=True)["global_step"]
+    require(step == 4, f"the file on disk is of step {step}, not the whole one of step 4")
+    odd = first_difference(whole, again)
+    require(not odd, f"resumed from the file of before, the run ends elsewhere than without the fault: {odd}")
+
+
+def _saved(subject: Subject, folder: Path) -> Path:
+    trainer = subject.fit(subject.model())
+    trainer.save_checkpoint(folder / "whole.ckpt")
+    return folder / "whole.ckpt"
+
+
+def _is_refused(subject: Subject, path: Path, what: str, loaded: bool = False) -> None:
+    """Resuming raises before a step and leaves the module as it was, but for weights that had been loaded by then."""
+    module = unlucky(subject, seed=1)
+    module.prepare("training_step", fails(Accident()), step=0)
+    try:
+        subject.fit(module, epochs=EPOCHS, ckpt_path=path, num_sanity_val_steps=0)
+    except Accident:
+        require(False, f"{what} was resumed as if nothing were wrong")
+    except Exception:
+        if loaded:
+            module.before["weights"] = toys.weights(module)
+        is_as_before(module, f"after {what} was refused")
+
+
+@check("a truncated checkpoint is refused before training, wherever it was cut", GROUP)
+def truncated_files_are_refused(subject: Subject, folder: Path) -> None:
+    raw = _saved(subject, folder).read_bytes()
+    for share in (0.0, 0.01, 0.3, 0.7, 0.99):
+        (folder / "cut.ckpt").write_bytes(raw[: int(share * len(raw))])
+        _is_refused(subject, folder / "cut.ckpt", f"a file cut after {share:.0%}")
+
+
+@check("a checkpoint with a flipped bit in a weight is refused before training", GROUP)
+def flipped_bits_are_refused(subject: Subject, folder: Path) -> None:
+    path = _saved(subject, folder)
+    raw = path.read_bytes()
+    weight = torch.load(path, weights_only=True)["state_dict"]
+    first = next(w for w in weight.values() if w.dim() > 1)
+    place = raw.find(first.contiguous().numpy().tobytes())
+    require(place > 0, "the weight's bytes are not found in the file")
+    kept = first.flatten().nonzero().flatten().tolist()
+    require(kept, "the file's first weight is all zero")
+    for index, bit in ((kept[0], 0), (kept[-1], 12), (kept[-1], 31)):
+        flipped = bytearray(raw)
+        flipped[place + 4 * index + bit // 8] ^= 1 << bit % 8
+        (folder / "flipped.ckpt").write_bytes(bytes(flipped))
+        _is_refused(subject, folder / "flipped.ckpt", "a file with a flipped bit", loaded=True)
+
+
+@check("torch.load(weights_only=True) reads every file: at epochs' ends, within them, at the end, after an exception", GROUP)
+def files_load_safely(subject: Subject, folder: Path) -> None:
+    module = unlucky(subject)
+    module.prepare("training_step", fails(Accident()), step=10)
+    keeper = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=3)
+    trainer = subject.trainer(keeper, epochs=EPOCHS, enable_checkpointing=True)
+    try:
+        trainer.fit(module, toys.data(), toys.data(seed=1))
+    except Accident:
+        trainer.save_checkpoint(folder / "after.ckpt")
+    _saved(subject, folder)
+    for path in sorted(folder.glob("*.ckpt")):
+        try:
+            torch.load(path, weights_only=True)
+        except Exception as error:
+            require(False, f"{path.name}: {' '.join(str(error).split())[-200:]}")
+    require(len([*folder.glob("*.ckpt")]) == 5, f"files: {sorted(path.name for path in folder.glob('*.ckpt'))}")

@@ -1,0 +1,96 @@
+"""Manual optimisation: several optimisers, several backwards before a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._registry import Subject, check, require
+from lightning_sparse.conformance.life_cycle import zeros
+from lightning_sparse.conformance.steps import GROUP, Make, matrices, some_zeros
+
+
+class TwoOptimizers(toys.Toy):
+    """Manual optimisation: an optimiser for each layer, stepped in turn, each after a forward and backward of its own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        layers: Any = self.network
+        return [self.make(layers[i].parameters()) for i in (0, 2)]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:  # type: ignore[override]
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, index))
+            optimizer.step()
+
+
+@check("several optimisers under manual optimisation: zeros in the weights of each", GROUP)
+def several_optimizers_end_sparse(subject: Subject, folder: Path) -> None:
+    module = TwoOptimizers(**({"optimizer": subject.optimizer} if subject.optimizer else {}))
+    subject.fit(module, epochs=4)
+    some_zeros(module, "after fit")
+    for name, w in matrices(module).items():
+        require((w == 0).any(), f"no weight of {name} is zero")
+
+
+class Gan(LightningModule):
+    """Two networks against each other: the discriminator sees true and made samples in two backwards, then one step.
+
+    ``make`` makes each network's optimiser. The generator is toggled, so that the discriminator gets no gradient from it.
+    """
+
+    def __init__(self, generator: nn.Module, discriminator: nn.Module, noise: Iterable[int], make: Make | None = None) -> None:
+        super().__init__()
+        self.generator, self.discriminator = generator, discriminator
+        self.noise, self.automatic_optimization = (*noise,), False
+        self.make = make or partial(torch.optim.Adam, lr=2e-3, betas=(0.5, 0.999))
+
+    def configure_optimizers(self) -> Any:
+        return [self.make(part.parameters()) for part in (self.generator, self.discriminator)]
+
+    def _judge(self, samples: Tensor, truth: float) -> Tensor:
+        score = self.discriminator(samples)
+        return nn.functional.binary_cross_entropy_with_logits(score, torch.full_like(score, truth))
+
+    def training_step(self, batch: Any, index: int) -> None:
+        optimizers: Any = self.optimizers()
+        makes, judges = optimizers
+        z = torch.randn(len(batch[0]), *self.noise)
+        self.toggle_optimizer(makes)
+        makes.zero_grad()
+        self.manual_backward(self._judge(self.generator(z), 1.0))
+        makes.step()
+        self.untoggle_optimizer(makes)
+        self.toggle_optimizer(judges)
+        judges.zero_grad()
+        self.manual_backward(self._judge(batch[0], 1.0))
+        self.manual_backward(self._judge(self.generator(z).detach(), 0.0))
+        judges.step()
+        self.untoggle_optimizer(judges)
+
+
+def _layers(*sizes: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(sizes[0], sizes[1]), nn.LeakyReLU(0.2), nn.Linear(sizes[1], sizes[2]))
+
+
+@check("a GAN by manual optimisation, two backwards before a step: zeros in both networks", GROUP)
+def a_gan_ends_sparse(subject: Subject, folder: Path) -> None:
+    torch.manual_seed(0)
+    module = Gan(_layers(4, 16, 8), _layers(8, 16, 1), (4,), subject.optimizer)
+    subject.trainer(epochs=4).fit(module, toys.data())
+    for part in (module.generator, module.discriminator):
+        found, size = zeros(part), sum(w.numel() for w in matrices(part).values())
+        require(0 < found < size, f"{found} of {size} weights of a network are zero; some, not all, should be")
+    require(all(bool(torch.isfinite(p).all()) for p in module.parameters()), "a weight is not finite")

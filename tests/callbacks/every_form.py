@@ -1,0 +1,24 @@
+"""Every form and kind of noise and curvature, made anew by a call, for tests that run through all of them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from lightning_sparse import curvature, mask_rules, noise, penalties
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
+
+LOG_SUM = penalties.LogSum(eps=2.0)
+FORMS = {
+    "penalty": partial(ReweightedPenalty, LOG_SUM, 0.5),
+    "frozen": partial(ReweightedPenalty, LOG_SUM, 0.5, freeze=0.9),
+    "prox": partial(AdaptiveProx, LOG_SUM, 0.2),
+    "exact prox": partial(AdaptiveProx, LOG_SUM, 0.2, exact=True),
+    "mask": partial(AdaptiveMask, LOG_SUM, 0.5),
+    "mask, Bernoulli": partial(AdaptiveMask, LOG_SUM, 0.5, noise=noise.ScaledBernoulli(), curvature=None),
+    "mask, each step": partial(AdaptiveMask, LOG_SUM, 0.5, curvature=curvature.EmpiricalFisher(every=1)),
+    "mask, top-k": partial(AdaptiveMask, mask_rules.TopK(0.5)),
+    "mask, sampled": partial(AdaptiveMask, LOG_SUM, 0.5, curvature=curvature.SampledFisher(output="network", every=1)),
+}
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
