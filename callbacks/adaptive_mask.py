@@ -67,6 +67,7 @@ class AdaptiveMask(Sparsifier):
         self._heard: set[str] = set()  # local layers whose forward ran in this batch
         self._bypassed: set[str] = set()  # those whose forward does not: their weights get the noise
         self._ran = False  # this batch had a backward
+        self._trained: set[str] = set()  # parameters that are trained in this batch, though toggled off for a while
 
     def own_settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("noise", "curvature", "ceiling", "alpha_min")}
@@ -134,6 +135,7 @@ class AdaptiveMask(Sparsifier):
             return
         if self.curvature is not None:
             self.curvature.begin(self.step, _batch_size(batch))
+        self._trained = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
         self._draw(self.attachment)
 
     @torch.no_grad()
@@ -142,8 +144,8 @@ class AdaptiveMask(Sparsifier):
         self._draws, self._calls = self._draws + 1, {}
         if self.curvature is not None:
             self.curvature.generator = self._stream(-1)
-        for index, (name, parameter) in enumerate(self.parameters.items()):
-            if not parameter.requires_grad:
+        for index, name in enumerate(self.parameters):
+            if name not in self._trained:
                 continue
             alpha = self._noisy_alpha(name)
             if name in self._local:

@@ -34,8 +34,8 @@ class EmpiricalFisher(Curvature):
             attachment.on_forward(layer, partial(self._on_forward, name))
         self._attach_fallback(attachment)
 
-    def _on_forward(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if self._active and output.requires_grad:
+    def _on_forward(self, name: str, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if self._active and output.requires_grad and layer.weight.requires_grad:
             x = inputs[0].detach()
             output.register_hook(lambda grad: self._on_output_gradient(name, layer, x, grad.detach()))
 
@@ -87,8 +87,8 @@ class SampledFisher(EmpiricalFisher):
         attachment.on_forward(modules[self.output], lambda layer, inputs, output: self._on_prediction(output))
         self._attach_fallback(attachment)
 
-    def _on_forward(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if self._active and output.requires_grad:
+    def _on_forward(self, name: str, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if self._active and output.requires_grad and layer.weight.requires_grad:
             self._seen.append((name, layer, inputs[0].detach(), output))
 
     def _on_prediction(self, output: Any) -> None:

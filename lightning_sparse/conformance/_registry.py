@@ -139,7 +139,9 @@ def outcome(subject: Subject, name: str) -> Outcome:
     except ContractError as reason:
         return Outcome(name, "fail", str(reason))
     except Exception as error:
-        return Outcome(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        said = str(error).strip()
+        said = said.splitlines()[-1] if "Traceback" in said else f"{type(error).__name__}: {said}"  # of another process: its last line
+        return Outcome(name, "fail", " ".join(said.split())[:300])
     return Outcome(name, "pass", "")
 
 

@@ -67,7 +67,7 @@ class Gan(LightningModule):
     def training_step(self, batch: Any, index: int) -> None:
         optimizers: Any = self.optimizers()
         makes, judges = optimizers
-        z = torch.randn(len(batch[0]), *self.noise)
+        z = torch.randn(len(batch[0]), *self.noise, device=self.device)
         self.toggle_optimizer(makes)
         makes.zero_grad()
         self.manual_backward(self._judge(self.generator(z), 1.0))

@@ -41,8 +41,13 @@ def run(columns: list[Subject], names: list[str], store: Path) -> None:
             outcome = conformance.outcome(subject, name)
             print(f"{subject.name:26} {name:44} {outcome.verdict:5} {outcome.reason[:160]}", flush=True)
             kept = json.loads(store.read_text()) if store.exists() else {}
-            kept.setdefault(name, {})[subject.name] = [outcome.verdict, outcome.reason, versions()]
+            kept.setdefault(name, {})[subject.name] = [outcome.verdict, said(outcome.reason), versions()]
             store.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
+def said(reason: str) -> str:
+    """A reason on one line, without this machine's paths and addresses."""
+    return re.sub(r"0x[0-9a-f]+|(/[\w.+-]+){2,}", "...", " ".join(reason.replace("|", "/").split()))[:240]
 
 
 def versions() -> str:
@@ -69,10 +74,9 @@ def _cell(outcome: list[str] | None, notes: list[str]) -> str:
     verdict, reason, _ = outcome
     if not reason:
         return MARK[verdict]
-    text = re.sub(r"0x[0-9a-f]+|/tmp/\S+", "...", re.sub(r"\s+", " ", reason.replace("|", "/")))[:240]
-    if text not in notes:
-        notes.append(text)
-    return f"{MARK[verdict]} ({notes.index(text) + 1})"
+    if reason not in notes:
+        notes.append(reason)
+    return f"{MARK[verdict]} ({notes.index(reason) + 1})"
 
 
 def memory_table() -> str:

@@ -266,6 +266,32 @@ def test_curvature_is_estimated_for_both_networks_of_a_gan(bare):
     assert all(bool((mean > 0).any()) for mean in callback.curvature.mean.values())
 
 
+def test_a_network_that_is_toggled_off_learns_nothing_of_the_others_curvature():
+    means = []
+    for factor in (1.0, 100.0):
+        module, callback = gan(make=sgd(0.0)), AdaptiveMask(LOG_SUM, 0.1, curvature=EmpiricalFisher(every=1))
+        judge = module._judge
+        module._judge = lambda samples, truth, j=judge, f=factor: j(samples, truth) * (f if samples.requires_grad else 1.0)
+        torch.manual_seed(1)
+        trainer(callback, epochs=1, limit_train_batches=1).fit(module, data())
+        means.append(callback.curvature.mean)
+    assert torch.equal(means[0]["discriminator.0.weight"], means[1]["discriminator.0.weight"])
+    assert not torch.equal(means[0]["generator.0.weight"], means[1]["generator.0.weight"])
+
+
+@pytest.mark.parametrize("kind", [noise.ScaledBernoulli(), noise.Gaussian(local=True)], ids=["on weights", "on outputs"])
+def test_every_forward_of_a_gan_is_noisy_though_one_network_is_toggled_off(kind):
+    """The discriminator runs once for the generator's step, where it is toggled off, and twice for its own."""
+    module, outputs = gan(), []
+    x = torch.randn(16, 8)
+    module.discriminator.register_forward_hook(lambda layer, inputs, output: outputs.append((inputs[0].detach(), output.detach())))
+    twin = gan().discriminator
+    module.make = sgd(0.0)
+    trainer(AdaptiveMask(LOG_SUM, 0.3, noise=kind, curvature=None), epochs=1).fit(module, Repeated((x, x), 3))
+    assert len(outputs) == 9
+    assert not any(torch.allclose(twin(given), output, atol=1e-2) for given, output in outputs)
+
+
 class Probe(nn.Module):
     """Its loss is the sum of its weights, so that their gradient is the mask."""
 

@@ -59,11 +59,13 @@ def prune_optimizer(parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
 
 OURS = {
     "ReweightedPenalty": Subject("ReweightedPenalty", penalty),
-    "ReweightedPenalty, frozen": Subject("ReweightedPenalty, frozen", frozen),
     "AdaptiveProx": Subject("AdaptiveProx", prox),
-    "AdaptiveProx, exact": Subject("AdaptiveProx, exact", exact_prox),
     "AdaptiveMask": Subject("AdaptiveMask", mask),
     "AdaptiveMask, Bernoulli": Subject("AdaptiveMask, Bernoulli", bernoulli),
+}
+VARIANTS = {
+    "ReweightedPenalty, frozen": Subject("ReweightedPenalty, frozen", frozen),
+    "AdaptiveProx, exact": Subject("AdaptiveProx, exact", exact_prox),
 }
 OTHERS = {
     "ModelPruning": Subject("ModelPruning", model_pruning),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from subjects import OTHERS, OURS
+from subjects import OTHERS, OURS, VARIANTS
 
 from lightning_sparse import conformance, testing
 from lightning_sparse.callbacks import SparsityMonitor
@@ -21,6 +21,13 @@ def test_our_callbacks_conform(name, check):
     outcome = conformance.outcome(OURS[name], check)
     control = outcome.reason.startswith("Lightning")  # the same run without the callback is not exact either, or not to be had
     assert outcome.verdict == "pass" or (outcome.verdict == "n/a" and (control or (name, check) in SILENT)), outcome.reason
+
+
+@pytest.mark.parametrize("check", [name for name, check in conformance.CHECKS.items() if check.group in ("resume", "files", "counts")])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_their_options_conform_in_what_a_file_holds(name, check):
+    outcome = conformance.outcome(VARIANTS[name], check)
+    assert outcome.verdict == "pass", outcome.reason
 
 
 # what Lightning's own pruning is known to break, and how that shows
