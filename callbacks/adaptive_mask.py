@@ -31,6 +31,8 @@ class AdaptiveMask(Sparsifier):
         ceiling: largest lam / H_jj that calibration uses; 10 agreed best with the penalty form on the digits.
         alpha_min: smallest keep probability that noise is drawn with; it bounds the noise's variance by 1 / alpha_min.
 
+    In compiled modules and layers whose forward is bypassed, noise goes onto the weights whatever ``noise.local`` says.
+
     The other arguments are :class:`Sparsifier`'s.
     """
 

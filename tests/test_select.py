@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 from lightning_sparse import noise, schedules
-from lightning_sparse.select import select
+from lightning_sparse.select import countable, left_out, select
 
 
 class Zoo(nn.Module):
@@ -80,6 +82,77 @@ def test_a_model_without_weights():
 
 def test_frozen_weights_can_be_counted():
     assert "frozen.weight" in select(Zoo(), trainable=False)
+
+
+def two(weight):
+    """A weight that holds its values in two parts, as quantised ones do."""
+    return nn.Parameter(TwoTensor(weight.detach(), weight.detach().clone()))
+
+
+def unfit(kind):
+    layer = nn.Linear(4, 4, dtype=torch.complex64 if kind == "complex" else None)
+    if kind == "lazy":
+        layer = nn.LazyLinear(4)
+    if kind == "packed":
+        layer.weight = two(layer.weight)
+    if kind == "integer":
+        layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    return nn.Sequential(layer, nn.Linear(4, 4))
+
+
+UNFIT = {
+    "complex": "'0.weight' is complex; only real floating parameters can be sparsified; or leave it out",
+    "lazy": "'0.weight' has no shape yet; run a batch through its lazy layer first",
+    "packed": "'0.weight' is a TwoTensor; a quantised or otherwise packed tensor has no elements that could become zero",
+    "integer": "'0.weight' is torch.int8; a quantised weight is not trained: sparsify first, then quantise",
+}
+
+
+@pytest.mark.parametrize(("kind", "message"), UNFIT.items(), ids=UNFIT.keys())
+def test_unfit_weights_are_refused_where_they_are_asked_for(kind, message):
+    for patterns in (None, ["*"], ["0.weight"], ["0.*"]):
+        with pytest.raises(ValueError, match=message):
+            select(unfit(kind), patterns)
+    for patterns in (["!0.weight"], ["1.*"], ["*", "!0.*"], ["1.weight"]):
+        assert list(select(unfit(kind), patterns)) == ["1.weight"]
+
+
+def test_a_frozen_complex_weight_is_passed_over_as_any_frozen_one():
+    module = unfit("complex")
+    module[0].requires_grad_(False)
+    assert list(select(module)) == ["1.weight"]
+
+
+def test_torchaos_quantised_weights_are_refused():
+    quantization = pytest.importorskip("torchao.quantization")
+    module = nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.Linear(64, 2))
+    quantization.quantize_(module[0], quantization.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"'0.0.weight' is a \w+; a quantised or otherwise packed tensor"):
+        select(module)
+    assert list(select(module, ["!0.*"])) == ["1.weight"]
+
+
+COMPUTED = {
+    "weight_norm": (parametrizations.weight_norm, ["0.weight", "0.parametrizations.weight.original1"]),
+    "spectral_norm": (parametrizations.spectral_norm, ["0.weight", "0.parametrizations.weight.original"]),
+    "orthogonal": (parametrizations.orthogonal, ["0.weight", "0.parametrizations.weight.original"]),
+    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), ["0.weight", "0.weight_orig"]),
+    "older spectral_norm": (nn.utils.spectral_norm, ["0.weight", "0.weight_orig"]),
+}
+
+
+@pytest.mark.parametrize(("change", "names"), COMPUTED.values(), ids=COMPUTED.keys())
+def test_what_a_weight_is_computed_from_is_left_out_and_refused_by_name(change, names):
+    module = nn.Sequential(change(nn.Linear(4, 4)), nn.Linear(4, 4))
+    assert list(select(module)) == list(select(module, ["!0.weight"])) == ["1.weight"]
+    assert list(left_out(module)) == list(left_out(module, ["0.*"])) == ["0.weight"]
+    assert left_out(module, ["!0.weight"]) == left_out(module, ["1.*"]) == {}
+    for name in names:
+        with pytest.raises(ValueError, match=rf"select name '{name}' cannot be sparsified: '0.weight' is computed by .* first with"):
+            select(module, [name])
+    with pytest.raises(ValueError, match=r"no selectable weight.*'0.weight' is computed by"):
+        select(module[:1])
+    assert sorted(countable(module)) == ["0.weight", "1.weight"]
 
 
 def test_schedules_rise_to_lam_and_stay():

@@ -11,9 +11,9 @@ CLASSES, FEATURES = 3, 8
 
 
 def batches(kind: str, count: int = 2, size: int = 8) -> list[tuple[Tensor, Tensor]]:
-    """Random inputs of a kind (vectors, tokens, images, numbers) with labels."""
+    """Random inputs of a kind (vectors, tokens, images) with labels."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"vectors": (FEATURES,), "images": (3, 32, 32), "waves": (FEATURES,)}
+    shapes = {"vectors": (FEATURES,), "images": (3, 32, 32)}
     found = []
     for _ in range(count):
         x = torch.randint(10, (size, 5), generator=generator) if kind == "tokens" else torch.randn(size, *shapes[kind], generator=generator)

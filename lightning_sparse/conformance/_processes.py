@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import sys
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from typing import Any
 
 _TIMEOUT = 300.0  # seconds after which a child is held to hang
@@ -27,6 +30,7 @@ def call(function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning_sparse.conformance"])
+    _start_server()
     pipes = [context.Pipe(duplex=False) for _ in arguments]
     children = [context.Process(target=_run, args=(w, function, args)) for (_, w), args in zip(pipes, arguments, strict=True)]
     for child, (_, writer) in zip(children, pipes, strict=True):
@@ -38,6 +42,16 @@ def call(function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
         for child in children:
             child.kill()
             child.join()
+
+
+def _start_server() -> None:
+    """From a folder that holds no package: the server looks there first, and would import a source tree for what is installed."""
+    here = os.getcwd()
+    os.chdir(sys.prefix)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
 
 
 def _run(writer: Any, function: Callable[..., Any], args: Sequence[Any]) -> None:

@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from toys import Repeated, Spy, Toy, data, trainer, weights
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
+from toys import Repeated, Spy, Toy, data, trainer, weights
 
 from lightning_sparse import attach, noise, penalties
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, SparsityMonitor
@@ -34,6 +34,7 @@ def sgd(lr):
 # -- what is selected ---------------------------------------------------------------------------------------------------------
 
 
+deprecations = pytest.mark.filterwarnings("ignore:.*quantize", "ignore::DeprecationWarning", "ignore::UserWarning:torch.ao.*")
 REFUSED = {
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 3)), r"'network.0.weight' has no shape yet; run a batch"),
     "complex": (Wave, r"'network.wave.weight' is complex; .* leave it out with select=\['!network.wave.weight'\]"),
@@ -41,6 +42,7 @@ REFUSED = {
 }
 
 
+@deprecations
 @pytest.mark.parametrize("form", [ReweightedPenalty, AdaptiveMask])
 @pytest.mark.parametrize(("build", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_weights_that_cannot_be_sparsified_are_refused_with_the_way_round_them(form, build, message):
@@ -78,10 +80,10 @@ def test_sparse_gradients_are_refused_before_training(form):
 @pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("old", [False, True], ids=["parametrisation", "hook"])
 def test_computed_weights_are_left_out_with_one_warning_or_by_name_without(old):
-    module = Toy(Computed(old))
-    with pytest.warns(UserWarning, match=r"leaves 'network.normed.weight' out: it is computed by WeightNorm from .*1 more weights") as said:
-        callback = ReweightedPenalty(LOG_SUM, 0.5)
-        trainer(callback).fit(module, data())
+    module, callback = Toy(Computed(old)), ReweightedPenalty(LOG_SUM, 0.5)
+    run, message = trainer(callback), r"leaves 'network.normed.weight' out: it is computed by WeightNorm from .*1 more weights"
+    with pytest.warns(UserWarning, match=message) as said:
+        run.fit(module, data())
     assert len([one for one in said if "leaves" in str(one.message)]) == 1
     assert list(callback.parameters) == ["network.head.weight"]
     trainer(ReweightedPenalty(LOG_SUM, 0.5, select=["!network.normed.*", "!network.spectral.*"])).fit(Toy(Computed(old)), data())
@@ -142,7 +144,8 @@ def test_a_resumed_run_knows_which_layers_are_bypassed(tmp_path):
     ends = []
     for epochs, path in ((1, None), (2, None), (2, tmp_path / "half.ckpt")):
         keeper = [ModelCheckpoint(tmp_path, filename="half")] if epochs == 1 else []
-        module = Toy(Bypassed(), sgd(0.1), seed=1 if path else 0)
+        torch.manual_seed(1 if path else 0)
+        module = Toy(Bypassed(), sgd(0.1))
         run = trainer(AdaptiveMask(LOG_SUM, 0.3, curvature=None), *keeper, epochs=epochs, enable_checkpointing=bool(keeper))
         run.fit(module, data(), ckpt_path=path)
         ends.append((weights(module), module.network.noisy))
@@ -163,7 +166,7 @@ def test_where_no_layers_forward_can_be_seen_the_weights_get_the_noise(monkeypat
 # -- compilation --------------------------------------------------------------------------------------------------------------
 
 
-def run(form, compile_=None, lam=0.3, **options):
+def end(form, compile_=None, lam=0.3, **options):
     """Weights at the end of 3 epochs, and the graphs made by the end of each batch."""
     torch._dynamo.reset()
     made, module = [], Toy()
@@ -177,12 +180,12 @@ def run(form, compile_=None, lam=0.3, **options):
 @pytest.mark.parametrize("way", COMPILED.values(), ids=COMPILED.keys())
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 def test_a_compiled_model_ends_as_the_eager_one_and_is_compiled_once(form, way):
-    eager, compiled = run(form), run(form, way)
+    eager, compiled = end(form), end(form, way)
     for name, w in eager[0].items():
         torch.testing.assert_close(compiled[0][name], w, rtol=1e-3, atol=1e-4, msg=name)
     assert (eager[0]["network.0.weight"] == 0).any()
     assert eager[1][-1] == eager[1][0]
-    assert compiled[1][0] < compiled[1][-1] + 1  # something was compiled
+    assert compiled[1][0] > eager[1][-1]
     assert len(set(compiled[1][:4])) == len(set(compiled[1][4:])) == 1  # in the first step, and for the first validation
 
 
@@ -190,10 +193,10 @@ def test_a_compiled_model_ends_as_the_eager_one_and_is_compiled_once(form, way):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("way", COMPILED.values(), ids=COMPILED.keys())
 def test_in_compiled_layers_noise_and_curvature_are_those_of_layers_that_cannot_be_seen(way, monkeypatch):
-    compiled = run(AdaptiveMask, way)[0]
+    compiled = end(AdaptiveMask, way)[0]
     for package in ("lightning_sparse.attach", "lightning_sparse.curvature"):
         monkeypatch.setattr(f"{package}.layers", lambda module, parameters: {})
-    for name, w in run(AdaptiveMask)[0].items():
+    for name, w in end(AdaptiveMask)[0].items():
         torch.testing.assert_close(compiled[name], w, rtol=1e-3, atol=1e-4, msg=name)
 
 
