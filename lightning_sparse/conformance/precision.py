@@ -57,7 +57,7 @@ def _fp16_run(subject: Subject, make: Make | None) -> list[tuple[dict[str, Tenso
 FUSED: dict[str, Make] = {
     "Adam": partial(torch.optim.Adam, lr=1e-2, foreach=False),
     "fused Adam": partial(torch.optim.Adam, lr=1e-2, fused=True),
-    "fused SGD": partial(torch.optim.SGD, lr=0.1, fused=True),  # torch 2.6 leaves momentum unset by a first step that is skipped
+    "fused SGD": partial(torch.optim.SGD, lr=0.1, fused=True),  # torch leaves its momentum unset by a skipped first step
 }
 
 
