@@ -48,6 +48,7 @@ def test_the_form_is_swapped_by_one_override_and_keeps_penalty_and_strength() ->
     assert (swapped.penalty, swapped.schedule, swapped.freeze) == (own.penalty, own.schedule, own.freeze)
 
 
+@pytest.mark.slow
 def test_the_penalty_is_swapped_by_its_short_name() -> None:
     words = ["--sparsify.penalty", "Standout", "--sparsify.penalty.a", "3", "--sparsify.threshold", "0.01"]
     callback = checked(*words).settings["sparsify"]
@@ -55,12 +56,14 @@ def test_the_penalty_is_swapped_by_its_short_name() -> None:
     assert callback.schedule == checked().settings["sparsify"].schedule
 
 
+@pytest.mark.slow
 def test_the_strength_takes_a_number_or_a_schedule() -> None:
     assert checked("--sparsify.lam", "0.5").settings["sparsify"].lam == 0.5
     warm = checked("--sparsify.lam", "LinearWarmup", "--sparsify.lam.lam", "0.5", "--sparsify.lam.share", "0.25")
     assert warm.settings["sparsify"].schedule(step=5, total=40) == 0.25
 
 
+@pytest.mark.slow
 def test_fit_reports_what_its_checkpoint_holds(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", "digits", *SHORT, "--sparsify.threshold", "0.05"]
     result = fit(words).result
@@ -102,6 +105,7 @@ def test_the_whole_configuration_lies_beside_the_checkpoints_and_trains_again() 
     assert again.sparse.zeros == result.sparse.zeros
 
 
+@pytest.mark.slow
 def test_a_saved_checkpoint_is_tested_by_the_test_verb(capsys: pytest.CaptureFixture[str]) -> None:
     result = fit(["--config", "digits", *SHORT, "--report.dense_twin", "false", "--report.pictures", "false"]).result
     assert result is not None

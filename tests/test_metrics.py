@@ -238,6 +238,7 @@ def test_gap_shows_curvature_that_is_not_one_and_calibration_takes_it_away() -> 
     assert masked_loss.duality_gap(steep, w, penalty, lam, Antithetic([1.0]), 2, keep=calibrated) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_gap_of_bernoulli_masks_is_small_within_its_own_error_and_repeats_with_the_generator() -> None:
     w = {"w": torch.tensor([0.5, -1.5, 0.0], dtype=torch.float64)}
     runs = [

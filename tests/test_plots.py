@@ -33,6 +33,7 @@ def test_alpha_and_omega_are_drawn_at_the_given_strength() -> None:
     assert math.isclose(lines(omega)[0][1][-1], math.log(2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", EVERY, ids=repr)
 def test_every_penalty_and_rule_of_the_catalogue_can_be_drawn(given: Penalty, tmp_path: Path) -> None:
     figure = plots.penalty_curves([given, penalties.LogSum(eps=2.0)])

@@ -118,7 +118,8 @@ class Quantised(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body: Any = torch.ao.nn.quantized.dynamic.Linear(FEATURES, 16)
+        self.body: Any = torch.ao.nn.quantized.dynamic.Linear(FEATURES, 16)  # whose weights are not initialised
+        self.body.set_weight_bias(torch.quantize_per_tensor(0.2 * torch.randn(16, FEATURES), 0.01, 0, torch.qint8), torch.zeros(16))
         self.head = nn.Linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:

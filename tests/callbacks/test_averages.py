@@ -49,6 +49,7 @@ def share(tensors):
     return sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
 
 
+@pytest.mark.slow
 @both_orders
 @pytest.mark.parametrize("average", AVERAGES)
 def test_the_final_figures_count_what_the_module_holds(average, first):

@@ -32,6 +32,7 @@ def finite(module):
     return all(bool(torch.isfinite(w).all()) for w in weights(module).values())
 
 
+@pytest.mark.slow
 @every_form
 @pytest.mark.parametrize("make", [sgd(0.0), sgd(0.1), lambda p: torch.optim.Adam(p, 1e-2)], ids=["rate 0", "SGD", "Adam"])
 def test_dead_weights_stay_zero_through_a_warm_up(form, make):
@@ -47,6 +48,7 @@ def test_dead_weights_stay_zero_through_a_warm_up(form, make):
     assert finite(module)
 
 
+@pytest.mark.slow
 @every_form
 def test_a_sparse_network_is_fitted_again_with_a_warm_up(form):
     module = Toy()
@@ -124,6 +126,7 @@ def test_the_strength_follows_the_schedule(form, first):
             torch.testing.assert_close(start[step][name], w, rtol=1e-4, atol=1e-6, msg=f"{name} at step {step}")
 
 
+@pytest.mark.slow
 @every_form
 def test_the_frozen_share_is_plain_training_of_the_kept_weights(form):
     states, callback = [], form(LOG_SUM, 0.5, freeze=0.5)

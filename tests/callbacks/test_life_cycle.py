@@ -43,6 +43,7 @@ def test_fit_ends_with_true_zeros(form, decay):
     assert 0 < share_of_zeros(module) < 0.95
 
 
+@pytest.mark.slow
 @every_form
 def test_the_module_is_its_own_again(form):
     module = Toy()
@@ -101,6 +102,7 @@ def test_a_copy_in_training_carries_no_hook():
     assert all(torch.equal(c.state_dict()["0.weight"], c[0].weight) for c in copies)
 
 
+@pytest.mark.slow
 @every_form
 def test_validation_sees_thresholded_weights_and_training_goes_on_with_its_own(form):
     seen = []
@@ -141,6 +143,7 @@ def test_resume_is_exact_and_the_file_holds_the_zeros(form, freeze, tmp_path):
     assert sum(int((w == 0).sum()) for name, w in saved["state_dict"].items() if name in callback.parameters) > 0
 
 
+@pytest.mark.slow
 @every_form
 def test_weights_only_files_hold_the_zeros_and_load_into_the_plain_module(form, tmp_path):
     keeper = ModelCheckpoint(tmp_path, filename="plain", save_weights_only=True)

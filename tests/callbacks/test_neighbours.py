@@ -187,6 +187,7 @@ def test_noise_and_curvature_are_read_from_yaml_and_written_back(text):
         assert isinstance(callback.curvature, curvature)
 
 
+@pytest.mark.slow
 @deprecations
 def test_a_written_recipe_remembers_that_there_is_no_curvature(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,7 @@ CLOSED += [penalties.L1(), penalties.HardThreshold(0.1), penalties.Scaled(penalt
 CLOSED += [penalties.VariationalDropout("empirical_bayes"), mask_rules.LinearRamp(1.0).to_penalty()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", CLOSED, ids=repr)
 def test_eta_hat_and_gradient_compile(penalty: Penalty) -> None:
     torch._dynamo.reset()
