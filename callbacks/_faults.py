@@ -8,14 +8,14 @@ step may mend its gradients there: then the gradients are left to them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_sparse import shards
+from lightning_sparse._finite import unfit
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
@@ -69,36 +69,6 @@ def check_weights(callback: Form) -> None:
         raise FloatingPointError(
             f"{_listed(found)} after optimiser step {callback.step}; files written before that are whole: resume from one. {_REMEDY}"
         )
-
-
-@torch.no_grad()
-def unfit(tensors: Mapping[str, Tensor], nan_only: bool = False) -> dict[str, tuple[int, int]]:
-    """{name: (NaN, inf)} of the tensors that hold such values; a collective for split ones.
-
-    One sum settles it in the usual case: a value that is not finite cannot vanish in a sum, only seem to appear by overflow.
-    """
-    parts = {name: _values(tensor) for name, tensor in tensors.items()}
-    sums = [part.sum(dtype=torch.promote_types(part.dtype, torch.float32)) for part in parts.values()]
-    if not sums or not _anywhere(torch.stack([total.to(sums[0]) for total in sums]), tensors):
-        return {}
-    counted = {name: (_total(part.isnan(), tensors[name]), _total(part.isinf(), tensors[name])) for name, part in parts.items()}
-    return {name: (nan, inf) for name, (nan, inf) in counted.items() if nan or (inf and not nan_only)}
-
-
-def _anywhere(sums: Tensor, tensors: Mapping[str, Tensor]) -> bool:
-    """One of ``sums`` is not finite, on this process or, where a tensor is split, on another."""
-    split = next((tensor for tensor in tensors.values() if shards.is_sharded(tensor)), None)
-    return bool(shards.largest((~sums.isfinite()).any().int(), split))
-
-
-def _total(marks: Tensor, of: Tensor) -> int:
-    return int(shards.total(marks.sum(), of))
-
-
-def _values(tensor: Any) -> Tensor:
-    """What a dense, sparse or split tensor holds here."""
-    part = shards.local(tensor.detach())
-    return part._values() if part.is_sparse else part
 
 
 def _listed(found: Mapping[str, tuple[int, int]]) -> str:

@@ -12,9 +12,9 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach, duality, proximal, shards
+from lightning_sparse._clipping import Clipping
 from lightning_sparse.callbacks import _refusals, _report
 from lightning_sparse.callbacks._averages import Averages
-from lightning_sparse.callbacks._clipping import Clipping
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule, as_schedule
 

@@ -33,9 +33,10 @@ def describe(value: Any) -> Any:
 
 @torch.no_grad()
 def figures(callback: Form) -> dict[str, float]:
-    """``sparsity/...``: zeros after the threshold over selected weights, in total and per parameter, and the form's state."""
-    zeros = {name: callback.zeros(name, callback.evaluated(name)) for name in callback.parameters}
-    weights = [callback.thresholded(name) for name in callback.parameters]
+    """``sparsity/...`` of what is evaluated: zeros after the threshold, in total and per parameter, and the form's state."""
+    shown = {name: callback.evaluated(name) for name in callback.parameters}
+    zeros = {name: callback.zeros(name, w) for name, w in shown.items()}
+    weights = [w.masked_fill(zeros[name], 0.0) for name, w in shown.items()]
     return counts.figures(counts.count_zeros(callback.parameters, zeros)) | {
         "sparsity/keep_probability": counts.mean(callback.keep_probability(name) for name in callback.parameters),
         "sparsity/lam": callback.lam,

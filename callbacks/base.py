@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_sparse import attach
@@ -109,7 +110,8 @@ class Sparsifier(Saved):
         _faults.check_gradients(self, trainer, optimizer)
         if not self.frozen:
             self.before_step(trainer, optimizer)
-        self._clipping.before(trainer, pl_module, (parameter.grad for _, parameter, _ in self._owned(optimizer)))
+        if clips(trainer, pl_module):
+            self._clipping.before(parameter.grad for _, parameter, _ in self._owned(optimizer))
 
     def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """What a form does to the gradients before they are clipped and the optimiser steps; nothing by default."""
@@ -234,3 +236,8 @@ def is_idle(optimizer: torch.optim.Optimizer) -> bool:
 def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
     """A fused optimiser is called for a step that its GradScaler skips, too, and told so by ``found_inf``."""
     return float(getattr(optimizer, "found_inf", None) or 0) > 0
+
+
+def clips(trainer: Trainer, module: LightningModule) -> bool:
+    """Gradients are clipped after the callbacks' hook: not in a manual loop, which clips before anything was added."""
+    return module.automatic_optimization and bool(trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", module))

@@ -45,28 +45,35 @@ def rests(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float, steps: f
     That is where the prox of step * omega, step = steps * rho * lam, is zero: |w| <= min_x x/2 + step * omega(x) / x.
     A gradient step cannot land there: it carries the weight back and forth over the zero, as far as momentum remembers.
     """
-    step = torch.as_tensor(steps * rho * lam, dtype=torch.float64, device=w.device)
-    return w.abs() <= _reach(penalty, step).to(w.dtype)
-
-
-def _reach(penalty: Penalty, step: Tensor) -> Tensor:
-    """The largest |w| that the prox of step * omega maps to zero, interpolated over step where that is a tensor."""
-    x = numeric.grid(1e-12, 1e4, 513).to(step.device)
-    slope = penalty.omega(x) / x
-    steps = _nodes(step) if step.dim() else step[None]
-    edges = (x / 2 + steps[:, None] * slope).amin(1)
+    step, size = torch.as_tensor(steps * rho * lam, device=w.device), w.abs()
+    nodes = _nodes(step) if step.dim() else step.double()[None]
+    edges = _edges(penalty, nodes)
     if not step.dim():
-        return torch.where(step > 0, edges[0], torch.zeros_like(step))
-    index = (torch.searchsorted(steps, step, right=True) - 1).clamp(0, len(steps) - 2)
-    share = (step - steps[index]) / (steps[index + 1] - steps[index])
-    reach = edges[index] + (edges[index + 1] - edges[index]) * share
-    return torch.where(step > 0, reach, torch.zeros_like(step))
+        return size <= torch.where(step > 0, edges[0], 0.0).to(w.dtype)
+    resting = size <= edges[-1].to(w.dtype)  # the others rest at no step of this tensor
+    resting[resting.clone()] = size[resting] <= _between(step.expand_as(w)[resting], nodes, edges).to(w.dtype)
+    return resting
+
+
+def _edges(penalty: Penalty, steps: Tensor) -> Tensor:
+    """For each step the largest |w| that the prox of step * omega maps to zero."""
+    x = numeric.grid(1e-12, 1e4, 513).to(steps.device)
+    return (x / 2 + steps[:, None] * (penalty.omega(x) / x)).amin(1)
+
+
+def _between(step: Tensor, nodes: Tensor, edges: Tensor) -> Tensor:
+    """``edges``, which belong to ``nodes``, interpolated at each step; 0 at step 0."""
+    slopes = (edges[1:] - edges[:-1]) / (nodes[1:] - nodes[:-1])
+    starts = edges[:-1] - slopes * nodes[:-1]
+    step, first = step.float(), int((nodes[0].log2() * 4).round())
+    index = step.log2().mul_(4).floor_().sub_(first).clamp_(0, len(slopes) - 1).int()  # the quarter octave that it lies in
+    return starts.float()[index].addcmul(slopes.float()[index], step).masked_fill(step <= 0, 0.0)
 
 
 def _nodes(step: Tensor) -> Tensor:
     """Quarter octaves around the positive steps, the same whatever else a tensor holds: a part of it gives what the whole gives."""
     if not step.numel():
-        return step.new_ones(2)
+        return step.new_tensor([1.0, 2.0])
     ends = torch.stack([torch.where(step > 0, step, torch.inf).min(), torch.where(step > 0, step, 0.0).max()])
     first, last = (ends.clamp(1e-30, 1e30).log2() * 4).floor().int().tolist() if ends[1] > 0 else (0, 0)
-    return torch.arange(first, last + 2, dtype=step.dtype, device=step.device).div(4).exp2()
+    return torch.arange(first, last + 2, dtype=torch.float64, device=step.device).div(4).exp2()

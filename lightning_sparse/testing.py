@@ -68,9 +68,7 @@ def check_mask_rule(rule: MaskRule) -> None:
     _penalty_of(rule, w, alpha)
 
 
-def check_callback(
-    callback: Any, only: Collection[str] | None = None, skip: Collection[str] = (), slow: bool = True
-) -> list[Outcome]:
+def check_callback(callback: Any, only: Collection[str] | None = None, skip: Collection[str] = (), slow: bool = True) -> list[Outcome]:
     """Raise ContractError unless a sparsity callback keeps what ``lightning_sparse.conformance.CHECKS`` lists.
 
     Each check fits small models on the CPU: resumes against uninterrupted runs, files and weights at every moment that

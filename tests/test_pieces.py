@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_sparse import attach, counts, curvature, mask_rules, noise, penalties, proximal
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, _faults
+from lightning_sparse import _finite, attach, counts, curvature, mask_rules, noise, penalties, proximal
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
 
 pytestmark = pytest.mark.slow
 BITS = st.integers(-(2**31), 2**31 - 1)
@@ -155,14 +155,14 @@ def test_values_that_are_not_finite_are_found_wherever_they_are_and_only_there(w
         found = sum(map(math.isnan, values)), sum(map(math.isinf, values))
         if found[0] or (found[1] and not nan_only):
             expected[name] = found
-    assert _faults.unfit({"w": w, "other": other}, nan_only) == expected
+    assert _finite.unfit({"w": w, "other": other}, nan_only) == expected
 
 
 def test_a_sum_that_overflows_is_no_fault_and_sparse_gradients_are_looked_through() -> None:
     large = torch.full((4,), 3e38)
-    assert _faults.unfit({"large": large, "half": torch.full((9,), 6e4, dtype=torch.float16)}) == {}
+    assert _finite.unfit({"large": large, "half": torch.full((9,), 6e4, dtype=torch.float16)}) == {}
     rows = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([[float("nan"), 1.0]]), (3, 2), check_invariants=True)
-    assert _faults.unfit({"rows": rows, "none": torch.zeros(0)}) == {"rows": (1, 0)}
+    assert _finite.unfit({"rows": rows, "none": torch.zeros(0)}) == {"rows": (1, 0)}
 
 
 GARBAGE = st.recursive(

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from lightning_sparse.callbacks import _ranks
+from lightning_sparse import _digest
 from lightning_sparse.curvature import EmpiricalFisher
 
 
@@ -43,18 +43,18 @@ def test_curvature_is_the_mean_over_the_ranks_that_saw_the_layer():
 def test_a_hash_tells_every_single_weight_and_zero_apart(dtype):
     w = torch.randn(5, 3, dtype=torch.float64).to(dtype)
     zeros = w.abs() < 0.3
-    found = {int(_ranks.digest(w, zeros))}
+    found = {int(_digest.digest(w, zeros))}
     for place in range(w.numel()):
         for part, value in ((w, -w.view(-1)[place]), (zeros, ~zeros.view(-1)[place])):
             changed = part.clone()
             changed.view(-1)[place] = value
-            found.add(int(_ranks.digest(changed, zeros) if part is w else _ranks.digest(w, changed)))
+            found.add(int(_digest.digest(changed, zeros) if part is w else _digest.digest(w, changed)))
     assert len(found) == 1 + 2 * w.numel()
-    assert int(_ranks.digest(w.clone(), zeros.clone())) in found
+    assert int(_digest.digest(w.clone(), zeros.clone())) in found
 
 
 def test_a_hash_does_not_depend_on_its_chunks(monkeypatch):
     w = torch.randn(1000)
-    whole = int(_ranks.digest(w, w < 0))
-    monkeypatch.setattr(_ranks, "_CHUNK", 7)
-    assert int(_ranks.digest(w, w < 0)) == whole
+    whole = int(_digest.digest(w, w < 0))
+    monkeypatch.setattr(_digest, "_CHUNK", 7)
+    assert int(_digest.digest(w, w < 0)) == whole

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from toys import Toy, data
 
-from lightning_sparse import penalties, shards
-from lightning_sparse.callbacks import AdaptiveProx, ReweightedPenalty, SparsityMonitor, _faults
+from lightning_sparse import _finite, penalties, shards
+from lightning_sparse.callbacks import AdaptiveProx, ReweightedPenalty, SparsityMonitor
 from lightning_sparse.conformance.ranks import DDP, SplitToy, as_ranks, obstacle, split
 from lightning_sparse.conformance.toys import trainer
 
@@ -95,7 +95,7 @@ def unfit_on_one(rank):
     w = torch.distributed.tensor.distribute_tensor(torch.zeros(4, 2), mesh, [torch.distributed.tensor.Shard(0)])
     if rank == 1:
         shards.local(w)[0, 0] = float("nan")
-    return _faults.unfit({"w": w})
+    return _finite.unfit({"w": w})
 
 
 def everything(rank, folder):

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_sparse import shards
@@ -21,20 +19,16 @@ _KEEP = 0.9  # weight of the past in the mean factor
 
 
 class Clipping:
-    """The factor by which clipping changed the norm of the selected gradients: at the last step, and in the mean; else 1.
-
-    Automatic optimisation only: a manual loop clips before Lightning's hook, where nothing has been added yet.
-    """
+    """The factor by which clipping changed the norm of some gradients: at the last step, and in the mean; else 1."""
 
     def __init__(self) -> None:
         self.last, self.mean = 1.0, 1.0
         self._norm: Tensor | None = None
         self._measured = False
 
-    def before(self, trainer: Trainer, module: LightningModule, gradients: Iterable[Any]) -> None:
-        """Right before gradients are clipped, if they are."""
-        clips = trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", module)
-        self._norm = _norm(gradients) if clips and module.automatic_optimization else None
+    def before(self, gradients: Iterable[Any]) -> None:
+        """Right before gradients are clipped; not called where none are."""
+        self._norm = _norm(gradients)
 
     def after(self, gradients: Iterable[Any]) -> None:
         """After the step that took them."""
