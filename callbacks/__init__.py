@@ -9,8 +9,25 @@ if __name__ != "lightning_sparse.callbacks":
 from lightning_sparse.callbacks.adaptive_mask import AdaptiveMask
 from lightning_sparse.callbacks.adaptive_prox import AdaptiveProx
 from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.callbacks.eta_trick import EtaTrick
+from lightning_sparse.callbacks.hard_concrete import HardConcrete
+from lightning_sparse.callbacks.magnitude_pruning import MagnitudePruning
+from lightning_sparse.callbacks.penalty_loss import PenaltyLoss
 from lightning_sparse.callbacks.reweighted_penalty import ReweightedPenalty
 from lightning_sparse.callbacks.sparse_checkpoint import SparseCheckpoint
 from lightning_sparse.callbacks.sparsity_monitor import SparsityMonitor
+from lightning_sparse.callbacks.variational_dropout import VariationalDropout
 
-__all__ = ["AdaptiveMask", "AdaptiveProx", "ReweightedPenalty", "SparseCheckpoint", "Sparsifier", "SparsityMonitor"]
+__all__ = [
+    "AdaptiveMask",
+    "AdaptiveProx",
+    "EtaTrick",
+    "HardConcrete",
+    "MagnitudePruning",
+    "PenaltyLoss",
+    "ReweightedPenalty",
+    "SparseCheckpoint",
+    "Sparsifier",
+    "SparsityMonitor",
+    "VariationalDropout",
+]

@@ -67,7 +67,7 @@ class Form(Callback):
         self.attachment: attach.Attachment | None = None
         self.support: dict[str, Tensor] | None = None  # where weights may live, once frozen
         self._compared = False  # the ranks' numbers of batches
-        self.held: dict[str, Tensor] = {}  # where weights may live by keep_zeros
+        self.held: dict[str, Tensor] = {}  # where weights may live by keep_zeros, or after pruning
         self._handles: list[Any] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         self._places: dict[str, tuple[torch.optim.Optimizer, int]] = {}  # optimiser and group of each parameter
@@ -88,6 +88,10 @@ class Form(Callback):
     def own_settings(self) -> dict[str, Any]:
         """The arguments that this form has beyond the shared ones."""
         return {}
+
+    def settings(self) -> dict[str, Any]:
+        """All arguments, by which the callback can be made again."""
+        return self._shared() | self.own_settings()
 
     def to_mask(self, **changes: Any) -> Form:
         """The AdaptiveMask with the same penalty, lam, selection and schedule."""
@@ -134,6 +138,10 @@ class Form(Callback):
     def _alpha(self, name: str, w: Tensor) -> Tensor:
         return duality.keep_probability(self.eta(name, w), self.lam) if self.lam > 0 else torch.ones_like(w)
 
+    def cost(self, weights: list[Tensor]) -> float:
+        """lam * Omega of ``weights``, which is logged as ``sparsity/penalty``."""
+        return duality.penalty_value(self.penalty, weights, self.lam)
+
     def zeros(self, name: str, w: Tensor | None = None) -> Tensor:
         """Which weights of a parameter (or other values ``w`` for it) count as zero.
 
@@ -178,5 +186,5 @@ class Form(Callback):
 
     def recipe(self) -> dict[str, Any]:
         """A JSON-able description of the callback."""
-        settings = self._shared() | self.own_settings()
+        settings = self.settings()
         return {"class_path": type(self).__name__, "init_args": {name: _report.describe(value) for name, value in settings.items()}}

@@ -35,6 +35,16 @@ def check_penalty(given: Any, needs_separable: bool, form: str) -> Penalty:
     return penalty
 
 
+def check_dual(penalty: Penalty, form: str) -> None:
+    """A penalty whose eta cannot be found by descent: its dual is infinite, or flat, so that eta would grow for ever."""
+    eta = torch.logspace(-4, 4, 65, dtype=torch.float64)
+    value, slope = penalty.dual(eta), penalty.dual_slope(eta)
+    if bool(torch.isfinite(value).all()) and bool((slope > 0).any()):
+        return
+    why = "is flat" if bool(torch.isfinite(value).all()) else f"is infinite from eta = {float(eta[~torch.isfinite(value)][0]):.3g} on"
+    raise ValueError(f"{form} learns eta by descent on the dual f, but f of {penalty!r} {why}; use ReweightedPenalty or AdaptiveProx")
+
+
 def strength(given: Penalty | MaskRule, lam: float | Schedule | None) -> float | Schedule:
     """``lam``, or a mask rule's own."""
     if lam is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_sparse import attach, counts, duality, masked_loss
+from lightning_sparse import attach, counts, masked_loss
 from lightning_sparse.callbacks import _wandb
 from lightning_sparse.curvature import Curvature
 from lightning_sparse.noise import Gaussian
@@ -40,7 +40,7 @@ def figures(callback: Form) -> dict[str, float]:
     return counts.figures(counts.count_zeros(callback.parameters, zeros)) | {
         "sparsity/keep_probability": counts.mean(callback.keep_probability(name) for name in callback.parameters),
         "sparsity/lam": callback.lam,
-        "sparsity/penalty": duality.penalty_value(callback.penalty, weights, callback.lam),
+        "sparsity/penalty": callback.cost(weights),
     }
 
 

@@ -71,8 +71,7 @@ class Saved(Supported):
             state = state | {"taken": averaged}
         _refusals.check_state(self, state)
         _recipes.say_changes(self, state)
-        if self.keep_zeros:
-            self.held |= {name: self._part(name, held) for name, held in state.get("held", {}).items()}
+        self.held |= {name: self._part(name, held) for name, held in state.get("held", {}).items() if name in self.held}
         self.step, self._begun, self._applied = state["step"], state.get("begun", True), True
         self._begin_at(state["offset"])
         self._clipping.resume(state.get("clipped", 1.0))

@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 def check(callback: Form, state: Any) -> None:
     """Raise ValueError, naming the entry, unless ``state`` is what a Sparsifier saves: numbers, and the weights taken."""
     if not isinstance(state, dict):
-        raise _damaged(callback, f"it must be a dict, got {_short(state)}")
+        raise damaged(callback, f"it must be a dict, got {_short(state)}")
     for name, (holds, wanted) in _ENTRIES.items():
         if name in _REQUIRED or name in state:
             entry(callback, state, name, holds, wanted)
     for name, held in state.get("held", {}).items():
         if name in callback.parameters and held.shape != callback.parameters[name].shape:
-            raise _damaged(callback, f"'held' of {name!r} is {_short(held)}, the weight has shape {tuple(callback.parameters[name].shape)}")
+            raise damaged(callback, f"'held' of {name!r} is {_short(held)}, the weight has shape {tuple(callback.parameters[name].shape)}")
 
 
 def entry(callback: Form, state: Mapping[str, Any], name: str, holds: Callable[[Any], bool], wanted: str) -> None:
     """Raise ValueError unless ``state[name]`` is there and ``holds`` of it."""
     if name not in state:
-        raise _damaged(callback, f"it lacks {name!r}; it has {_short(sorted(map(str, state)))}")
+        raise damaged(callback, f"it lacks {name!r}; it has {_short(sorted(map(str, state)))}")
     if not holds(state[name]):
-        raise _damaged(callback, f"{name!r} must be {wanted}, got {_short(state[name])}")
+        raise damaged(callback, f"{name!r} must be {wanted}, got {_short(state[name])}")
 
 
 def is_count(value: Any) -> bool:
@@ -50,6 +50,13 @@ def callbacks_of(checkpoint: Mapping[str, Any]) -> dict[Any, Any]:
     return states
 
 
+def are_tensors(value: Any) -> bool:
+    """A dict of finite floating tensors by name."""
+    return _by_name(value) and all(
+        isinstance(part, Tensor) and part.is_floating_point() and bool(torch.isfinite(part).all()) for part in value.values()
+    )
+
+
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -59,10 +66,7 @@ def _is_factor(value: Any) -> bool:
 
 
 def _are_taken(value: Any) -> bool:
-    return _by_name(value) and all(
-        isinstance(taken, Tensor) and taken.is_floating_point() and taken.dim() == 1 and bool(torch.isfinite(taken).all())
-        for taken in value.values()
-    )
+    return are_tensors(value) and all(taken.dim() == 1 for taken in value.values())
 
 
 def _are_masks(value: Any) -> bool:
@@ -107,7 +111,8 @@ def _short(value: Any) -> str:
     return text if len(text) < 80 else f"{text[:77]}..."
 
 
-def _damaged(callback: Form, what: str) -> ValueError:
+def damaged(callback: Form, what: str) -> ValueError:
+    """The error for a state that is not what the form saves."""
     return ValueError(
         f"the checkpoint's state of {type(callback).__name__} is damaged: {what}. Resume from another file, or load this one's "
         "weights into the module and fit without ckpt_path"

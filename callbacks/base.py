@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lightning_sparse import attach
 from lightning_sparse.callbacks import _averages, _faults, _joining, _ranks, _refusals, _report
-from lightning_sparse.callbacks._saved import Saved
+from lightning_sparse.callbacks._shown import Shown
 
 
-class Sparsifier(Saved):
+class Sparsifier(Shown):
     """Base of the callbacks that train a network to true zeros: their life cycle. The arguments are Form's."""
 
     @property
@@ -52,13 +52,13 @@ class Sparsifier(Saved):
         """Hang on the module, its averages and its optimisers; again when parameters join."""
         self._close()
         self._let_averages_go()
-        self._seen = _joining.signature(self, trainer)
         self._optimizers = [optimizer for optimizer in trainer.optimizers if self._owned(optimizer)] or trainer.optimizers[:1]
         self._places = _joining.places(self.parameters, self._optimizers)
         self.attachment = attach.Attachment(pl_module, self.parameters, self.thresholded)
         self._averages = _averages.Averages(self, trainer)
         self._handles = [optimizer.register_step_post_hook(partial(self._after, trainer)) for optimizer in self._optimizers]
         self._install(pl_module, self.attachment)
+        self._seen = _joining.signature(self, trainer)
 
     def _install(self, pl_module: LightningModule, attachment: attach.Attachment) -> None:
         """What a form hangs on the module beyond that; nothing by default."""
@@ -147,35 +147,6 @@ class Sparsifier(Saved):
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """What a form does to the weights after an optimiser step; nothing by default."""
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.attachment is not None:
-            _faults.check_weights(self)
-            self.attachment.restore()
-        if not self._averaged:  # else an average is about to take the weights' place
-            self._show()
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._show()
-
-    def _show(self) -> None:
-        if self.attachment is not None and not self.attachment.shown:
-            self.attachment.show()
-
-    def evaluated(self, name: str) -> Tensor:
-        swapped = self.attachment is not None and self.attachment.shown  # then the module holds the average, which holds the weights
-        average = None if self._averages is None or swapped else self._averages.saved.get(name)
-        return self._live(name) if average is None else average.detach().to(self.parameters[name].device)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._averaged and self.attachment is not None:  # the average goes back as it came
-            self.attachment.restore()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.attachment is not None:
-            self.attachment.restore()
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.attachment is not None:
             self.attachment.restore()
@@ -206,26 +177,6 @@ class Sparsifier(Saved):
             self._release()
         else:
             self._close()
-
-    def _release(self) -> None:
-        """Live weights back; optimisers no longer listened to."""
-        if self.attachment is not None:
-            self.attachment.restore()
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._batch = [], None
-
-    def _close(self) -> None:
-        """Live weights back, hooks removed."""
-        self._release()
-        if self.attachment is not None:
-            self.attachment.detach()
-        self.attachment = None
-
-    def _let_averages_go(self) -> None:
-        """Not after an exception: a file that is written then holds the average."""
-        if self._averages is not None:
-            self._averages.detach()
 
 
 def is_idle(optimizer: torch.optim.Optimizer) -> bool:

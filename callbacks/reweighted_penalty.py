@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from lightning_sparse import shards
+from lightning_sparse.callbacks import _steps
 from lightning_sparse.callbacks.base import Sparsifier
 
 
@@ -17,25 +19,17 @@ class ReweightedPenalty(Sparsifier):
     """
 
     def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        strength = self.lam * _scale(trainer, optimizer)
+        strength = self.lam * _steps.scale(trainer, optimizer)
         for name, parameter, group in self._owned(optimizer):
             if parameter.grad is not None:
                 sign = -1 if group.get("maximize") else 1
-                slope = self.penalty.gradient(shards.local(self._live(name)))
+                slope = self.slope(shards.local(self._live(name)))
                 shards.local(parameter.grad.detach()).add_(slope, alpha=sign * strength)
 
+    def slope(self, w: Tensor) -> Tensor:
+        """What ``lam`` multiplies, of the weights that this process holds."""
+        return self.penalty.gradient(w)
+
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._closures == 0 and not self.frozen:
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step() was called without Lightning's on_before_optimizer_step, where "
-                f"{type(self).__name__} adds its gradient; step the optimisers of self.optimizers(), or use AdaptiveProx"
-            )
+        _steps.check_hooked(self, optimizer)
         super()._stepped(optimizer)
-
-
-def _scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
-    """A fused optimiser unscales fp16 gradients itself, so that what it is given must be scaled."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return 1.0
-    return float(scaler.get_scale())

@@ -40,6 +40,21 @@ def truth(name: str, value: object) -> bool:
     return value
 
 
+def whole(name: str, value: object, low: int) -> int:
+    """Return ``value`` if it is a whole number >= ``low``; raise ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+    return value
+
+
+def one_of(name: str, value: object, known: Iterable[str]) -> str:
+    """Return ``value`` if it is one of the ``known`` words; raise ValueError, with those that come close, otherwise."""
+    words = list(known)
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, words))}, got {value!r}{closest(str(value), words)}")
+    return value
+
+
 def closest(word: str, known: Iterable[str], count: int = 3) -> str:
     """Return a hint such as ``"; closest: 'a', 'b'"``, empty when nothing is near."""
     names = list(known)

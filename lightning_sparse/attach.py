@@ -43,7 +43,7 @@ class Attachment:
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], view: View) -> None:
         self.parameters, self.view = dict(parameters), view
         self._live: dict[str, Tensor] = {}
-        self._masks: dict[str, Callable[[], Tensor]] = {}
+        self._backward: dict[str, Callable[[Tensor], Tensor]] = {}
         self._handles: list[Any] = []
         self._units = shards.units(module)
         names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -63,17 +63,28 @@ class Attachment:
         return self._live[name] if name in self._live else self.parameters[name].detach()
 
     @torch.no_grad()
+    def substitute(self, name: str, value: Tensor, backward: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Put ``value`` into the parameter's data until :meth:`restore`; ``backward`` turns its gradient into the live weights'."""
+        self._keep(name, backward)
+        self.parameters[name].data.copy_(value)
+
+    @torch.no_grad()
     def multiply(self, name: str, mask: Tensor, again: Callable[[], Tensor] | None = None) -> None:
         """Put ``live * mask`` into the parameter's data and ``mask`` before its gradient, until :meth:`restore`.
 
         ``again()`` makes the mask anew for the gradient, where that takes less memory than to keep it.
         """
-        parameter = self.parameters[name]
+        make = again or (lambda: mask)
+        self._keep(name, lambda grad: grad * make())
+        self.parameters[name].data.mul_(mask)
+
+    def _keep(self, name: str, backward: Callable[[Tensor], Tensor] | None) -> None:
+        """The live weights aside, and in the parameter's data."""
         if name in self._live:  # a batch that was skipped left its mask behind
-            parameter.data.copy_(self._live[name])
-        self._live[name] = parameter.detach().clone()
-        self._masks[name] = again or (lambda: mask)
-        parameter.data.mul_(mask)
+            self.parameters[name].data.copy_(self._live[name])
+        self._live[name] = self.parameters[name].detach().clone()
+        if backward is not None:
+            self._backward[name] = backward
 
     @property
     def shown(self) -> bool:
@@ -98,7 +109,7 @@ class Attachment:
         if self._live:
             self.renew()
         self._live.clear()
-        self._masks.clear()
+        self._backward.clear()
 
     def renew(self) -> None:
         """The next forward uses the parameters' data as they are now: FSDP2 keeps what it gathered for an evaluation."""
@@ -112,7 +123,7 @@ class Attachment:
                 self._handles.append(parameter.register_hook(_Hook(lambda grad, name=name: self._scaled(name, grad))))
 
     def _scaled(self, name: str, grad: Tensor) -> Tensor | None:
-        return grad * self._masks[name]() if name in self._masks else None
+        return self._backward[name](grad) if name in self._backward else None
 
     def on_gradient(self, name: str, function: Callable[[Tensor], None]) -> None:
         """Call ``function(gradient)`` with each backward's gradient of a parameter, before a mask multiplies it."""

@@ -62,6 +62,11 @@ class Penalty(ABC):
         self._need_separable("dual")
         return numeric.dual(self.omega, self.eta_hat, eta)
 
+    def dual_slope(self, eta: Tensor) -> Tensor:
+        """f'(eta) = (w / eta)^2 at the w whose eta_hat is eta (0 < eta < inf); same shape and dtype as ``eta``."""
+        self._need_separable("dual_slope")
+        return numeric.dual_slope(self.dual, self.eta_hat, eta)
+
     def gradient(self, w: Tensor) -> Tensor:
         """w / eta_hat(w), the signed slope of omega; zero at w = 0."""
         return numeric.quotient(w, self.eta_hat(w))
@@ -187,6 +192,13 @@ def gap(penalty: Penalty, w: Tensor, eta: Tensor) -> Tensor:
     if not penalty.separable:
         quadratic, value = quadratic.sum(), value.sum()
     return (quadratic + penalty.dual(eta)) / 2 - value
+
+
+def joint_slopes(penalty: Penalty, w: Tensor, log_eta: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of (w^2 / eta + f(eta)) / 2, elementwise, in w and in log eta: the eta-trick as a joint descent."""
+    eta = log_eta.clamp(-69, 69).exp()  # 1e-30 to 1e30
+    in_w = w / eta
+    return in_w, (eta * penalty.dual_slope(eta) - in_w * w) / 2
 
 
 def __getattr__(name: str) -> Any:

@@ -73,9 +73,13 @@ def variance(alpha: Tensor) -> Tensor:
 def output_noise(layer: Any, x: Tensor, spread: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Noise of variance (W^2 * spread)(x^2) for the output of a Linear or ConvNd ``layer`` with input ``x``.
 
-    ``spread`` is Var s of each weight's mask, held constant; the gradient flows through W and x.
+    ``spread`` is Var s of each weight's mask; the gradient flows through W, x and, where it asks for one, ``spread``.
     """
-    weight = layer.weight * layer.weight * spread
+    return additive_output_noise(layer, x, layer.weight * layer.weight * spread, generator)
+
+
+def additive_output_noise(layer: Any, x: Tensor, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Noise of variance ``weight`` (x^2) for the output of a Linear or ConvNd ``layer``: its weights have those variances."""
     square = functional.linear(x * x, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(x * x, weight, None)
     draw = torch.empty_like(square).normal_(generator=generator)
     return draw * square.clamp(min=1e-16).sqrt()  # the root's slope is infinite at 0

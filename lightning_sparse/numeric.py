@@ -47,24 +47,48 @@ def with_slope(w: Tensor, value: Function, slope: Function) -> Tensor:
     return _WithSlope.apply(w, value, slope)  # type: ignore[no-any-return]
 
 
-def dual(omega: Function, eta_hat: Function, eta: Tensor, rounds: int = 80) -> Tensor:
-    """f(eta) = sup_w 2 omega(w) - w^2 / eta, by bisection on log w; f(inf) = 2 omega(inf).
+def slope(function: Function, x: Tensor) -> Tensor:
+    """function'(x), elementwise, by autograd."""
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(function(at).sum(), at)
+    return found
 
-    The derivative 2 w (1/eta_hat(w) - 1/eta) changes sign where the non-decreasing eta_hat crosses eta. A penalty that
-    still wins at w = e^115 has an infinite dual there (ridge beyond c).
+
+def dual(omega: Function, eta_hat: Function, eta: Tensor) -> Tensor:
+    """f(eta) = sup_w 2 omega(w) - w^2 / eta, at the w where eta_hat crosses eta; f(inf) = 2 omega(inf).
+
+    A penalty that still wins at w = e^115 has an infinite dual there (ridge beyond c).
     """
     target = eta.detach().double()
-    low, high = torch.full_like(target, -690.0), torch.full_like(target, 115.0)
-    for _ in range(rounds):
-        middle = (low + high) / 2
-        below = eta_hat(middle.exp()) <= target
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    low = _crossing(eta_hat, target)
     w = torch.where(target == torch.inf, target, low.exp())
     value = 2 * omega(w) - torch.where(target == torch.inf, torch.zeros_like(w), quotient(w * w, target))
     # at eta_hat == eta over a whole stretch (ridge at c) the value is rounding of two huge numbers, not a supremum
     flat = (low > 114) & (eta_hat(low.exp()) == target) & (target != torch.inf)
     value = torch.where(flat | (target == 0), torch.zeros_like(value), value.clamp(min=0))
     return torch.where(value > 1e30, torch.inf, value).to(eta.dtype)
+
+
+def _crossing(eta_hat: Function, target: Tensor, rounds: int = 80) -> Tensor:
+    """log w where the non-decreasing eta_hat crosses ``target`` (2 w (1/eta_hat - 1/target) changes sign), by bisection."""
+    low, high = torch.full_like(target, -690.0), torch.full_like(target, 115.0)
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        below = eta_hat(middle.exp()) <= target
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return low
+
+
+def dual_slope(f: Function, eta_hat: Function, eta: Tensor) -> Tensor:
+    """f'(eta), by autograd where ``f`` allows it, else (w / eta)^2 at the w where eta_hat crosses eta."""
+    with torch.enable_grad():
+        at = eta.detach().requires_grad_()
+        value = f(at)
+        if value.requires_grad:
+            return torch.autograd.grad(value.sum(), at)[0]
+    target = eta.detach().double()
+    return (_crossing(eta_hat, target).exp() / target).square().to(eta.dtype)
 
 
 def prox(omega: Function, w: Tensor, step: Tensor | float, points: int = 65, rounds: int = 40) -> Tensor:

@@ -126,18 +126,19 @@ def pattern(weight: Tensor) -> Tensor:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a PNG, whole or not at all, and return its path; the folder is made if it is missing.
+    """Write a PNG or PDF, whole or not at all, and return its path; the folder is made if it is missing.
 
-    Raises ValueError unless the name ends in ``.png``.
+    Raises ValueError unless the name ends in ``.png`` or ``.pdf``.
     """
     target = Path(path)
-    if target.suffix != ".png":
-        raise ValueError(f"the picture's name must end in .png, got {str(path)!r}")
+    if target.suffix not in (".png", ".pdf"):
+        raise ValueError(f"the picture's name must end in .png or .pdf, got {str(path)!r}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(".png.part")
+    part = target.with_suffix(f"{target.suffix}.part")
+    undated = {"CreationDate": None} if target.suffix == ".pdf" else {}  # the same figure is the same file
     try:
         FigureCanvasAgg(figure)
-        figure.savefig(part, format="png", dpi=120)
+        figure.savefig(part, format=target.suffix[1:], dpi=120, metadata=undated)
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)

@@ -48,24 +48,26 @@ class LinearWarmup(Schedule):
 
 @dataclass(frozen=True)
 class Cubic(Schedule):
-    """lam(step) = lam * (1 - (1 - t)^3), t rising from 0 to 1 between the shares ``begin`` and ``end`` of the run.
+    """lam(step) = lam + (start - lam) (1 - t)^3, t rising from 0 to 1 between the shares ``begin`` and ``end`` of the run.
 
-    The shape of gradual pruning's ramp (Zhu and Gupta, arXiv 1710.01878).
-    Raises ValueError unless lam > 0 and 0 <= begin < end <= 1.
+    The shape of gradual pruning's ramp (Zhu and Gupta, arXiv 1710.01878, equation 1).
+    Raises ValueError unless lam > 0, 0 <= begin < end <= 1 and 0 <= start < lam.
     """
 
     lam: float
     begin: float = 0.0
     end: float = 0.5
+    start: float = 0.0
 
     def __post_init__(self) -> None:
         _checks.positive("lam", self.lam)
         _checks.between("begin", self.begin, 0, 1, closed="l")
         _checks.between("end", self.end, self.begin, 1, closed="r")
+        _checks.between("start", self.start, 0, self.lam, closed="l")
 
     def __call__(self, step: int, total: int | float) -> float:
         t = (step / (total or 1) - self.begin) / (self.end - self.begin)
-        return self.lam * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
+        return self.lam - (self.lam - self.start) * (1 - min(max(t, 0.0), 1.0)) ** 3  # exactly lam at t = 1
 
 
 def as_schedule(lam: float | Schedule) -> Schedule:

@@ -80,7 +80,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Curve:
-    """A penalty given by its curve: slope omega'(|w|), ratio omega / |w| and conjugate f(eta) / eta.
+    """A penalty given by its curve: slope omega'(|w|), ratio omega / |w|, conjugate f(eta) / eta and its slope f'(eta).
 
     With ``jump`` finite, eta_hat is infinite and omega constant from there on; else the slope ends like 1/w.
     ``top`` is the eta where the table of the conjugate ends.
@@ -89,6 +89,7 @@ class Curve:
     slope: Table
     ratio: Table
     conjugate: Table
+    conjugate_slope: Table
     jump: float
     top: float
 
@@ -109,6 +110,11 @@ class Curve:
         # beyond the jump the dual is the lower envelope: the line in 1/eta from the jump to eta = inf
         return torch.where(eta < self.top, _grow(self.conjugate, eta, self.top, 0.0), height - self.jump**2 / eta)
 
+    def dual_slope(self, eta: Tensor) -> Tensor:
+        inner = eta.clamp(max=self.top)
+        value = self.conjugate_slope(inner) * (inner / eta)  # beyond the table f grows like log eta
+        return value if self.jump == torch.inf else torch.where(eta < self.top, value, self.jump**2 / eta**2)
+
 
 def _grow(table: Table, x: Tensor, top: float, growth: float) -> Tensor:
     """x * table(x) up to ``top``, then ``growth`` * log x more."""
@@ -128,6 +134,7 @@ def curve(w: Array, eta: Array, f: Array, jump: float = float("inf")) -> Curve:
         Table(lambda at: slope(np.minimum(at, HIGH)) * np.minimum(1, HIGH / at), LOW, end, exact=True),
         Table(ratio, LOW, high),
         Table(_spline(eta, f / eta), LOW, top),
+        Table(_spline(eta, (w / eta) ** 2), LOW, top),
         jump,
         top,
     )

@@ -143,7 +143,7 @@ MISTAKES = {
     "plot class": (["plot", "MPC", "-o", "a.png"], ["no class 'MPC'", "'MCP'"]),
     "plot key": (["plot", "LogSum: {epps: 1}", "-o", "a.png"], ["LogSum takes no 'epps'", "'eps'"]),
     "plot value": (["plot", "LogSum: {eps: -1}", "-o", "a.png"], ["eps must be a finite number > 0"]),
-    "plot file": (["plot", "LogSum", "-o", "a.pdf"], ["must end in .png", "a.pdf"]),
+    "plot file": (["plot", "LogSum", "-o", "a.gif"], ["must end in .png or .pdf", "a.gif"]),
 }  # fmt: skip
 
 

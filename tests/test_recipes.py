@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_sparse import callbacks
 from lightning_sparse.callbacks import AdaptiveMask, Sparsifier
 from lightning_sparse.cli import main, recipes, seeds
 from lightning_sparse.examples.digits import Digits, ShuffledBatches
@@ -32,7 +33,8 @@ def test_every_recipe_passes_its_check_and_says_what_it_is(name: str, capsys: py
 
 
 def test_there_is_an_overlay_for_each_form() -> None:
-    forms = {cls.__name__.lower() for cls in Sparsifier.__subclasses__() if cls.__module__.startswith("lightning_sparse.")}
+    classes = (getattr(callbacks, name) for name in callbacks.__all__)
+    forms = {cls.__name__.lower() for cls in classes if issubclass(cls, Sparsifier) and cls is not Sparsifier}
     assert {name.removeprefix("overlay/").replace("_", "") for name in OVERLAYS} == forms
 
 
@@ -159,6 +161,14 @@ def test_a_recipe_is_found_by_name_file_name_and_path(tmp_path: Path) -> None:
     assert recipes.with_paths(["--config=digits", "-c", "digits", "digits"]) == [
         f"--config={recipes.find('digits')}", "-c", str(recipes.find("digits")), "digits",
     ]  # fmt: skip
+
+
+def test_the_comment_that_opens_a_recipe_is_text_and_not_yaml(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "# made by hand\n# summary: a form: LogSum(2), 'quoted\n#   and: more\n# reaches: 5 % # of all\n\n# model: x\nmodel: null\n"
+    )
+    assert recipes.about(mine) == {"summary": "a form: LogSum(2), 'quoted and: more", "reaches": "5 % # of all"}
 
 
 def test_the_mask_form_is_one_of_the_overlays() -> None:

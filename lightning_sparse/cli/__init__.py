@@ -26,6 +26,7 @@ _VERBS = {
     "recipes": ("lightning_sparse.cli.recipes", "list the packaged recipes with what they reach"),
     "check": ("lightning_sparse.cli.check", "validate a recipe without training: check RECIPE [overrides]"),
     "seeds": ("lightning_sparse.cli.seeds", "mean and spread of a recipe over seeds: seeds RECIPE [--seeds 5] [overrides]"),
+    "reproduce": ("lightning_sparse.cli.reproduce", "rerun the paper's case study: its table and figures beside the published ones"),
     "plot": ("lightning_sparse.cli.plot", "draw omega, eta_hat, f and alpha of penalties to a PNG"),
 }
 

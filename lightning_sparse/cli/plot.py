@@ -24,7 +24,7 @@ def run(verb: str, words: list[str]) -> int:
     """Parse the penalties, draw them and print the file's path."""
     parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description="Draw omega, eta_hat, f and alpha of penalties.")
     parser.add_argument("penalties", nargs="+", metavar="PENALTY", help=_HELP)
-    parser.add_argument("-o", "--output", default="penalties.png", help="the PNG file (default: %(default)s)")
+    parser.add_argument("-o", "--output", default="penalties.png", help="the PNG or PDF file (default: %(default)s)")
     parser.add_argument("--lam", type=float, default=1.0, help="strength at which alpha is drawn (default: %(default)s)")
     parser.add_argument("--w-max", type=float, default=4.0, help="largest weight (default: %(default)s)")
     given = parser.parse_args(words)

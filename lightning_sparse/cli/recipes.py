@@ -62,13 +62,17 @@ def _check_classes(path: Path, tree: Any, key: str) -> None:
 
 def about(path: Path) -> dict[str, str]:
     """The ``key: text`` lines of the comment that opens a recipe (``summary``, ``reaches``, ``command``)."""
-    head: list[str] = []
-    for line in path.read_text().splitlines():
+    fields: dict[str, list[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
-        head.append(line.lstrip("#").removeprefix(" "))
-    fields = yaml.safe_load("\n".join(head)) or {}
-    return {key: " ".join(str(value).split()) for key, value in fields.items()}
+        text = line.lstrip("#").removeprefix(" ")
+        key, colon, rest = text.partition(": ")
+        if colon and key.isidentifier():  # other lines, indented, go on with the text before
+            fields[key] = [rest]
+        elif fields:
+            fields[list(fields)[-1]].append(text)
+    return {key: " ".join(" ".join(parts).split()) for key, parts in fields.items()}
 
 
 def with_paths(words: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,13 +15,32 @@ from lightning_sparse.duality import Examples, MaskRule, Penalty
 
 def largest(w: Tensor, count: int) -> Tensor:
     """Boolean mask of the ``count`` largest |w|, and of NaN; among equal ones the first in memory order win."""
-    size = w.detach().abs().reshape(-1).nan_to_num(torch.inf, torch.inf)
+    return _highest(w.detach().abs().reshape(-1), count).reshape(w.shape)
+
+
+def shrunk(weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """What remains of the boolean masks ``kept`` once round(share * n) of all n weights are pruned; at least one remains.
+
+    The smallest |w| of all tensors together go; what was pruned before comes first and never returns, and among equal
+    weights the last go first.
+    """
+    sizes = [w.detach().abs().masked_fill(~kept[name], -1.0).reshape(-1) for name, w in weights.items()]
+    if not sizes:
+        return {}
+    joined = torch.cat([size.to(sizes[0].device) for size in sizes])
+    remaining = _highest(joined, max(1, len(joined) - round(share * len(joined)))).split([len(size) for size in sizes])
+    return {name: part.reshape(kept[name].shape).to(kept[name].device) & kept[name] for name, part in zip(weights, remaining, strict=True)}
+
+
+def _highest(size: Tensor, count: int) -> Tensor:
+    """Boolean mask of the ``count`` highest of a vector, and of NaN; among equal ones the first win."""
     if count <= 0 or count >= len(size):
-        return torch.full_like(w, count > 0, dtype=torch.bool)
-    bound = size.kthvalue(len(size) - count + 1).values
-    above, level = size > bound, size == bound
+        return torch.full_like(size, count > 0, dtype=torch.bool)
+    known = size.nan_to_num(torch.inf, torch.inf)
+    bound = known.kthvalue(len(size) - count + 1).values
+    above, level = known > bound, known == bound
     room = count - above.sum()
-    return (above | (level & (level.cumsum(0) <= room))).reshape(w.shape) | w.isnan()
+    return above | (level & (level.cumsum(0) <= room)) | size.isnan()
 
 
 @dataclass(frozen=True)

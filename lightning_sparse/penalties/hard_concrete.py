@@ -49,6 +49,9 @@ class HardConcrete(Penalty):
     def dual(self, eta: Tensor) -> Tensor:
         return self._curve().dual(eta)
 
+    def dual_slope(self, eta: Tensor) -> Tensor:
+        return self._curve().dual_slope(eta)
+
 
 class _Gate:
     """Moments of the gate along log alpha, by quadrature of P(s > x) over x in [0, 1]."""

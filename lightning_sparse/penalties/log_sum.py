@@ -37,10 +37,16 @@ class LogSum(Penalty):
         return w.sign() / (w.abs() + self.eps)
 
     def dual(self, eta: Tensor) -> Tensor:
-        # the maximiser w solves w (w + eps) = eta; in this form it neither cancels near 0 nor overflows
-        w = eta / ((eta + self.eps**2 / 4).sqrt() + self.eps / 2)
+        w = eta * self._ratio(eta)
         value = 2 * torch.log1p(w / self.eps) - w / (w + self.eps)
         return torch.where(eta == torch.inf, eta, value)
+
+    def dual_slope(self, eta: Tensor) -> Tensor:
+        return self._ratio(eta).square()
+
+    def _ratio(self, eta: Tensor) -> Tensor:
+        """w / eta at the maximiser, w (w + eps) = eta; in this form it neither cancels near 0 nor overflows."""
+        return 1 / ((eta + self.eps**2 / 4).sqrt() + self.eps / 2)
 
     def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
         size, lam = w.abs(), torch.as_tensor(step, dtype=w.dtype, device=w.device)

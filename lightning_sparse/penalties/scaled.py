@@ -46,6 +46,9 @@ class Scaled(Penalty):
     def dual(self, eta: Tensor) -> Tensor:
         return self.p.dual(eta / self.t**2)
 
+    def dual_slope(self, eta: Tensor) -> Tensor:
+        return self.p.dual_slope(eta / self.t**2) / self.t**2
+
     def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
         inner = w / self.t
         moved = self.t * self.p.prox(inner, step / self.t**2)

@@ -61,6 +61,15 @@ class VariationalDropout(Penalty):
             return 2 * _K1 * torch.sigmoid(_K3 * eta.log() - _K2) + torch.log1p(eta)
         return _curve(self.prior).dual(eta)
 
+    def dual_slope(self, eta: Tensor) -> Tensor:
+        if self.prior == "log_uniform":
+            return _curve(self.prior).dual_slope(eta)
+        own = 1 / (1 + eta)
+        if self.prior == "empirical_bayes":
+            return own
+        gate = torch.sigmoid(_K3 * eta.log() - _K2)
+        return own + 2 * _K1 * _K3 * gate * (1 - gate) / eta
+
 
 def _asinh(x: Tensor) -> Tensor:
     """asinh for x >= 0, accurate near 0: x + x^2 / (1 + sqrt(1 + x^2)) - 1 inside the logarithm."""

@@ -7,7 +7,15 @@ from functools import partial
 import pytest
 
 from lightning_sparse import curvature, mask_rules, noise, penalties
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
+from lightning_sparse.callbacks import (
+    AdaptiveMask,
+    AdaptiveProx,
+    EtaTrick,
+    HardConcrete,
+    PenaltyLoss,
+    ReweightedPenalty,
+    VariationalDropout,
+)
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 FORMS = {
@@ -20,5 +28,11 @@ FORMS = {
     "mask, each step": partial(AdaptiveMask, LOG_SUM, 0.5, curvature=curvature.EmpiricalFisher(every=1)),
     "mask, top-k": partial(AdaptiveMask, mask_rules.TopK(0.5)),
     "mask, sampled": partial(AdaptiveMask, LOG_SUM, 0.5, curvature=curvature.SampledFisher(output="network", every=1)),
+    "loss": partial(PenaltyLoss, LOG_SUM, 0.5),
+    "joint": partial(EtaTrick, LOG_SUM, 0.5, learned_lr=0.05, keep_start=0.6),
+    "VarDrop": partial(VariationalDropout, 0.02, noise="weight", log_start=0.0, learned_lr=0.05),
+    "VarDrop, local": partial(VariationalDropout, 0.02, "molchanov", noise="local", log_start=0.0, learned_lr=0.05),
+    "VarDrop, additive": partial(VariationalDropout, 0.02, "empirical_bayes", log_start=-1.0, learned_lr=0.05),
+    "L0": partial(HardConcrete, 0.5, log_start=0.0, learned_lr=0.1),
 }
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())

@@ -11,7 +11,16 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch.nn import Parameter
 
 from lightning_sparse import noise, penalties
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
+from lightning_sparse.callbacks import (
+    AdaptiveMask,
+    AdaptiveProx,
+    EtaTrick,
+    HardConcrete,
+    MagnitudePruning,
+    PenaltyLoss,
+    ReweightedPenalty,
+    VariationalDropout,
+)
 from lightning_sparse.conformance import Subject
 
 LOG_SUM = penalties.LogSum(eps=2.0)
@@ -41,6 +50,38 @@ def frozen() -> list[Callback]:
     return [ReweightedPenalty(LOG_SUM, 0.5, freeze=0.5)]
 
 
+def loss() -> list[Callback]:
+    return [PenaltyLoss(LOG_SUM, 0.5)]
+
+
+def joint() -> list[Callback]:
+    return [EtaTrick(LOG_SUM, 0.5, learned_lr=0.5, keep_start=0.3)]
+
+
+def additive_noise() -> list[Callback]:
+    return [VariationalDropout(0.02, "empirical_bayes", log_start=-1.0, learned_lr=0.05)]
+
+
+def weight_noise() -> list[Callback]:
+    return [VariationalDropout(0.1, noise="weight", log_start=2.93, learned_lr=0.3)]
+
+
+def local_noise() -> list[Callback]:
+    return [VariationalDropout(0.1, "molchanov", noise="local", log_start=2.94, learned_lr=0.3)]
+
+
+def gates() -> list[Callback]:
+    return [HardConcrete(0.03, log_start=-3.5, learned_lr=0.1)]
+
+
+def pruning() -> list[Callback]:
+    return [MagnitudePruning(0.5, every=2)]
+
+
+def pruning_by_layer() -> list[Callback]:
+    return [MagnitudePruning(0.5, 0.1, 0.6, every=3, scope="layer", start=0.1, freeze=0.2)]
+
+
 def model_pruning() -> list[Callback]:
     return [ModelPruning("l1_unstructured", amount=0.5)]
 
@@ -62,10 +103,18 @@ OURS = {
     "AdaptiveProx": Subject("AdaptiveProx", prox),
     "AdaptiveMask": Subject("AdaptiveMask", mask),
     "AdaptiveMask, Bernoulli": Subject("AdaptiveMask, Bernoulli", bernoulli),
+    "PenaltyLoss": Subject("PenaltyLoss", loss),
+    "EtaTrick": Subject("EtaTrick", joint),
+    "VariationalDropout": Subject("VariationalDropout", additive_noise),
+    "HardConcrete": Subject("HardConcrete", gates),
+    "MagnitudePruning": Subject("MagnitudePruning", pruning),
 }
 VARIANTS = {
     "ReweightedPenalty, frozen": Subject("ReweightedPenalty, frozen", frozen),
     "AdaptiveProx, exact": Subject("AdaptiveProx, exact", exact_prox),
+    "VariationalDropout, weight": Subject("VariationalDropout, weight", weight_noise),
+    "VariationalDropout, local": Subject("VariationalDropout, local", local_noise),
+    "MagnitudePruning, by layer": Subject("MagnitudePruning, by layer", pruning_by_layer),
 }
 OTHERS = {
     "ModelPruning": Subject("ModelPruning", model_pruning),

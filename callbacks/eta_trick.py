@@ -1,0 +1,73 @@
+"""EtaTrick: the joint form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_sparse import _checks, duality
+from lightning_sparse.callbacks import _refusals, _steps
+from lightning_sparse.callbacks._learned import Learned, rate
+from lightning_sparse.duality import MaskRule, Penalty
+from lightning_sparse.schedules import Schedule
+
+
+class EtaTrick(Learned):
+    """Descends on weights and log eta together: ``L + (lam / 2) sum (w^2 / eta + f(eta))``, whose minimum over eta is
+    ``L + lam * Omega(w)`` (the paper's eta-Trick).
+
+    Args:
+        learned_lr: the learning rate of log eta, under the weights' schedule; None is the weights' own.
+        keep_start: the keep probability 1 / (1 + lam / eta) that each eta starts at.
+
+    The penalty needs a dual with a slope: ridge, whose eta is one number, and the hard threshold are refused. The other
+    arguments are :class:`Sparsifier`'s.
+    """
+
+    def __init__(
+        self,
+        penalty: Penalty | MaskRule,
+        lam: float | Schedule | None = None,
+        select: Sequence[str] | None = None,
+        tol: float = 0.05,
+        freeze: float = 0.0,
+        threshold: float | None = None,
+        gap_samples: int = 0,
+        keep_zeros: bool = False,
+        learned_lr: float | None = None,
+        keep_start: float = 0.9933,
+    ) -> None:
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros)
+        _refusals.check_dual(self.penalty, type(self).__name__)
+        self.learned_lr = rate(learned_lr)
+        self.keep_start = _checks.between("keep_start", keep_start, 0, 1)
+
+    def own_settings(self) -> dict[str, Any]:
+        return {"learned_lr": self.learned_lr, "keep_start": self.keep_start}
+
+    def start(self, name: str, w: Tensor) -> Tensor:
+        eta = duality.eta(torch.tensor(self.keep_start, dtype=torch.float64), self.schedule.lam)
+        return torch.full_like(w, math.log(eta), dtype=torch.promote_types(w.dtype, torch.float32))
+
+    def eta(self, name: str, w: Tensor) -> Tensor:
+        """The learned eta."""
+        return self.value(name, w).exp().to(w.dtype)
+
+    @torch.no_grad()
+    def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+        strength = self.lam * _steps.scale(trainer, optimizer)
+        for name, parameter, group in self._owned(optimizer):
+            if parameter.grad is not None:
+                sign = -1 if group.get("maximize") else 1
+                in_w, in_log_eta = duality.joint_slopes(self.penalty, self._live(name), self.learned[name].detach())
+                parameter.grad.add_(in_w, alpha=sign * strength)
+                self.descend(name, in_log_eta, sign * strength)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        _steps.check_hooked(self, optimizer)
+        super()._stepped(optimizer)

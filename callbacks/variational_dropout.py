@@ -1,0 +1,134 @@
+"""VariationalDropout: learned Gaussian noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from lightning_sparse import _checks, attach, duality, penalties
+from lightning_sparse.callbacks import _steps
+from lightning_sparse.callbacks._learned import Learned, rate
+from lightning_sparse.callbacks._noisy import Noisy
+from lightning_sparse.learned_noise import Additive, Multiplicative
+from lightning_sparse.schedules import Schedule, as_schedule
+
+Place = Literal["weight", "local", "additive"]
+
+
+class VariationalDropout(Learned, Noisy):
+    """Each weight is trained with Gaussian noise of a variance w^2 / eta that is learned and paid for (VarDrop).
+
+    It descends on ``mean loss + kl_weight * sum f(eta) / 2``, f / 2 being the divergence from a prior. With N samples and the
+    evidence bound, ``kl_weight`` is 1/N; c/N prunes more for c > 1. A weight is zero where 1 / (1 + 1/eta) < tol.
+
+    Args:
+        kl_weight: a number or a schedule, such as LinearWarmup(1.7e-5, share=0.5).
+        prior: "log_uniform" (exact), "molchanov" (the usual fit to it, a little quicker) or "empirical_bayes".
+        noise: "weight": one draw a batch for each weight, parameters (w, log eta); "local": the same noise on the outputs
+            of Linear and ConvNd layers, a draw a sample (LR); "additive": as "local" with the parameters (w, log sigma),
+            eta = w^2 / sigma^2, whose gradient does not grow with the noise (LR+AR).
+        learned_lr: the learning rate of log eta or log sigma, under the weights' schedule; None is the weights' own.
+        log_start: what log sigma ("additive") or -log eta (the others) starts at.
+
+    As a penalty it is kl_weight * Omega(w / sqrt(kl_weight)) at unit curvature, Omega the prior's: that is what to_penalty()
+    and to_prox() use; to_mask() has the noise follow |w| instead of learning it. In a deep network the noise's own
+    penalty is weighted by the curvature. The other arguments are :class:`Sparsifier`'s.
+    Source: Molchanov, Ashukha, Vetrov, arXiv 1701.05369; empirical Bayes: Kharitonov et al., arXiv 1811.00596.
+    """
+
+    def __init__(
+        self,
+        kl_weight: float | Schedule,
+        prior: str = "log_uniform",
+        select: Sequence[str] | None = None,
+        tol: float = 0.05,
+        freeze: float = 0.0,
+        threshold: float | None = None,
+        gap_samples: int = 0,
+        keep_zeros: bool = False,
+        noise: Place = "additive",
+        learned_lr: float | None = None,
+        log_start: float = -5.0,
+    ) -> None:
+        schedule = as_schedule(kl_weight)
+        self.divergence = penalties.VariationalDropout(prior)
+        penalty = penalties.Scaled(self.divergence, math.sqrt(schedule.lam))
+        super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros)
+        self.prior, self.noise = prior, _checks.one_of("noise", noise, ("weight", "local", "additive"))
+        self.kind = Additive() if noise == "additive" else Multiplicative()
+        self.learned_lr, self.log_start = rate(learned_lr), _checks.between("log_start", log_start, -30, 30)
+
+    def settings(self) -> dict[str, Any]:
+        shared = {name: value for name, value in self._shared().items() if name not in ("penalty", "lam")}
+        own = {"noise": self.noise, "learned_lr": self.learned_lr, "log_start": self.log_start}
+        return {"kl_weight": self.schedule, "prior": self.prior} | shared | own
+
+    # -- what the form uses ---------------------------------------------------------------------------------------------
+
+    @property
+    def local(self) -> bool:
+        return self.noise != "weight"
+
+    def start(self, name: str, w: Tensor) -> Tensor:
+        return torch.full_like(w, self.kind.start(self.log_start), dtype=torch.promote_types(w.dtype, torch.float32))
+
+    def eta(self, name: str, w: Tensor) -> Tensor:
+        """The learned eta in units of kl_weight, so that the noise's variance is lam / eta as in the other forms."""
+        return self.lam * self.kind.eta(w, self.value(name, w))
+
+    def _alpha(self, name: str, w: Tensor) -> Tensor:
+        """Of the noise itself, also while kl_weight is still 0."""
+        return duality.keep_probability(self.kind.eta(w, self.value(name, w)), 1.0)
+
+    def at_rest(self, name: str, w: Tensor) -> Tensor:
+        """What is zero, the noise says."""
+        return w == 0
+
+    # -- noise ------------------------------------------------------------------------------------------------------------
+
+    def _install(self, pl_module: Any, attachment: attach.Attachment) -> None:
+        for name in self.parameters:  # before the mask multiplies the gradient
+            attachment.on_gradient(name, partial(self._hear, name))
+        super()._install(pl_module, attachment)
+
+    def draw_outputs(self, name: str, layer: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+        return self.kind.output_noise(layer, x, self.learned[name].to(self._live(name).dtype), generator)
+
+    def draw_weights(self, name: str, attachment: attach.Attachment, generator: torch.Generator) -> None:
+        w = self._live(name)
+        draw = torch.empty_like(w).normal_(generator=generator).mul_(self.kind.deviation(w, self.learned[name].detach()))
+        if self.noise == "additive":
+            attachment.substitute(name, w + draw)
+        else:
+            attachment.multiply(name, 1 + draw)
+
+    @torch.no_grad()
+    def _hear(self, name: str, grad: Tensor) -> None:
+        """The gradient of a weight's noise in its learned parameter: that of the noisy weight times what the noise added."""
+        if self._loud and name in self._trained and name not in self._local:
+            self.descend(name, grad * self.kind.slope(self.parameters[name].detach() - self._live(name)), 1.0)
+
+    @torch.no_grad()
+    def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+        self.reduce_gradients(trainer, optimizer)
+        strength = self.lam * _steps.scale(trainer, optimizer)
+        for name, parameter, group in self._owned(optimizer):
+            if parameter.grad is not None:
+                self._pay(name, parameter, -strength if group.get("maximize") else strength)
+
+    def _pay(self, name: str, parameter: Tensor, strength: float) -> None:
+        """The divergence's gradient."""
+        in_w, in_learned = self.kind.divergence(self.divergence, self._live(name), self.learned[name].detach())
+        if in_w is not None:
+            parameter.grad.add_(in_w, alpha=strength)  # type: ignore[union-attr]
+        self.descend(name, in_learned, strength)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        _steps.check_hooked(self, optimizer)
+        super()._stepped(optimizer)

@@ -1,0 +1,110 @@
+"""``lightning-sparse reproduce``: the paper's table and figures from runs of our own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_sparse import _checks
+from lightning_sparse.cli import recipes
+from lightning_sparse.cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from lightning_sparse.reproduction.runs import Job
+
+_ABOUT = (
+    "Train every row of the paper's case study (LeNet-300-100 on MNIST) with each seed, and write the runs as CSV, the table "
+    "beside the published figures, figure 1 (penalties) and figure 2 (trajectories). Interrupted, the same command goes on "
+    "where it stopped. Further arguments override the recipes as in fit."
+)
+
+
+def run(verb: str, words: list[str]) -> int:
+    """Train what has not been trained, then write everything."""
+    given, overrides = _parser(verb).parse_known_args(words)
+    _check(given)
+    jobs = _jobs(given, [_recipe(name) for name in given.rows or _rows().values()], overrides)
+    from lightning_sparse.reproduction import pool, written
+
+    for job in jobs:
+        if job.result.is_file():
+            _check_kept(job)
+    given.out.mkdir(parents=True, exist_ok=True)
+    left = f"{pool.jobs_left(jobs)} to go, {given.jobs} at once"
+    print(f"{len(jobs)} runs of {given.epochs} epochs, {left}; files in {given.out}", flush=True)
+    for file in written.write(pool.run(jobs, given.jobs), jobs, given.out):
+        print(file)
+    return 0
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description=_ABOUT, allow_abbrev=False)
+    parser.add_argument("--root", default="data", help="the folder above MNIST/raw (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="where everything is written (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--epochs", type=int, default=200, help="200 as published; 20 for a quick look (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"only these, of {', '.join(_rows())}; or other recipes, by name or file")
+    return parser
+
+
+def _check(given: argparse.Namespace) -> None:
+    for name in ("epochs", "jobs"):
+        if getattr(given, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(given, name)}")
+    if min(given.seeds) < 0:
+        raise UsageError(f"--seeds must be whole numbers >= 0, got {given.seeds}")
+
+
+def _rows() -> dict[str, str]:
+    """The recipe of each row of the table by the row's key."""
+    from lightning_sparse.reproduction.rows import ROWS
+
+    return {row.key: row.recipe for row in ROWS}
+
+
+def _recipe(name: str) -> str:
+    """The recipe that a row's key, a packaged name or a path stands for; UsageError with the closest names otherwise."""
+    named = _rows().get(name, name)
+    packaged = recipes.names()
+    if Path(named).is_file() or named in packaged:
+        return named
+    known = [*_rows(), *packaged]
+    raise UsageError(f"no row {name!r}{_checks.closest(name, known)}; one of {', '.join(_rows())}, or a recipe's name or file")
+
+
+def _jobs(given: argparse.Namespace, chosen: Sequence[str], overrides: Sequence[str]) -> list[Job]:
+    """One job for each recipe and seed; UsageError where two recipes would share a folder."""
+    from lightning_sparse.reproduction.rows import key_of
+    from lightning_sparse.reproduction.runs import Job
+
+    chosen, seeds = list(dict.fromkeys(chosen)), list(dict.fromkeys(given.seeds))
+    shared = [key for key, count in Counter(map(key_of, chosen)).items() if count > 1]
+    if shared:
+        raise UsageError(f"two of the recipes are named {shared[0]!r}, and runs are kept by that name: {', '.join(chosen)}")
+    extra = {recipe: (*_root(recipe, given.root), *overrides) for recipe in chosen}
+    folders = {recipe: f"{key_of(recipe)}-{given.epochs}" for recipe in chosen}
+    return [
+        Job(recipe, seed, given.epochs, given.out / f"{folders[recipe]}-seed{seed}", extra[recipe]) for seed in seeds for recipe in chosen
+    ]
+
+
+def _check_kept(job: Job) -> None:
+    """UsageError where a finished run had other overrides than it is asked for with now."""
+    from lightning_sparse.reproduction.written import portable
+
+    kept: str = json.loads(job.result.read_text())["overrides"]
+    had, asked = (portable(words.split()) for words in (kept, " ".join(job.overrides)))
+    if had != asked:
+        raise UsageError(f"{job.folder} holds a run with the overrides {had!r}, not {asked!r}; name another folder with --out")
+
+
+def _root(recipe: str, root: str) -> tuple[str, ...]:
+    """Where the data lies, for recipes whose data names a ``root``."""
+    data = recipes.content(recipes.find(recipe)).get("data")
+    takes = isinstance(data, dict) and "root" in (data.get("init_args") or {})
+    return ("--data.root", root) if takes else ()

@@ -1,0 +1,65 @@
+"""What the example networks share: cross-entropy, accuracy, Adam and a learning rate that falls to 0."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from lightning_sparse import _checks
+
+_DECAYS = ("cosine", "linear")
+
+
+class Classifier(LightningModule):
+    """A network ``layers`` that maps x to class scores, trained on cross-entropy by Adam.
+
+    The learning rate falls from ``lr`` to 0: along half a cosine, counted in optimiser steps, or linearly, once an epoch.
+    ``fused`` is Adam's own switch, about 1.5 times faster per epoch on a CPU. Logs ``{train,val,test}/loss`` and
+    ``{val,test}/accuracy``. Raises ValueError for an unknown ``decay``.
+    """
+
+    layers: nn.Module
+
+    def __init__(self, lr: float, decay: str = "cosine", fused: bool = False) -> None:
+        super().__init__()
+        if decay not in _DECAYS:
+            raise ValueError(f"decay must be one of {list(_DECAYS)}, got {decay!r}")
+        self.lr, self.decay, self.fused = _checks.positive("lr", lr), decay, _checks.truth("fused", fused)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.layers(x)
+        return scores
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        self._evaluate("val", *batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        self._evaluate("test", *batch)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        scores: Tensor = self(batch[0])
+        return scores.argmax(1)
+
+    def _evaluate(self, stage: str, x: Tensor, y: Tensor) -> None:
+        scores = self(x)
+        self.log(f"{stage}/loss", nn.functional.cross_entropy(scores, y), batch_size=len(y))
+        self.log(f"{stage}/accuracy", (scores.argmax(1) == y).float().mean(), batch_size=len(y))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, fused=self.fused or None)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError(f"{type(self).__name__}'s learning rate falls over the run's length: give the Trainer max_epochs or max_steps")
+        if self.decay == "cosine":
+            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(int(steps), 1))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+        epochs = max(1, round(steps * self.trainer.accumulate_grad_batches / self.trainer.num_training_batches))
+        linear = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=epochs)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": linear, "interval": "epoch"}}

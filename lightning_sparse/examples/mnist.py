@@ -1,0 +1,83 @@
+"""MNIST (70,000 handwritten digits of 28x28) as tensors in memory, read through torchvision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from lightning_sparse import _checks
+from lightning_sparse.examples.batches import Batch, Batches, ShuffledBatches
+
+MEAN, STD = 0.1307, 0.3081  # of the training pixels, in [0, 1]
+
+
+class MNIST(LightningDataModule):
+    """Normalised images x of shape (batch, 1, 28, 28) and labels y; the training file's 60,000 are split in two.
+
+    Args:
+        root: the folder that holds ``MNIST/raw`` with the four files; where it does not and ``download``
+            is on, torchvision downloads them into it.
+        validation: how many of the 60,000 are for validation, at random by ``split_seed``; 0 trains on all of them.
+        download: whether to try the network.
+
+    The run's own seed (``seed_everything``) gives the order of the batches. Raises ValueError for a share that leaves no
+    training image, FileNotFoundError, naming the folder and what to put there, where the files cannot be had.
+    """
+
+    def __init__(
+        self, root: str = "data", batch_size: int = 128, validation: int = 12_000, split_seed: int = 0, download: bool = True
+    ) -> None:
+        super().__init__()
+        _checks.between("validation", validation, 0, 60_000, closed="l")
+        _checks.positive("batch_size", batch_size)
+        self.root, self.batch_size, self.validation = Path(root).expanduser(), batch_size, int(validation)
+        self.split_seed, self.download = split_seed, _checks.truth("download", download)
+        self.parts: dict[str, Batch] = {}
+
+    def prepare_data(self) -> None:
+        read(self.root, train=True, download=self.download)
+
+    def setup(self, stage: str) -> None:
+        if self.parts:
+            return
+        x, y = read(self.root, train=True, download=self.download)
+        if self.validation >= len(x):
+            raise ValueError(f"validation={self.validation} of {len(x)} images in {self.root} leaves none to train on")
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.split_seed))
+        held, rest = order[: self.validation].sort().values, order[self.validation :].sort().values
+        self.parts = {"training": (x[rest], y[rest]), "validation": (x[held], y[held])}
+        self.parts["test"] = read(self.root, train=False, download=self.download)
+
+    def train_dataloader(self) -> ShuffledBatches:
+        return ShuffledBatches(*self.parts["training"], self.batch_size, torch.initial_seed() % 2**31)
+
+    def val_dataloader(self) -> Batches | list[Batches]:
+        return self._large("validation") if self.validation else []
+
+    def test_dataloader(self) -> Batches:
+        return self._large("test")
+
+    def predict_dataloader(self) -> Batches:
+        return self._large("test")
+
+    def _large(self, part: str) -> Batches:
+        return Batches(*self.parts[part], 2000)
+
+
+def read(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+    """Normalised images (count, 1, 28, 28) in float32 and labels; FileNotFoundError where the files cannot be had."""
+    from torchvision import datasets  # takes seconds to import
+
+    try:
+        found = datasets.MNIST(str(root), train=train, download=download)
+    except (RuntimeError, OSError) as error:  # not found; no network, or a folder that cannot be written
+        tried = f"downloading failed ({' '.join(str(error).split())})" if download else "download is off"
+        raise FileNotFoundError(
+            f"no MNIST in {root.resolve() / 'MNIST' / 'raw'}, and {tried}. Give root (--data.root in a recipe) the folder above "
+            "MNIST/raw, and put train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+            "t10k-labels-idx1-ubyte (not gzipped) there"
+        ) from error
+    return found.data[:, None].float().div_(255).sub_(MEAN).div_(STD), found.targets.long()

@@ -1,0 +1,78 @@
+"""Gaussian noise of a learned variance on each weight, in two parametrisations: what VariationalDropout trains.
+
+A weight w has the noise variance w^2 / eta; the divergence from a prior is f(eta) / 2.
+Source: Molchanov, Ashukha, Vetrov, "Variational Dropout Sparsifies Deep Neural Networks", arXiv 1701.05369.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sparse import noise
+from lightning_sparse.duality import Penalty
+
+_WIDEST = 69.0  # logarithms of variances are cut off there: 1e-30 to 1e30
+
+
+class Multiplicative:
+    """w (1 + eta^(-1/2) N(0, 1)) with theta = log eta: the noise and its gradient grow with w."""
+
+    def start(self, log_noise: float) -> float:
+        """theta where log(1 / eta) is ``log_noise``."""
+        return -log_noise
+
+    def eta(self, w: Tensor, theta: Tensor) -> Tensor:
+        return _exp(theta).to(w.dtype)
+
+    def output_noise(self, layer: Any, x: Tensor, theta: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Noise for the output of a Linear or ConvNd layer; its gradient flows into w, theta and x."""
+        return noise.output_noise(layer, x, _exp(-theta), generator)
+
+    def deviation(self, w: Tensor, theta: Tensor) -> Tensor:
+        """The noise's standard deviation relative to w, with its sign: added = w * deviation * N(0, 1)."""
+        return _exp(-theta).sqrt().to(w.dtype)
+
+    def slope(self, added: Tensor) -> Tensor:
+        """d added / d theta."""
+        return added * -0.5
+
+    def divergence(self, prior: Penalty, w: Tensor, theta: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The gradients of f(eta) / 2 in w (none here) and in theta."""
+        eta = _exp(theta)
+        return None, eta * prior.dual_slope(eta) / 2
+
+
+class Additive:
+    """w + sigma N(0, 1) with theta = log sigma, eta = w^2 / sigma^2: the gradient in w holds no noise."""
+
+    def start(self, log_noise: float) -> float:
+        """theta where log sigma is ``log_noise``."""
+        return log_noise
+
+    def eta(self, w: Tensor, theta: Tensor) -> Tensor:
+        return (w * w * _exp(-2 * theta)).to(w.dtype)
+
+    def output_noise(self, layer: Any, x: Tensor, theta: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Noise for the output of a Linear or ConvNd layer; its gradient flows into theta and x."""
+        return noise.additive_output_noise(layer, x, _exp(2 * theta), generator)
+
+    def deviation(self, w: Tensor, theta: Tensor) -> Tensor:
+        """The noise's standard deviation: added = deviation * N(0, 1)."""
+        return _exp(2 * theta).sqrt().to(w.dtype)
+
+    def slope(self, added: Tensor) -> Tensor:
+        """d added / d theta."""
+        return added
+
+    def divergence(self, prior: Penalty, w: Tensor, theta: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The gradients of f(w^2 / sigma^2) / 2 in w and in theta."""
+        precision = _exp(-2 * theta)
+        in_w = w * precision * prior.dual_slope((w * w * precision).clamp(1e-30, 1e30))
+        return in_w, -in_w * w
+
+
+def _exp(x: Tensor) -> Tensor:
+    return x.clamp(-_WIDEST, _WIDEST).exp()

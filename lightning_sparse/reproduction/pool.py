@@ -1,0 +1,68 @@
+"""Jobs side by side in processes of their own, with a display of how far each is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lightning_sparse.reproduction.runs import Job, train
+
+Running = dict["Future[dict[str, Any]]", Job]
+
+
+def run(jobs: Sequence[Job], at_once: int) -> list[dict[str, Any]]:
+    """The results of ``jobs`` in their order, ``at_once`` of them running at a time; finished ones are read, not run again.
+
+    The first job that fails ends the others and its error is raised; what they recorded stays, and a second call goes on.
+    """
+    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(train, job): job for job in jobs if not job.result.is_file()}
+        try:
+            _watch(running)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+    return [train(job) for job in jobs]  # each reads its result
+
+
+def _watch(running: Running) -> None:
+    """Until all are done: a bar over all epochs on a terminal, a line for each finished run elsewhere."""
+    pending = set(running)
+    with _bar() as bar:
+        task = bar.add_task("", total=sum(job.epochs for job in running.values()))
+        while pending:
+            done, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in done:
+                _say(running[future], future.result())
+            shown = (f"{job.folder.name} {job.epochs_done()}/{job.epochs}" for future, job in running.items() if future.running())
+            bar.update(task, completed=sum(job.epochs_done() for job in running.values()), description=", ".join(shown))
+
+
+def _bar() -> Progress:
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} epochs"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), disable=not sys.stderr.isatty())
+
+
+def _say(job: Job, found: dict[str, Any]) -> None:
+    figures = f"test error {found['test_error']:.2f} %, non-zero {found['nonzero']:.2f} %"
+    print(f"{time.strftime('%H:%M')} {job.folder.name}: {figures}, {found['seconds'] / 60:.1f} min", flush=True)
+
+
+def jobs_left(jobs: Iterable[Job]) -> int:
+    """How many have no result yet."""
+    return sum(not job.result.is_file() for job in jobs)

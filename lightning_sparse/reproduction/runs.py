@@ -1,0 +1,153 @@
+"""One run of the case study: a recipe with a seed, recorded epoch by epoch, and resumed where it was interrupted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_sparse._version import __version__
+from lightning_sparse.callbacks import Sparsifier
+from lightning_sparse.cli.errors import UsageError
+from lightning_sparse.cli.training import SparseCLI, launch
+
+FIELDS = ("epoch", "nonzero", "nonzero_file", "val_error", "train_loss", "seconds")
+_QUIET = ["--trainer.logger", "false", "--report.table", "false", "--report.pictures", "false"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a recipe (a packaged name or a file) for ``epochs`` epochs with ``seed``, its files in ``folder``."""
+
+    recipe: str
+    seed: int
+    epochs: int
+    folder: Path
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def trajectory(self) -> Path:
+        """One line for each epoch, see FIELDS: shares in [0, 1], errors in %, seconds since the run began."""
+        return self.folder / "trajectory.csv"
+
+    @property
+    def result(self) -> Path:
+        """Written when the run is done."""
+        return self.folder / "result.json"
+
+    def epochs_done(self) -> int:
+        """How far the run is."""
+        return len(read(self.trajectory))
+
+
+def read(trajectory: Path) -> list[dict[str, float]]:
+    """The lines of a trajectory as numbers, an unfinished last line left out; none where the file does not exist yet."""
+    if not trajectory.is_file():
+        return []
+    text = trajectory.read_text()
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    return [{name: float(value) for name, value in row.items()} for row in rows]
+
+
+class Recorder(Callback):
+    """Appends a line of FIELDS to a file at each epoch's end.
+
+    ``nonzero`` is the share of weights whose alpha, as the form uses it, is at least ``tol``, as the paper counts;
+    ``nonzero_file`` of those that a file of that epoch holds.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.began, self.before = file, 0.0, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        kept = [row | {"epoch": int(row["epoch"])} for row in read(self.file) if row["epoch"] <= trainer.current_epoch]
+        self.before, self.began = (kept[-1]["seconds"] if kept else 0.0), time.perf_counter()
+        with self.file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, FIELDS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logged = trainer.callback_metrics
+        row = {
+            "epoch": trainer.current_epoch + 1,
+            "nonzero": share_above_tol(trainer),
+            "nonzero_file": 1 - float(logged["sparsity/total"]),
+            "val_error": 100 * (1 - float(logged["val/accuracy"])),
+            "train_loss": float(logged["train/loss"]),
+            "seconds": self.before + time.perf_counter() - self.began,
+        }
+        with self.file.open("a", newline="") as out:
+            csv.DictWriter(out, FIELDS).writerow(row)
+
+
+def share_above_tol(trainer: Trainer) -> float:
+    """Of the weights of the run's sparsity callbacks, those with alpha >= tol."""
+    forms = [callback for callback in trainer.callbacks if isinstance(callback, Sparsifier)]  # type: ignore[attr-defined]
+    kept = [(form.keep_probability(name) >= form.tol).float() for form in forms for name in form.parameters]
+    return float(sum(part.sum() for part in kept)) / sum(part.numel() for part in kept)
+
+
+class _Front(SparseCLI):
+    """``fit`` with a Recorder."""
+
+    file: Path
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.insert(0, Recorder(self.file))  # type: ignore[attr-defined] # before a checkpoint is written
+        return trainer
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Run a job, from its last checkpoint if it has one, and write its result; what it prints goes to ``log.txt``.
+
+    Raises UsageError for a recipe that cannot be trained or has no sparsity callback.
+    """
+    if job.result.is_file():
+        found: dict[str, Any] = json.loads(job.result.read_text())
+        return found
+    job.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_flush_denormal(True)  # weights and moments that decay to denormals slow a CPU down many times
+    with (job.folder / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        front: SparseCLI = launch(type("Front", (_Front,), {"file": job.trajectory}), ["fit", *_words(job)])
+    if front.result is None:
+        raise UsageError(f"{job.recipe} has no sparsity callback, so there is nothing to record")
+    found = _summary(job, front)
+    job.result.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def _words(job: Job) -> list[str]:
+    last = max(job.folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+    resumed = [] if last is None else ["--ckpt_path", str(last)]
+    length = ["--trainer.max_epochs", str(job.epochs), "--trainer.default_root_dir", str(job.folder)]
+    return ["--config", job.recipe, *_QUIET, *length, *job.overrides, "--seed_everything", str(job.seed), *resumed]
+
+
+def _summary(job: Job, front: SparseCLI) -> dict[str, Any]:
+    result, last = front.result, read(job.trajectory)[-1]
+    assert result is not None
+    versions = {"lightning-sparse": __version__, "torch": torch.__version__, "lightning": lightning.__version__}
+    return {
+        "recipe": job.recipe,
+        "seed": job.seed,
+        "epochs": job.epochs,
+        "test_error": 100 * (1 - result.sparse.metrics["test/accuracy"]),
+        "val_error": last["val_error"],
+        "nonzero": 100 * last["nonzero"],
+        "nonzero_file": 100 * result.sparse.nonzero / result.sparse.size,
+        "weights": result.sparse.size,
+        "seconds": round(last["seconds"], 1),
+        "overrides": " ".join(job.overrides),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) + f", Python {platform.python_version()}",
+    }

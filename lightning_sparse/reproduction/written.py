@@ -1,0 +1,95 @@
+"""The files of a reproduction: every run and every epoch as CSV, and the table and figures that are drawn from them."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_sparse import plots
+from lightning_sparse.reproduction import figures, table
+from lightning_sparse.reproduction.figures import Trajectories
+from lightning_sparse.reproduction.runs import FIELDS, Job, read
+from lightning_sparse.reproduction.table import Runs
+
+RUNS, TRAJECTORIES = "runs.csv", "trajectories.csv"
+_WHOLE, _TEXT = ("seed", "epochs", "weights"), ("recipe", "overrides", "versions")
+_PLACE = "--data.root"  # where the data lies on one machine says nothing about a run
+
+
+def write(results: Sequence[Mapping[str, Any]], jobs: Sequence[Job], folder: Path) -> list[Path]:
+    """Write the CSVs of finished ``jobs`` and their ``results``, in the same order, then all that is made from them.
+
+    Raises ValueError where there is no result, or not one for each job.
+    """
+    if not results or len(results) != len(jobs):
+        raise ValueError(f"there must be a result for each job and at least one, got {len(results)} of {len(jobs)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{**found, "overrides": portable(job.overrides)} for found, job in zip(results, jobs, strict=True)]
+    order = {row.recipe: place for place, row in enumerate(table.rows_of(lines))}
+    lines.sort(key=lambda line: (order[line["recipe"]], line["seed"]))
+    jobs = sorted(jobs, key=lambda job: (order[job.recipe], job.seed))
+    files = [_csv(folder / RUNS, list(lines[0]), lines)]
+    files.append(_csv(folder / TRAJECTORIES, ["recipe", "seed", *FIELDS], _epochs(jobs)))
+    return files + redraw(folder)
+
+
+def portable(overrides: Sequence[str]) -> str:
+    """The overrides of a command without the data's folder, quoted for a shell."""
+    kept = [word for before, word in zip(("", *overrides), overrides, strict=False) if _PLACE not in (before, word)]
+    return shlex.join(word for word in kept if not word.startswith(f"{_PLACE}="))
+
+
+def _epochs(jobs: Sequence[Job]) -> Iterable[dict[str, Any]]:
+    for job in jobs:
+        for line in read(job.trajectory):
+            yield {"recipe": job.recipe, "seed": job.seed} | {name: f"{value:.7g}" for name, value in line.items()}
+
+
+def _csv(file: Path, names: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> Path:
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    return file
+
+
+def redraw(folder: Path) -> list[Path]:
+    """Table and figures from the CSVs of ``folder`` alone; its files, as paths. FileNotFoundError where there are none."""
+    runs = read_runs(folder / RUNS)
+    (folder / "table.md").write_text(table.markdown(runs), encoding="utf-8")
+    return [folder / "table.md", *draw(runs, read_trajectories(folder / TRAJECTORIES), folder)]
+
+
+def draw(runs: Runs, trajectories: Trajectories, folder: Path) -> list[Path]:
+    """Figure 1 and, where there are trajectories, figure 2, each as PNG and PDF."""
+    made = {"figure1": figures.penalties()}
+    if trajectories:
+        made["figure2"] = figures.trajectories(table.rows_of(runs), trajectories)
+    return [plots.save(figure, folder / f"{name}{suffix}") for name, figure in made.items() for suffix in (".png", ".pdf")]
+
+
+def read_runs(file: Path) -> list[dict[str, Any]]:
+    """The lines of ``runs.csv`` as they were written; ValueError, naming the file, for runs of different lengths."""
+    with file.open(newline="", encoding="utf-8") as text:
+        found = [{name: _value(name, value) for name, value in line.items()} for line in csv.DictReader(text)]
+    lengths = sorted({run["epochs"] for run in found})
+    if len(lengths) > 1:
+        raise ValueError(f"{file} mixes runs of {lengths} epochs; their figures are not one table")
+    return found
+
+
+def _value(name: str, text: str) -> Any:
+    return text if name in _TEXT else int(text) if name in _WHOLE else float(text)
+
+
+def read_trajectories(file: Path) -> Trajectories:
+    """Recipe, then seed, then the epochs' lines in their order, as numbers to seven digits."""
+    found: Trajectories = {}
+    with file.open(newline="", encoding="utf-8") as text:
+        for line in csv.DictReader(text):
+            seeds = found.setdefault(line.pop("recipe"), {})
+            seeds.setdefault(int(line.pop("seed")), []).append({name: float(value) for name, value in line.items()})
+    return found

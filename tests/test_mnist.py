@@ -1,0 +1,108 @@
+"""MNIST as tensors: the files it reads, its split, its normalisation, and what it says where there are none."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torchvision import datasets
+
+from lightning_sparse.examples.mlp import MLP
+from lightning_sparse.examples.mnist import MNIST
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with MNIST's four files: 50 and 20 images, each filled with its own number, labelled number % 10."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for stem, count in (("train", 50), ("t10k", 20)):
+        images = struct.pack(">IIII", 0x803, count, 28, 28) + b"".join(bytes([i]) * 784 for i in range(count))
+        labels = struct.pack(">II", 0x801, count) + bytes(i % 10 for i in range(count))
+        (raw / f"{stem}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"{stem}-labels-idx1-ubyte").write_bytes(labels)
+    return tmp_path
+
+
+def ready(root: Path, **arguments: int) -> MNIST:
+    data = MNIST(str(root), download=False, **arguments)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def number(x: torch.Tensor) -> torch.Tensor:
+    """The number that an image was filled with, by undoing the published normalisation."""
+    return ((x[:, 0, 0, 0] * 0.3081 + 0.1307) * 255).round().long()
+
+
+def test_the_parts_hold_every_image_once_with_its_own_label(root: Path) -> None:
+    data = ready(root, validation=12)
+    parts = {name: number(x) for name, (x, _) in data.parts.items()}
+    assert sorted([*parts["training"].tolist(), *parts["validation"].tolist()]) == list(range(50))
+    assert parts["test"].tolist() == list(range(20))
+    assert {name: len(part) for name, part in parts.items()} == {"training": 38, "validation": 12, "test": 20}
+    assert all((y == parts[name] % 10).all() for name, (_, y) in data.parts.items())
+    assert data.parts["training"][0].shape[1:] == (1, 28, 28)
+
+
+def test_the_split_is_of_its_own_seed(root: Path) -> None:
+    torch.manual_seed(1)
+    first = ready(root, validation=12).parts["validation"][1]
+    torch.manual_seed(2)
+    again, other = ready(root, validation=12).parts["validation"][1], ready(root, validation=12, split_seed=1).parts["validation"][1]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_without_validation_all_images_are_trained_on(root: Path) -> None:
+    data = ready(root, validation=0, batch_size=10)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=1, accelerator="cpu", log_every_n_steps=1, **quiet)
+    trainer.fit(MLP([784, 4, 10], fused=True), datamodule=data)
+    assert trainer.global_step == 5
+    assert not [name for name in trainer.callback_metrics if name.startswith("val")]
+
+
+def test_a_split_that_leaves_no_training_image_is_refused(root: Path) -> None:
+    with pytest.raises(ValueError, match="validation=50 of 50 images"):
+        ready(root, validation=50)
+    with pytest.raises(ValueError, match="validation"):
+        MNIST(str(root), validation=60_001)
+
+
+def test_missing_files_are_named_with_the_folder_and_what_to_put_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="download is off") as caught:
+        MNIST(str(tmp_path), download=False).prepare_data()
+    assert str(tmp_path / "MNIST" / "raw") in str(caught.value)
+    assert "train-images-idx3-ubyte" in str(caught.value)
+
+
+def test_a_network_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise URLError("no route")
+
+    monkeypatch.setattr(datasets.mnist, "download_and_extract_archive", refuse)
+    with pytest.raises(FileNotFoundError, match=r"downloading failed .*no route") as caught:
+        MNIST(str(tmp_path)).prepare_data()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_linear_decay_falls_once_an_epoch_to_nothing(root: Path) -> None:
+    model, rates = MLP([784, 4, 10], lr=0.1, decay="linear", init_std=0.02), []
+    model.on_train_batch_start = lambda *_: rates.append(model.optimizers().param_groups[0]["lr"])  # type: ignore[assignment, union-attr, return-value]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(max_epochs=4, accelerator="cpu", log_every_n_steps=1, **quiet).fit(model, datamodule=ready(root, validation=10, batch_size=20))
+    assert rates == pytest.approx([0.1, 0.1, 0.075, 0.075, 0.05, 0.05, 0.025, 0.025])
+
+
+def test_initial_weights_have_the_spread_that_was_asked_for() -> None:
+    torch.manual_seed(0)
+    wide = MLP([784, 300, 10], init_std=0.02).layers[1].weight
+    assert abs(float(wide.detach().std()) - 0.02) < 2e-4
+    assert MLP([784, 300, 10]).layers[1].weight.abs().max() <= 784**-0.5 + 1e-6
