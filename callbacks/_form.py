@@ -37,6 +37,7 @@ class Form(Callback):
 
     needs_separable: ClassVar[bool] = True
     takes_parts: ClassVar[bool] = True  # works on weights that FSDP2 splits over processes
+    whole_because: ClassVar[str] = ""  # why not
 
     def __init__(
         self,

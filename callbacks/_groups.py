@@ -31,10 +31,12 @@ def join(optimizer: Optimizer, number: int, parameters: list[Parameter], ratio: 
         _extend(scheduler, optimizer, number, ratio)
 
 
-def follow(optimizer: Optimizer, number: int, parameter: Parameter, ratio: float) -> None:
-    """Before a step: rate and momentum of a parameter's group are those of group ``number``, whoever changed them since the last."""
-    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-    group.update({key: value for key, value in _like(optimizer.param_groups[number], ratio).items() if key != "name"})
+def follow(optimizer: Optimizer, parameters: Iterable[tuple[int, Parameter, float]]) -> None:
+    """Before a step: a parameter's group takes rate (times a ratio) and momentum from a group, whoever changed them since the last."""
+    homes = {id(one): group for group in optimizer.param_groups for one in group["params"]}
+    for number, parameter, ratio in parameters:
+        settings = _like(optimizer.param_groups[number], ratio)
+        homes[id(parameter)].update({key: value for key, value in settings.items() if key != "name"})
 
 
 def _like(group: Mapping[str, Any], ratio: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ class Learned(Sparsifier):
     """
 
     takes_parts = False
+    whole_because = "its learned parameters stand beside whole weights, not beside the parts that FSDP2 gives a process"
     learned_lr: float | None = None
 
     def _forget(self) -> None:
@@ -89,7 +89,8 @@ class Learned(Sparsifier):
         """Of ``learned_lr`` to the weights' rate, once and for all; beside a rate of 0 there is none."""
         highest = _groups.reference(group)
         ratio = 1.0 if self.learned_lr is None or highest == 0 else self.learned_lr / highest
-        return [self._ratios.setdefault(name, ratio) for name in members][0]
+        self._ratios = dict.fromkeys(members, ratio) | self._ratios
+        return self._ratios[members[0]]
 
     def _leave(self, trainer: Trainer) -> None:
         names = {id(parameter): name for name, parameter in self.learned.items()}
@@ -101,9 +102,9 @@ class Learned(Sparsifier):
             self._seen = _joining.signature(self, trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        for name, (owner, number) in self._places.items():
-            if owner is optimizer and not self._outside:
-                _groups.follow(optimizer, number, self.learned[name], self._ratios[name])
+        if not self._outside:
+            own = [(name, number) for name, (owner, number) in self._places.items() if owner is optimizer]
+            _groups.follow(optimizer, [(number, self.learned[name], self._ratios[name]) for name, number in own])
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:

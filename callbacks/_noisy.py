@@ -23,6 +23,10 @@ class Noisy(Sparsifier):
     """
 
     takes_parts = False
+    whole_because = (
+        "FSDP2 gathers the weights anew for each forward and backward and adds up their gradients before a mask of this process could "
+        "multiply them"
+    )
 
     @property
     def local(self) -> bool:

@@ -79,8 +79,7 @@ def _check_strategy(callback: Form, strategy: Any) -> None:
         raise ValueError(f"{own} does not support {other}, which flattens the parameters; use DDPStrategy or ModelParallelStrategy (FSDP2)")
     if isinstance(strategy, ModelParallelStrategy) and not callback.takes_parts:
         raise ValueError(
-            f"{own} does not support {other}: FSDP2 gathers the weights anew for each forward and backward and adds up their gradients "
-            "before a mask of this process could multiply them; use the same penalty as to_penalty() or to_prox(), or DDPStrategy"
+            f"{own} does not support {other}: {callback.whole_because}; use the same penalty as to_penalty() or to_prox(), or DDPStrategy"
         )
     if isinstance(strategy, ModelParallelStrategy) and callback.gap_samples:
         raise ValueError(f"gap_samples runs the model with other weights, which {other} gathers by itself; set gap_samples=0")

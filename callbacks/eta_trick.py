@@ -58,6 +58,10 @@ class EtaTrick(Learned):
         """The learned eta."""
         return self.value(name, w).exp().to(w.dtype)
 
+    def at_rest(self, name: str, w: Tensor) -> Tensor:
+        """Where the weight, and the one that its eta stands for, only oscillate: the pull is eta's, which follows the weight."""
+        return super().at_rest(name, w) & super().at_rest(name, duality.magnitude(self.penalty, self.eta(name, w)))
+
     @torch.no_grad()
     def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         strength = self.lam * _steps.scale(trainer, optimizer)

@@ -113,6 +113,24 @@ def dual(penalty: Penalty) -> None:
         raise ContractError(f"{penalty!r}: dual(0) must be 0, it is {zero:.6g}")
 
 
+def dual_slope(penalty: Penalty) -> None:
+    """f' against (w / eta)^2 at eta = eta_hat(w), and its integral against the rise of f: what a descent on eta follows."""
+    w = weights(penalty)[16:81]  # 1e-4 to 1e4
+    eta = penalty.eta_hat(w)
+    inner = (eta > 0) & (eta < torch.inf) & (eta.diff(prepend=eta[:1]) > 0)  # one w for each eta
+    at, wanted = eta[inner], (w[inner] / eta[inner]).square()
+    close(penalty, "dual_slope against (w / eta)^2: with eta for w it", at, penalty.dual_slope(at), wanted, 1e-4, 1e-12)
+    middle = torch.logspace(-4, 4, 65, dtype=torch.float64)
+    value = penalty.dual(middle)
+    step = 1e-3 * middle
+    steep = [penalty.dual_slope(middle + share * step) for share in (-1, 1)]
+    rise = (penalty.dual(middle + step) - penalty.dual(middle - step)) / (2 * step)
+    low, high = torch.minimum(*steep), torch.maximum(*steep)  # f is concave: its chords' slopes lie between its own
+    slack = 1e-3 * high.abs() + 1e-9 * value / middle + 1e-12
+    wrong = torch.isfinite(value) & torch.isfinite(rise) & ((rise < low - slack) | (rise > high + slack))
+    fail(penalty, "dual_slope is not the slope of dual: with eta for w,", middle, wrong)
+
+
 def eta_trick(penalty: Penalty) -> None:
     w = weights(penalty)[16:81]  # 1e-4 to 1e4
     best = penalty.eta_hat(w)
@@ -139,7 +157,7 @@ def prox(penalty: Penalty) -> None:
     close(penalty, "prox with a step for each weight", w, penalty.prox(w, steps), alone, 1e-7, 1e-12)
 
 
-ALL = (shapes, even, admissible, edges, slope, precision, dual, eta_trick, prox)
+ALL = (shapes, even, admissible, edges, slope, precision, dual, eta_trick, dual_slope, prox)
 
 
 def coupled(penalty: Penalty) -> None:

@@ -194,6 +194,11 @@ def gap(penalty: Penalty, w: Tensor, eta: Tensor) -> Tensor:
     return (quadratic + penalty.dual(eta)) / 2 - value
 
 
+def magnitude(penalty: Penalty, eta: Tensor) -> Tensor:
+    """The |w| whose eta_hat is ``eta``, eta sqrt(f'(eta)), for 0 < eta < inf: eta_hat backwards."""
+    return eta * penalty.dual_slope(eta).sqrt()
+
+
 def joint_slopes(penalty: Penalty, w: Tensor, log_eta: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of (w^2 / eta + f(eta)) / 2, elementwise, in w and in log eta: the eta-trick as a joint descent."""
     eta = log_eta.clamp(-69, 69).exp()  # 1e-30 to 1e30

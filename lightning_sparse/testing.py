@@ -31,7 +31,8 @@ def check_penalty(penalty: Penalty) -> None:
 
     Checked: shape and dtype (float64, float32, bfloat16), evenness, omega(0) == 0, no NaN at 0, denormals and inf, a prox that keeps NaN,
     eta_hat >= 0 and non-decreasing, autograd and integral of omega against w / eta_hat, the dual against a grid search,
-    the eta-trick identity, and the prox against a grid search. TypeError unless given a Penalty.
+    the eta-trick identity, the dual's slope against (w / eta)^2 and against the dual, and the prox against a grid search.
+    TypeError unless given a Penalty.
     """
     if not isinstance(penalty, Penalty):
         raise TypeError(f"check_penalty takes a Penalty, got {penalty!r}")

@@ -80,6 +80,28 @@ class FlippedTermInDual(LogSum):
         return 2 * torch.log1p(w / self.eps) + w / (w + self.eps)
 
 
+class DoubledTermInDualSlope(LogSum):
+    """The slope of the dual whose second term a parenthesis doubles."""
+
+    def dual_slope(self, eta):
+        return numeric.slope(DoubledTermInDual(self.eps).dual, eta)
+
+
+class FlippedDualSlope(LogSum):
+    def dual_slope(self, eta):
+        return -super().dual_slope(eta)
+
+
+class DualSlopeWithoutItsSquare(LogSum):
+    def dual_slope(self, eta):
+        return super().dual_slope(eta).sqrt()
+
+
+class MCPDualSlopeUnsquared(penalties.MCP):
+    def dual_slope(self, eta):
+        return self.c / (eta + self.c)
+
+
 class DualKeepsTheConstant(LogSum):
     def dual(self, eta):
         return super().dual(eta) + 0.1
@@ -155,6 +177,10 @@ PENALTIES: list[tuple[Penalty, str]] = [
     (FlippedGradient(2.0), "slope: gradient"),
     (DoubledTermInDual(2.0), "dual"),
     (FlippedTermInDual(2.0), "dual against a grid search"),
+    (DoubledTermInDualSlope(2.0), "dual_slope against"),
+    (FlippedDualSlope(2.0), "dual_slope against"),
+    (DualSlopeWithoutItsSquare(2.0), "dual_slope against"),
+    (MCPDualSlopeUnsquared(2.0), "dual_slope against"),
     (DualKeepsTheConstant(2.0), "dual against a grid search"),
     (LogSquareDualSign(1.0), "dual"),
     (ProxAtTwiceTheStep(2.0), "prox is worse"),

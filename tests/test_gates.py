@@ -47,7 +47,7 @@ def test_its_slope_is_that_of_the_same_draw(log_alpha):
     step = 1e-4
     (_, slope), (above, _), (below, _) = (drawn(log_alpha + d, 2000) for d in (0.0, step, -step))
     found = (above - below) / (2 * step)
-    kinked = ((above == 0) ^ (below == 0)) | (((above == above.max()) ^ (below == below.max())))  # the clip is crossed in between
+    kinked = ((above == 0) ^ (below == 0)) | ((above == above.max()) ^ (below == below.max()))  # the clip is crossed in between
     assert kinked.float().mean() < 0.01
     torch.testing.assert_close(slope[~kinked], found[~kinked], rtol=2e-3, atol=2e-3 * float(slope.abs().max()))
 
@@ -68,9 +68,7 @@ def test_the_gate_is_the_penaltys_dual_below_its_jump():
     eta = alpha / (1 - alpha)
     below = eta < 2.25
     assert 100 < int(below.sum()) < 200
-    torch.testing.assert_close(
-        penalties.HardConcrete().dual(eta[below]), Gate().open_probability(log_alpha[below]), rtol=1e-4, atol=1e-8
-    )
+    torch.testing.assert_close(penalties.HardConcrete().dual(eta[below]), Gate().open_probability(log_alpha[below]), rtol=1e-4, atol=1e-8)
 
 
 def test_single_precision_agrees_with_double():

@@ -29,7 +29,7 @@ def run(jobs: Sequence[Job], at_once: int) -> list[dict[str, Any]]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list((pool._processes or {}).values()):
-                process.terminate()
+                process.kill()  # the Trainer would only make a note of a SIGTERM
             raise
     return [train(job) for job in jobs]  # each reads its result
 

@@ -55,7 +55,7 @@ def loss() -> list[Callback]:
 
 
 def joint() -> list[Callback]:
-    return [EtaTrick(LOG_SUM, 0.5, learned_lr=0.5, keep_start=0.3)]
+    return [EtaTrick(LOG_SUM, 0.3, tol=0.3, learned_lr=0.4, keep_start=0.303)]
 
 
 def additive_noise() -> list[Callback]:
@@ -71,7 +71,7 @@ def local_noise() -> list[Callback]:
 
 
 def gates() -> list[Callback]:
-    return [HardConcrete(0.03, log_start=-3.5, learned_lr=0.1)]
+    return [HardConcrete(0.03, tol=0.5, log_start=-0.578, learned_lr=0.3)]
 
 
 def pruning() -> list[Callback]:
