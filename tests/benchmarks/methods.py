@@ -3,7 +3,8 @@
     python tests/benchmarks/methods.py [--write docs/methods.md]
 
 Prints the page, or writes it and draws its pictures into docs/reproduction/, from docs/reproduction/runs.csv and
-trajectories.csv (`lightning-sparse reproduce` writes both). Without them it says "not run yet".
+trajectories.csv (`lightning-sparse reproduce` writes both), and from those of the runs with a slip and of the mnist/* recipes
+in its folders slips/ and mnist/. Without them it says "not run yet".
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lightning_sparse.reproduction import table, written
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import pairs
+import slip_table
 from method_list import FORMULAS, METHODS, Method
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "docs" / "reproduction"
@@ -36,8 +38,10 @@ def page(folder: Path = FOLDER) -> str:
     runs, trajectories = recorded(folder)
     figure = "![Share of non-zero weights and validation error by epoch](reproduction/figure2.png)\n\nFigure 2. " + _FIGURE_2
     parts = {kind: meaning(kind) for kind in ("zero", "finite", "infinite")}
-    parts |= {"methods": methods(runs), "reproduction": table.markdown(runs).rstrip()}
+    slips, ours = recorded(folder / "slips"), recorded(folder / "mnist")
+    parts |= {"methods": methods([*runs, *ours[0]]), "slips": slip_table.markdown([*runs, *slips[0]], trajectories | slips[1])}
     parts |= {
+        "reproduction": table.markdown(runs).rstrip(),
         "pairs": pairs.markdown(table.rows_of(runs), trajectories),
         "trajectories": figure if trajectories else "Figure 2: not run yet.",
     }
