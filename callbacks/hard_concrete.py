@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_sparse import _checks, attach, duality, penalties
-from lightning_sparse.callbacks import _steps
-from lightning_sparse.callbacks._learned import Learned, rate
-from lightning_sparse.callbacks._noisy import Noisy
+from lightning_sparse.callbacks._learned import rate
+from lightning_sparse.callbacks._learned_noise import LearnedNoise
 from lightning_sparse.gates import Gate
 from lightning_sparse.schedules import Schedule, as_schedule
 
 
-class HardConcrete(Learned, Noisy):
+class HardConcrete(LearnedNoise):
     """Each weight is trained behind a hard concrete gate whose log alpha is learned (L0 regularisation).
 
     It descends on ``loss + (lam / 2) * sum P(s > 0)``, so that ``lam`` is twice the usual L0 weight. The gate acts as the mask
@@ -69,46 +66,22 @@ class HardConcrete(Learned, Noisy):
     def start(self, name: str, w: Tensor) -> Tensor:
         return torch.full_like(w, self.log_start, dtype=torch.promote_types(w.dtype, torch.float32))
 
-    def _alpha(self, name: str, w: Tensor) -> Tensor:
-        return self.gate.keep_probability(self.value(name, w)).to(w.dtype)
-
-    def eta(self, name: str, w: Tensor) -> Tensor:
-        """The learned eta, in units of lam as in the other forms."""
-        return self.lam * duality.eta(self._alpha(name, w), 1.0)
-
-    def at_rest(self, name: str, w: Tensor) -> Tensor:
-        """What is zero, the gate says."""
-        return w == 0
+    def precision(self, name: str, w: Tensor) -> Tensor:
+        return duality.eta(self.gate.keep_probability(self.value(name, w)), 1.0).to(w.dtype)
 
     # -- noise ------------------------------------------------------------------------------------------------------------
-
-    def _install(self, pl_module: Any, attachment: attach.Attachment) -> None:
-        for name in self.parameters:  # before the mask multiplies the gradient
-            attachment.on_gradient(name, partial(self._hear, name))
-        super()._install(pl_module, attachment)
 
     def draw_weights(self, name: str, attachment: attach.Attachment, generator: torch.Generator) -> None:
         mask, slope = self.gate.mask(self.learned[name].detach(), generator)
         self._slopes[name] = slope.to(self._live(name).dtype)
         attachment.multiply(name, mask.to(self._live(name).dtype))
 
-    @torch.no_grad()
-    def _hear(self, name: str, grad: Tensor) -> None:
-        if self._loud and name in self._slopes:
-            self.descend(name, grad * self._live(name) * self._slopes[name], 1.0)
+    def hear(self, name: str, grad: Tensor) -> None:
+        self.descend(name, grad * self._live(name) * self._slopes[name], 1.0)
+
+    def pay(self, name: str, parameter: Tensor, strength: float) -> None:
+        self.descend(name, self.gate.open_slope(self.learned[name].detach()), strength / 2)
 
     def _end_batch(self) -> None:
         super()._end_batch()
         self._slopes = {}
-
-    @torch.no_grad()
-    def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        self.reduce_gradients(trainer, optimizer)
-        strength = self.lam / 2 * _steps.scale(trainer, optimizer)
-        for name, parameter, group in self._owned(optimizer):
-            if parameter.grad is not None:
-                self.descend(name, self.gate.open_slope(self.learned[name].detach()), -strength if group.get("maximize") else strength)
-
-    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        _steps.check_hooked(self, optimizer)
-        super()._stepped(optimizer)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from lightning_sparse import _checks, attach, duality, penalties
-from lightning_sparse.callbacks import _steps
-from lightning_sparse.callbacks._learned import Learned, rate
-from lightning_sparse.callbacks._noisy import Noisy
+from lightning_sparse import _checks, attach, penalties
+from lightning_sparse.callbacks._learned import rate
+from lightning_sparse.callbacks._learned_noise import LearnedNoise
 from lightning_sparse.learned_noise import Additive, Multiplicative
 from lightning_sparse.schedules import Schedule, as_schedule
 
 Place = Literal["weight", "local", "additive"]
 
 
-class VariationalDropout(Learned, Noisy):
+class VariationalDropout(LearnedNoise):
     """Each weight is trained with Gaussian noise of a variance w^2 / eta that is learned and paid for (VarDrop).
 
     It descends on ``mean loss + kl_weight * sum f(eta) / 2``, f / 2 being the divergence from a prior. With N samples and the
@@ -78,24 +75,10 @@ class VariationalDropout(Learned, Noisy):
     def start(self, name: str, w: Tensor) -> Tensor:
         return torch.full_like(w, self.kind.start(self.log_start), dtype=torch.promote_types(w.dtype, torch.float32))
 
-    def eta(self, name: str, w: Tensor) -> Tensor:
-        """The learned eta in units of kl_weight, so that the noise's variance is lam / eta as in the other forms."""
-        return self.lam * self.kind.eta(w, self.value(name, w))
-
-    def _alpha(self, name: str, w: Tensor) -> Tensor:
-        """Of the noise itself, also while kl_weight is still 0."""
-        return duality.keep_probability(self.kind.eta(w, self.value(name, w)), 1.0)
-
-    def at_rest(self, name: str, w: Tensor) -> Tensor:
-        """What is zero, the noise says."""
-        return w == 0
+    def precision(self, name: str, w: Tensor) -> Tensor:
+        return self.kind.eta(w, self.value(name, w))
 
     # -- noise ------------------------------------------------------------------------------------------------------------
-
-    def _install(self, pl_module: Any, attachment: attach.Attachment) -> None:
-        for name in self.parameters:  # before the mask multiplies the gradient
-            attachment.on_gradient(name, partial(self._hear, name))
-        super()._install(pl_module, attachment)
 
     def draw_outputs(self, name: str, layer: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
         return self.kind.output_noise(layer, x, self.learned[name].to(self._live(name).dtype), generator)
@@ -108,27 +91,12 @@ class VariationalDropout(Learned, Noisy):
         else:
             attachment.multiply(name, 1 + draw)
 
-    @torch.no_grad()
-    def _hear(self, name: str, grad: Tensor) -> None:
-        """The gradient of a weight's noise in its learned parameter: that of the noisy weight times what the noise added."""
-        if self._loud and name in self._trained and name not in self._local:
-            self.descend(name, grad * self.kind.slope(self.parameters[name].detach() - self._live(name)), 1.0)
+    def hear(self, name: str, grad: Tensor) -> None:
+        """The gradient of the noisy weight times what the noise added to it."""
+        self.descend(name, grad * self.kind.slope(self.parameters[name].detach() - self._live(name)), 1.0)
 
-    @torch.no_grad()
-    def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        self.reduce_gradients(trainer, optimizer)
-        strength = self.lam * _steps.scale(trainer, optimizer)
-        for name, parameter, group in self._owned(optimizer):
-            if parameter.grad is not None:
-                self._pay(name, parameter, -strength if group.get("maximize") else strength)
-
-    def _pay(self, name: str, parameter: Tensor, strength: float) -> None:
-        """The divergence's gradient."""
+    def pay(self, name: str, parameter: Tensor, strength: float) -> None:
         in_w, in_learned = self.kind.divergence(self.divergence, self._live(name), self.learned[name].detach())
         if in_w is not None:
             parameter.grad.add_(in_w, alpha=strength)  # type: ignore[union-attr]
         self.descend(name, in_learned, strength)
-
-    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        _steps.check_hooked(self, optimizer)
-        super()._stepped(optimizer)
