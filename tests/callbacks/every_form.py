@@ -29,10 +29,10 @@ FORMS = {
     "mask, top-k": partial(AdaptiveMask, mask_rules.TopK(0.5)),
     "mask, sampled": partial(AdaptiveMask, LOG_SUM, 0.5, curvature=curvature.SampledFisher(output="network", every=1)),
     "loss": partial(PenaltyLoss, LOG_SUM, 0.5),
-    "joint": partial(EtaTrick, LOG_SUM, 0.5, learned_lr=0.05, keep_start=0.6),
-    "VarDrop": partial(VariationalDropout, 0.02, noise="weight", log_start=0.0, learned_lr=0.05),
-    "VarDrop, local": partial(VariationalDropout, 0.02, "molchanov", noise="local", log_start=0.0, learned_lr=0.05),
+    "joint": partial(EtaTrick, LOG_SUM, 0.3, tol=0.3, learned_lr=0.4, keep_start=0.303),
+    "VarDrop": partial(VariationalDropout, 0.1, noise="weight", log_start=2.93, learned_lr=0.3),
+    "VarDrop, local": partial(VariationalDropout, 0.1, "molchanov", noise="local", log_start=2.94, learned_lr=0.3),
     "VarDrop, additive": partial(VariationalDropout, 0.02, "empirical_bayes", log_start=-1.0, learned_lr=0.05),
-    "L0": partial(HardConcrete, 0.5, log_start=0.0, learned_lr=0.1),
+    "L0": partial(HardConcrete, 0.03, tol=0.5, log_start=-0.578, learned_lr=0.3),
 }
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
