@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
 OVERLAYS = [name for name in recipes.names() if name.startswith("overlay/")]
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if "/" in name else ()) for name in recipes.names()])
 def test_every_recipe_passes_its_check_and_says_what_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", name]) == 0
     assert f"ok: {name}" in capsys.readouterr().out

@@ -123,6 +123,7 @@ def test_a_frozen_complex_weight_is_passed_over_as_any_frozen_one():
     assert list(select(module)) == ["1.weight"]
 
 
+@pytest.mark.slow
 def test_torchaos_quantised_weights_are_refused():
     quantization = pytest.importorskip("torchao.quantization")
     module = nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.Linear(64, 2))

@@ -11,9 +11,12 @@ import pytest
 from lightning_sparse import mask_rules, penalties, testing
 from lightning_sparse.duality import CallableRule, MaskRule, Penalty, PenaltyRule
 
+NUMERIC = ("VariationalDropout", "HardConcrete", "Standout")  # tables and quadrature: more than half a second each
+
 
 def built(module: types.ModuleType) -> list[object]:
-    return [pytest.param(cls(**kwargs), id=f"{name}-{at}") for name, cls in exported(module) for at, kwargs in enumerate(cls.examples)]
+    every = [(name, at, cls(**kwargs)) for name, cls in exported(module) for at, kwargs in enumerate(cls.examples)]
+    return [pytest.param(one, id=f"{name}-{at}", marks=pytest.mark.slow if name in NUMERIC else ()) for name, at, one in every]
 
 
 def exported(module: types.ModuleType) -> list[tuple[str, type]]:

@@ -77,6 +77,7 @@ def squared_loss_curvature(module, x):
     return totals
 
 
+@pytest.mark.slow
 def test_sampled_fisher_is_right_for_a_squared_loss_where_the_empirical_one_vanishes():
     torch.manual_seed(0)
     module, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(64, 3)

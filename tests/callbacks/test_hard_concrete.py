@@ -55,6 +55,7 @@ def recorded(steps=3):
     return seen, batch
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_differences_of_the_loss_under_the_same_draw():
     seen, (x, y) = recorded()
     w, log_alpha, u = seen["live"], seen["log_alpha"], seen["u"]

@@ -66,6 +66,7 @@ def test_relations_between_rows() -> None:
         torch.testing.assert_close(one.dual(w), factor * other.dual(w * factor))
 
 
+@pytest.mark.slow
 def test_ard_is_the_minimum_and_couples_the_weights() -> None:
     X = torch.tensor([[1.0, 0.9, 0.0], [0.2, 0.1, 1.0], [0.5, 0.7, -0.4], [0.3, -0.2, 0.6]], dtype=torch.float64)
     ard, w = penalties.ARD(X, tau=0.3), torch.tensor([0.7, -0.2, 1.1], dtype=torch.float64)
