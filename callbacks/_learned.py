@@ -129,8 +129,9 @@ class Learned(Sparsifier):
         """Add ``strength * slope`` to the gradient of a learned parameter."""
         parameter = self.learned[name]
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.add_(slope, alpha=strength)
+            parameter.grad = (slope * strength).to(parameter.dtype)
+        else:
+            parameter.grad.add_(slope, alpha=strength)
 
     # -- state ------------------------------------------------------------------------------------------------------------
 

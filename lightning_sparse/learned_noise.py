@@ -29,11 +29,11 @@ class Multiplicative:
 
     def output_noise(self, layer: Any, x: Tensor, theta: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Noise for the output of a Linear or ConvNd layer; its gradient flows into w, theta and x."""
-        return noise.output_noise(layer, x, _exp(-theta), generator)
+        return noise.output_noise(layer, x, _Exp.apply(theta, -1.0), generator)
 
     def deviation(self, w: Tensor, theta: Tensor) -> Tensor:
         """The noise's standard deviation relative to w, with its sign: added = w * deviation * N(0, 1)."""
-        return _exp(-theta).sqrt().to(w.dtype)
+        return _exp(theta, -0.5, _WIDEST / 2).to(w.dtype)
 
     def slope(self, added: Tensor) -> Tensor:
         """d added / d theta."""
@@ -42,7 +42,7 @@ class Multiplicative:
     def divergence(self, prior: Penalty, w: Tensor, theta: Tensor) -> tuple[Tensor | None, Tensor]:
         """The gradients of f(eta) / 2 in w (none here) and in theta."""
         eta = _exp(theta)
-        return None, eta * prior.dual_slope(eta) / 2
+        return None, eta.mul_(prior.dual_slope(eta)).div_(2)
 
 
 class Additive:
@@ -53,15 +53,15 @@ class Additive:
         return log_noise
 
     def eta(self, w: Tensor, theta: Tensor) -> Tensor:
-        return (w * w * _exp(-2 * theta)).to(w.dtype)
+        return _exp(theta, -2.0).mul_(w).mul_(w).to(w.dtype)
 
     def output_noise(self, layer: Any, x: Tensor, theta: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Noise for the output of a Linear or ConvNd layer; its gradient flows into theta and x."""
-        return noise.additive_output_noise(layer, x, _exp(2 * theta), generator)
+        return noise.additive_output_noise(layer, x, _Exp.apply(theta, 2.0), generator)
 
     def deviation(self, w: Tensor, theta: Tensor) -> Tensor:
         """The noise's standard deviation: added = deviation * N(0, 1)."""
-        return _exp(2 * theta).sqrt().to(w.dtype)
+        return _exp(theta, 1.0, _WIDEST / 2).to(w.dtype)
 
     def slope(self, added: Tensor) -> Tensor:
         """d added / d theta."""
@@ -69,10 +69,26 @@ class Additive:
 
     def divergence(self, prior: Penalty, w: Tensor, theta: Tensor) -> tuple[Tensor | None, Tensor]:
         """The gradients of f(w^2 / sigma^2) / 2 in w and in theta."""
-        precision = _exp(-2 * theta)
-        in_w = w * precision * prior.dual_slope((w * w * precision).clamp(1e-30, 1e30))
-        return in_w, -in_w * w
+        in_w = _exp(theta, -2.0).mul_(w)
+        in_w.mul_(prior.dual_slope((in_w * w).clamp_(1e-30, 1e30)))
+        return in_w, (in_w * w).neg_()
 
 
-def _exp(x: Tensor) -> Tensor:
-    return x.clamp(-_WIDEST, _WIDEST).exp()
+def _exp(theta: Tensor, factor: float = 1.0, widest: float = _WIDEST) -> Tensor:
+    """exp(factor * theta), cut off; in its own memory throughout, since a fresh tensor costs more than the arithmetic."""
+    return (theta * factor).clamp_(-widest, widest).exp_()
+
+
+class _Exp(torch.autograd.Function):
+    """The same with its gradient in theta, in a pass each."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, factor: float) -> Tensor:
+        ctx.factor, value = factor, _exp(theta, factor)
+        ctx.save_for_backward(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (value,) = ctx.saved_tensors
+        return (grads[0] * value).mul_(ctx.factor), None

@@ -19,6 +19,7 @@ from lightning_sparse.numeric import HIGH, LOW
 Array = np.ndarray
 _FAR = 2.0**60  # a slope of 1/w is cut to 0 there: the squares of larger weights leave float32
 _BITS = 10  # leading bits of the mantissa that number the cells of an octave
+_FLOATS = 1 << (8 + _BITS)  # cells of all float32 >= 0
 _LAYOUT = {torch.float32: (torch.int32, np.float32, np.int32, 23), torch.float64: (torch.int64, np.float64, np.int64, 52)}
 
 
@@ -54,19 +55,36 @@ class Table:
         value = starts.index_select(0, cell).addcmul_(slopes.index_select(0, cell), size)
         return value.view(w.shape).to(w.dtype)
 
-    def _halves(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Columns over every float32 by its upper 19 bits, negative ones first; 0 and the smallest denormals give 0."""
+    def _by_bits(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Columns over every float32 >= 0 by its upper 18 bits after the sign; the first cell reaches down to 0."""
         key = (torch.uint8, device)
         if key not in self._cast:
             first = int(np.array(self.low, dtype=np.float32).view(np.int32)) >> (23 - _BITS)
             columns = []
             for column in (self.starts, self.slopes):
-                full = torch.zeros(1 << (8 + _BITS))
-                full[1:first], full[first : first + len(column)] = column[0], column
-                columns.append(full)
-            starts, slopes = columns
-            self._cast[key] = (torch.cat([-starts, starts]).to(device), torch.cat([slopes, slopes]).to(device))
+                full = torch.zeros(_FLOATS)
+                full[:first], full[first : first + len(column)] = column[0], column
+                columns.append(full.to(device))
+            self._cast[key] = (columns[0], columns[1])
         return self._cast[key]
+
+    def _halves(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The same with those of negative numbers first; 0 and the smallest denormals give 0."""
+        key = (torch.int8, device)
+        if key not in self._cast:
+            starts, slopes = (column.clone() for column in self._by_bits(device))
+            starts[0] = slopes[0] = 0.0
+            self._cast[key] = (torch.cat([-starts, starts]), torch.cat([slopes, slopes]))
+        return self._cast[key]
+
+    def even(self, w: Tensor) -> Tensor:
+        """What calling gives; in float32 in half the time, since the bits of w are its cell."""
+        if w.dtype != torch.float32 or self.unit != 1:
+            return self(w)
+        starts, slopes = self._by_bits(w.device)
+        inner = w.detach().reshape(-1).abs().clamp_(max=self.high)
+        cell = inner.view(torch.int32) >> (23 - _BITS)
+        return starts.index_select(0, cell).addcmul_(slopes.index_select(0, cell), inner).view(w.shape)
 
     def odd(self, w: Tensor) -> Tensor:
         """sign(w) times the function; in float32 without taking the sign apart, which halves its cost."""
@@ -74,7 +92,7 @@ class Table:
             return self(w).mul_(w.detach().sign())
         starts, slopes = self._halves(w.device)
         inner = (w.detach().reshape(-1) * self.unit).clamp_(-self.high, self.high)
-        cell = (inner.view(torch.int32) >> (23 - _BITS)).add_(1 << (8 + _BITS))
+        cell = (inner.view(torch.int32) >> (23 - _BITS)).add_(_FLOATS)
         return starts.index_select(0, cell).addcmul_(slopes.index_select(0, cell), inner).view(w.shape)
 
 
@@ -111,8 +129,8 @@ class Curve:
         return torch.where(eta < self.top, _grow(self.conjugate, eta, self.top, 0.0), height - self.jump**2 / eta)
 
     def dual_slope(self, eta: Tensor) -> Tensor:
-        inner = eta.clamp(max=self.top)
-        value = self.conjugate_slope(inner) * (inner / eta)  # beyond the table f grows like log eta
+        beyond = eta.reciprocal().mul_(self.top).clamp_(max=1)  # the table, where f grows like log eta
+        value = self.conjugate_slope.even(eta.clamp(max=self.top)).mul_(beyond)
         return value if self.jump == torch.inf else torch.where(eta < self.top, value, self.jump**2 / eta**2)
 
 

@@ -126,3 +126,15 @@ def test_float32_takes_another_path_to_the_same_gradient(penalty: VariationalDro
 def test_a_gate_without_a_branch_is_refused() -> None:
     with pytest.raises(ValueError, match="no single branch"):
         HardConcrete(beta=50.0).omega(torch.ones(1))
+
+
+def test_the_slope_of_the_dual_in_float32_follows_dawson_from_zero_to_the_largest_float() -> None:
+    penalty = VariationalDropout("log_uniform")
+    eta = torch.tensor(np.concatenate([np.geomspace(1e-30, 1e38, 1399), [1.17e-38, 5e-45]]), dtype=torch.float32)
+    x = np.sqrt(eta.double().numpy() / 2)
+    np.testing.assert_allclose(penalty.dual_slope(eta).double().numpy(), dawsn(x) / x, rtol=2e-6)
+    assert penalty.dual_slope(torch.zeros(1)).tolist() == [1.0]
+    ends = penalty.dual_slope(torch.tensor([math.inf, math.nan, -math.nan, 1.0]))
+    assert ends[1:3].isnan().all()
+    assert ends[0] == 0
+    assert ends[3] == pytest.approx(float(dawsn(math.sqrt(0.5)) / math.sqrt(0.5)), rel=1e-6)
