@@ -15,7 +15,7 @@ from lightning_sparse import _checks, attach
 from lightning_sparse.callbacks._noisy import Noisy
 from lightning_sparse.curvature import Curvature, EmpiricalFisher, calibrated
 from lightning_sparse.duality import MaskRule, Penalty
-from lightning_sparse.noise import Gaussian, Noise, output_noise, variance
+from lightning_sparse.noise import Gaussian, Noise, bounded_variance, output_noise
 from lightning_sparse.schedules import Schedule
 
 
@@ -109,7 +109,7 @@ class AdaptiveMask(Noisy):
             self.curvature.generator = self._stream(-1)
 
     def prepare_outputs(self, name: str) -> None:
-        self._spread[name] = variance(self._noisy_alpha(name))
+        self._spread[name] = bounded_variance(self.eta(name, self._live(name)), self.lam, self.alpha_min)
 
     def draw_outputs(self, name: str, layer: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
         return output_noise(layer, x, self._spread[name], generator)
