@@ -19,6 +19,8 @@ MISTAKES = {
     "epochs": (["--epochs", "0"], ["--epochs must be at least 1, got 0"]),
     "jobs": (["--jobs", "-1"], ["--jobs must be at least 1, got -1"]),
     "seed": (["--seeds", "0", "-2"], ["--seeds must be whole numbers >= 0", "-2"]),
+    "known": (["--known", "nowhere"], ["--known must name a folder with the runs.csv", "nowhere"]),
+    "finished": (["--finished"], ["no run in runs/reproduce is finished"]),
     "shared name": (["--rows", "log_sum", "log_sum.yaml"], ["named 'log_sum'"]),
 }
 

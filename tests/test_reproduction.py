@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_sparse.reproduction import figures, rows, runs, table, written
+from lightning_sparse.reproduction import figures, known, rows, runs, table, written
 from lightning_sparse.reproduction.rows import EPOCHS, ROWS
 from lightning_sparse.reproduction.runs import FIELDS, Job
 
@@ -135,6 +135,22 @@ def test_everything_is_drawn_again_from_the_csvs_alone_and_alike(tmp_path: Path)
         (folder / name).unlink()
     written.redraw(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_recorded_runs_stand_in_for_training_and_are_written_again_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written, "draw", lambda *_: [])
+    folder = written_runs(tmp_path)
+    wanted = [("paper/log_sum", 0, 3, ()), ("mine.yaml", 0, 3, ("--data.root", "here")), ("paper/log_sum", 1, 3, ())]
+    others = [("paper/log_sum", 2, 3, ()), ("paper/log_sum", 0, 4, ()), ("paper/log_sum", 0, 3, ("--sparsify.lam", "1"))]
+    jobs = [Job(recipe, seed, epochs, tmp_path / f"job{i}", words) for i, (recipe, seed, epochs, words) in enumerate(wanted + others)]
+    assert known.lay_out(folder, jobs) == 3
+    assert [job.result.is_file() for job in jobs] == 3 * [True] + 3 * [False]
+    assert jobs[0].epochs_done() == 3
+    assert known.lay_out(folder, jobs) == 0
+    results = [runs.train(job) for job in jobs[:3]]  # reads them
+    written.write(results, jobs[:3], tmp_path / "again")
+    for name in (written.RUNS, written.TRAJECTORIES):
+        assert (tmp_path / "again" / name).read_text() == (folder / name).read_text()
 
 
 def test_runs_of_two_lengths_are_not_one_table(tmp_path: Path) -> None:

@@ -30,9 +30,15 @@ def run(verb: str, words: list[str]) -> int:
     jobs = _jobs(given, [_recipe(name) for name in given.rows or _rows().values()], overrides)
     from lightning_sparse.reproduction import pool, written
 
+    if given.known:
+        _take_known(given.known, jobs)
     for job in jobs:
         if job.result.is_file():
             _check_kept(job)
+    if given.finished:
+        jobs = [job for job in jobs if job.result.is_file()]
+    if not jobs:
+        raise UsageError(f"--finished: no run in {given.out} is finished; leave it out to train them")
     given.out.mkdir(parents=True, exist_ok=True)
     left = f"{pool.jobs_left(jobs)} to go, {given.jobs} at once"
     print(f"{len(jobs)} runs of {given.epochs} epochs, {left}; files in {given.out}", flush=True)
@@ -49,7 +55,23 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=200, help="200 as published; 20 for a quick look (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"only these, of {', '.join(_rows())}; or other recipes, by name or file")
+    parser.add_argument(
+        "--known", type=Path, metavar="FOLDER", help="take the runs that the CSVs in this folder hold, such as docs/reproduction"
+    )
+    parser.add_argument("--finished", action="store_true", help="train nothing, write everything from the runs that are finished")
     return parser
+
+
+def _take_known(folder: Path, jobs: Sequence[Job]) -> None:
+    """Recorded runs in the place of runs to train; UsageError for a folder that holds none."""
+    from lightning_sparse.reproduction import known
+
+    try:
+        print(f"{known.lay_out(folder, jobs)} of the runs are known from {folder}", flush=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"--known must name a folder with the runs.csv and trajectories.csv of one length that reproduce wrote: {error}"
+        ) from error
 
 
 def _check(given: argparse.Namespace) -> None:
