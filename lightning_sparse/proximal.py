@@ -26,7 +26,8 @@ def step_size(optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[s
 def reweighted_step(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float) -> Tensor:
     """w / (1 + rho lam / eta_hat(w)): one majorise-minimise step of the prox, never an exact zero by itself."""
     pull = torch.as_tensor(rho * lam, dtype=w.dtype, device=w.device)
-    return w / (1 + numeric.quotient(pull, penalty.eta_hat(w)))  # no pull, no move: also where eta_hat is 0
+    eta = penalty.eta_hat(w).clamp(min=torch.finfo(w.dtype).tiny)  # no pull, no move: also where eta_hat is 0
+    return w / (pull / eta).add_(1)
 
 
 def exact_step(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float) -> Tensor:
