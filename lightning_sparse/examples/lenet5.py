@@ -1,0 +1,21 @@
+"""LeNet-5 in Caffe's variant, for 28x28 images of one channel and ten classes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_sparse.examples.classifier import Classifier
+
+
+class LeNet5(Classifier):
+    """Two 5x5 convolutions (20 and 50 channels), each followed by 2x2 max pooling, then Linear layers of 500 and 10.
+
+    x has shape (batch, 1, 28, 28). As in Caffe's example the only ReLU stands between the Linear layers. The weights, biases
+    left out, are 500 + 25,000 + 400,000 + 5,000 = 430,500. The arguments are Classifier's.
+    """
+
+    def __init__(self, lr: float = 1e-3, decay: str = "cosine", fused: bool = False) -> None:
+        super().__init__(lr, decay, fused)
+        self.save_hyperparameters()
+        features = (nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.Flatten())
+        self.layers = nn.Sequential(*features, nn.Linear(50 * 4 * 4, 500), nn.ReLU(), nn.Linear(500, 10))
