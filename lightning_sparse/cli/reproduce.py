@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,15 +26,13 @@ _ABOUT = (
 def run(verb: str, words: list[str]) -> int:
     """Train what has not been trained, then write everything."""
     given, overrides = _parser(verb).parse_known_args(words)
-    _check(given)
+    check(given)
     jobs = _jobs(given, [_recipe(name) for name in given.rows or _rows().values()], overrides)
-    from lightning_sparse.reproduction import pool, written
+    from lightning_sparse.reproduction import known, pool, written
 
     if given.known:
-        _take_known(given.known, jobs)
-    for job in jobs:
-        if job.result.is_file():
-            _check_kept(job)
+        take_known(given.known, lambda folder: known.lay_out(folder, jobs))
+    check_kept(jobs)
     if given.finished:
         jobs = [job for job in jobs if job.result.is_file()]
     if not jobs:
@@ -49,34 +47,36 @@ def run(verb: str, words: list[str]) -> int:
 
 def _parser(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description=_ABOUT, allow_abbrev=False)
-    parser.add_argument("--root", default="data", help="the folder above MNIST/raw (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="where everything is written (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    add_options(parser, Path("runs/reproduce"), [0, 1, 2], "docs/reproduction")
     parser.add_argument("--epochs", type=int, default=200, help="200 as published; 20 for a quick look (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"only these, of {', '.join(_rows())}; or other recipes, by name or file")
-    parser.add_argument(
-        "--known", type=Path, metavar="FOLDER", help="take the runs that the CSVs in this folder hold, such as docs/reproduction"
-    )
-    parser.add_argument("--finished", action="store_true", help="train nothing, write everything from the runs that are finished")
     return parser
 
 
-def _take_known(folder: Path, jobs: Sequence[Job]) -> None:
-    """Recorded runs in the place of runs to train; UsageError for a folder that holds none."""
-    from lightning_sparse.reproduction import known
+def add_options(parser: argparse.ArgumentParser, out: Path, seeds: list[int], recorded: str) -> None:
+    """The options of every command that trains a list of jobs; ``recorded`` is the folder that ``--known`` would name."""
+    parser.add_argument("--root", default="data", help="the folder above MNIST/raw (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=out, help="where everything is written (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help=f"(default: {' '.join(map(str, seeds))})")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each (default: %(default)s)")
+    parser.add_argument("--known", type=Path, metavar="FOLDER", help=f"take the runs that the CSVs in this folder hold, such as {recorded}")
+    parser.add_argument("--finished", action="store_true", help="train nothing, write everything from the runs that are finished")
 
+
+def take_known(folder: Path, lay_out: Callable[[Path], int]) -> None:
+    """Recorded runs in the place of runs to train, by ``lay_out``; UsageError for a folder that holds none."""
     try:
-        print(f"{known.lay_out(folder, jobs)} of the runs are known from {folder}", flush=True)
+        print(f"{lay_out(folder)} of the runs are known from {folder}", flush=True)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"--known must name a folder with the runs.csv and trajectories.csv of one length that reproduce wrote: {error}"
         ) from error
 
 
-def _check(given: argparse.Namespace) -> None:
+def check(given: argparse.Namespace) -> None:
+    """UsageError for ``--epochs``, ``--jobs`` (unless None) or ``--seeds`` out of their range."""
     for name in ("epochs", "jobs"):
-        if getattr(given, name) < 1:
+        if getattr(given, name) is not None and getattr(given, name) < 1:
             raise UsageError(f"--{name} must be at least 1, got {getattr(given, name)}")
     if min(given.seeds) < 0:
         raise UsageError(f"--seeds must be whole numbers >= 0, got {given.seeds}")
@@ -115,8 +115,14 @@ def _jobs(given: argparse.Namespace, chosen: Sequence[str], overrides: Sequence[
     ]
 
 
-def _check_kept(job: Job) -> None:
+def check_kept(jobs: Iterable[Job]) -> None:
     """UsageError where a finished run had other overrides than it is asked for with now."""
+    for job in jobs:
+        if job.result.is_file():
+            _check_kept(job)
+
+
+def _check_kept(job: Job) -> None:
     from lightning_sparse.reproduction.written import portable
 
     kept: str = json.loads(job.result.read_text())["overrides"]

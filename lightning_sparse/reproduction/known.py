@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_sparse.reproduction import written
-from lightning_sparse.reproduction.runs import FIELDS, Job
+from lightning_sparse.reproduction.runs import Job, write
 
 
 def lay_out(folder: Path, jobs: Iterable[Job]) -> int:
@@ -22,16 +22,15 @@ def lay_out(folder: Path, jobs: Iterable[Job]) -> int:
     given = 0
     for job in jobs:
         run = runs.get((job.recipe, job.seed, job.epochs, written.portable(job.overrides)))
-        if run is not None and not job.result.is_file():
-            job.folder.mkdir(parents=True, exist_ok=True)
-            _write(job.trajectory, trajectories[job.recipe][job.seed])
-            job.result.write_text(json.dumps(run, indent=1), encoding="utf-8")
-            given += 1
+        given += run is not None and give(job, run, trajectories[job.recipe][job.seed])
     return given
 
 
-def _write(file: Path, lines: Iterable[dict[str, float]]) -> None:
-    with file.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, FIELDS)
-        writer.writeheader()
-        writer.writerows(line | {"epoch": int(line["epoch"])} for line in lines)
+def give(job: Job, run: Mapping[str, Any], lines: Sequence[Mapping[str, float]]) -> bool:
+    """Write a recorded result and its epochs where the job would have written its own, unless it has; whether it was written."""
+    if job.result.is_file():
+        return False
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write(job.trajectory, lines)
+    job.result.write_text(json.dumps(run, indent=1), encoding="utf-8")
+    return True

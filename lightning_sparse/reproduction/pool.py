@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from typing import Any
@@ -17,13 +17,15 @@ from lightning_sparse.reproduction.runs import Job, train
 Running = dict["Future[dict[str, Any]]", Job]
 
 
-def run(jobs: Sequence[Job], at_once: int) -> list[dict[str, Any]]:
+def run(jobs: Sequence[Job], at_once: int, work: Callable[[Any], dict[str, Any]] = train) -> list[dict[str, Any]]:
     """The results of ``jobs`` in their order, ``at_once`` of them running at a time; finished ones are read, not run again.
+
+    ``work`` runs one of them, or reads its result; a function of a module's own, since other processes import it.
 
     The first job that fails ends the others and its error is raised; what they recorded stays, and a second call goes on.
     """
     with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(train, job): job for job in jobs if not job.result.is_file()}
+        running = {pool.submit(work, job): job for job in jobs if not job.result.is_file()}
         try:
             _watch(running)
         except BaseException:
@@ -31,7 +33,7 @@ def run(jobs: Sequence[Job], at_once: int) -> list[dict[str, Any]]:
             for process in list((pool._processes or {}).values()):
                 process.kill()  # the Trainer would only make a note of a SIGTERM
             raise
-    return [train(job) for job in jobs]  # each reads its result
+    return [work(job) for job in jobs]  # each reads its result
 
 
 def _watch(running: Running) -> None:
@@ -66,3 +68,8 @@ def _say(job: Job, found: dict[str, Any]) -> None:
 def jobs_left(jobs: Iterable[Job]) -> int:
     """How many have no result yet."""
     return sum(not job.result.is_file() for job in jobs)
+
+
+def epochs_left(jobs: Iterable[Job]) -> int:
+    """How many epochs of those are still to go."""
+    return sum(max(job.epochs - job.epochs_done(), 0) for job in jobs if not job.result.is_file())

@@ -6,6 +6,7 @@ import csv
 import json
 import platform
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +22,23 @@ from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.training import SparseCLI, launch
 
 FIELDS = ("epoch", "nonzero", "nonzero_file", "val_error", "train_loss", "seconds")
+GAP = "duality_gap"  # a column after FIELDS where the form has ``gap_samples``
 _QUIET = ["--trainer.logger", "false", "--report.table", "false", "--report.pictures", "false"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a recipe (a packaged name or a file) for ``epochs`` epochs with ``seed``, its files in ``folder``."""
+    """One run: a recipe (a packaged name or a file) for ``epochs`` epochs with ``seed``, its files in ``folder``.
+
+    ``until``: stop after that many of them; schedules are those of the whole run, which another job may go on with.
+    """
 
     recipe: str
     seed: int
     epochs: int
     folder: Path
     overrides: tuple[str, ...] = ()
+    until: int | None = None
 
     @property
     def trajectory(self) -> Path:
@@ -55,26 +61,37 @@ def read(trajectory: Path) -> list[dict[str, float]]:
         return []
     text = trajectory.read_text()
     rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    return [{name: float(value) for name, value in row.items()} for row in rows]
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+
+
+def write(trajectory: Path, lines: Sequence[Mapping[str, float]]) -> None:
+    """Write a trajectory anew; with a column for the duality gap where a line has one."""
+    with trajectory.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, columns(lines))
+        writer.writeheader()
+        writer.writerows({**line, "epoch": int(line["epoch"])} for line in lines)
+
+
+def columns(lines: Iterable[Mapping[str, float]]) -> list[str]:
+    """FIELDS, and GAP where one of the lines has it."""
+    return [*FIELDS, *([GAP] if any(GAP in line for line in lines) else [])]
 
 
 class Recorder(Callback):
     """Appends a line of FIELDS to a file at each epoch's end.
 
     ``nonzero`` is the share of weights whose alpha, as the form uses it, is at least ``tol``, as the paper counts;
-    ``nonzero_file`` of those that a file of that epoch holds.
+    ``nonzero_file`` of those that a file of that epoch holds. After epoch ``until`` the run ends.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.began, self.before = file, 0.0, 0.0
+    def __init__(self, file: Path, until: int | None = None) -> None:
+        self.file, self.until = file, until
+        self.began, self.before = 0.0, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        kept = [row | {"epoch": int(row["epoch"])} for row in read(self.file) if row["epoch"] <= trainer.current_epoch]
+        kept = [row for row in read(self.file) if row["epoch"] <= trainer.current_epoch]
         self.before, self.began = (kept[-1]["seconds"] if kept else 0.0), time.perf_counter()
-        with self.file.open("w", newline="") as out:
-            writer = csv.DictWriter(out, FIELDS)
-            writer.writeheader()
-            writer.writerows(kept)
+        write(self.file, kept)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = trainer.callback_metrics
@@ -86,8 +103,18 @@ class Recorder(Callback):
             "train_loss": float(logged["train/loss"]),
             "seconds": self.before + time.perf_counter() - self.began,
         }
+        row |= {GAP: float(logged[f"sparsity/{GAP}"])} if f"sparsity/{GAP}" in logged else {}
+        self._append(row)
+        trainer.should_stop |= row["epoch"] == self.until
+
+    def _append(self, row: dict[str, float]) -> None:
+        """One line more; the first to have a gap, or to lack it, is written with all lines anew, under its own columns."""
+        before = read(self.file)
+        if columns(before) != columns([row]):
+            write(self.file, [*before, row])
+            return
         with self.file.open("a", newline="") as out:
-            csv.DictWriter(out, FIELDS).writerow(row)
+            csv.DictWriter(out, columns(before)).writerow(row)
 
 
 def share_above_tol(trainer: Trainer) -> float:
@@ -100,11 +127,12 @@ def share_above_tol(trainer: Trainer) -> float:
 class _Front(SparseCLI):
     """``fit`` with a Recorder."""
 
-    file: Path
+    job: Job
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.insert(0, Recorder(self.file))  # type: ignore[attr-defined] # before a checkpoint is written
+        recorder = Recorder(self.job.trajectory, self.job.until)
+        trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined] # before a checkpoint is written
         return trainer
 
 
@@ -119,7 +147,7 @@ def train(job: Job) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)  # weights and moments that decay to denormals slow a CPU down many times
     with (job.folder / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        front: SparseCLI = launch(type("Front", (_Front,), {"file": job.trajectory}), ["fit", *_words(job)])
+        front: SparseCLI = launch(type("Front", (_Front,), {"job": job}), ["fit", *_words(job)])
     if front.result is None:
         raise UsageError(f"{job.recipe} has no sparsity callback, so there is nothing to record")
     found = _summary(job, front)

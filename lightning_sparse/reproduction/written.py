@@ -11,7 +11,7 @@ from typing import Any
 from lightning_sparse import plots
 from lightning_sparse.reproduction import figures, table
 from lightning_sparse.reproduction.figures import Trajectories
-from lightning_sparse.reproduction.runs import FIELDS, Job, read
+from lightning_sparse.reproduction.runs import Job, columns, read
 from lightning_sparse.reproduction.table import Runs
 
 RUNS, TRAJECTORIES = "runs.csv", "trajectories.csv"
@@ -31,8 +31,9 @@ def write(results: Sequence[Mapping[str, Any]], jobs: Sequence[Job], folder: Pat
     order = {row.recipe: place for place, row in enumerate(table.rows_of(lines))}
     lines.sort(key=lambda line: (order[line["recipe"]], line["seed"]))
     jobs = sorted(jobs, key=lambda job: (order[job.recipe], job.seed))
-    files = [_csv(folder / RUNS, list(lines[0]), lines)]
-    files.append(_csv(folder / TRAJECTORIES, ["recipe", "seed", *FIELDS], _epochs(jobs)))
+    files = [csv_of(folder / RUNS, list(lines[0]), lines)]
+    epochs = list(_epochs(jobs))
+    files.append(csv_of(folder / TRAJECTORIES, ["recipe", "seed", *columns(epochs)], epochs))
     return files + redraw(folder)
 
 
@@ -45,10 +46,16 @@ def portable(overrides: Sequence[str]) -> str:
 def _epochs(jobs: Sequence[Job]) -> Iterable[dict[str, Any]]:
     for job in jobs:
         for line in read(job.trajectory):
-            yield {"recipe": job.recipe, "seed": job.seed} | {name: f"{value:.7g}" for name, value in line.items()}
+            yield {"recipe": job.recipe, "seed": job.seed} | digits(line)
 
 
-def _csv(file: Path, names: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> Path:
+def digits(line: Mapping[str, float]) -> dict[str, str]:
+    """Numbers to seven digits."""
+    return {name: f"{value:.7g}" for name, value in line.items()}
+
+
+def csv_of(file: Path, names: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> Path:
+    """Write a CSV with these columns; its path."""
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, names, lineterminator="\n")
         writer.writeheader()
@@ -91,5 +98,5 @@ def read_trajectories(file: Path) -> Trajectories:
     with file.open(newline="", encoding="utf-8") as text:
         for line in csv.DictReader(text):
             seeds = found.setdefault(line.pop("recipe"), {})
-            seeds.setdefault(int(line.pop("seed")), []).append({name: float(value) for name, value in line.items()})
+            seeds.setdefault(int(line.pop("seed")), []).append({name: float(value) for name, value in line.items() if value})
     return found
