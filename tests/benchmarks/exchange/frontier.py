@@ -1,0 +1,56 @@
+"""What an arm reaches: one point a strength, its frontier chosen on validation, and errors read between its points."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Runs = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Means over the seeds at one strength, in %: non-zero weights in the file, and errors."""
+
+    lam: float
+    share: float
+    val_error: float
+    test_error: float
+    seeds: int = 1
+
+
+def points(runs: Runs) -> list[Point]:
+    """One point for each strength of these runs, which are of one arm, from the sparsest on."""
+    strengths = sorted({run["lam"] for run in runs})
+    return sorted((_point([run for run in runs if run["lam"] == lam]) for lam in strengths), key=lambda point: point.share)
+
+
+def _point(runs: Runs) -> Point:
+    share, val_error, test_error = (statistics.mean(run[name] for run in runs) for name in ("nonzero_file", "val_error", "test_error"))
+    return Point(runs[0]["lam"], share, val_error, test_error, len(runs))
+
+
+def frontier(found: Sequence[Point]) -> list[Point]:
+    """The points that none beats on validation with as few weights or fewer, from the sparsest on: their errors fall."""
+    best: list[Point] = []
+    for point in sorted(found, key=lambda point: (point.share, point.val_error)):
+        if not best or point.val_error < best[-1].val_error:
+            best.append(point)
+    return best
+
+
+def test_error_at(found: Sequence[Point], share: float) -> float | None:
+    """The frontier's test error at a share of non-zero weights (%), linear in log(share) between its neighbours there.
+
+    None outside of the shares that the frontier spans: nothing is extrapolated.
+    """
+    line = frontier(found)
+    for left, right in itertools.pairwise(line):
+        if left.share <= share <= right.share:
+            t = math.log(share / left.share) / math.log(right.share / left.share)
+            return left.test_error + t * (right.test_error - left.test_error)
+    return next((point.test_error for point in line if point.share == share), None)

@@ -1,0 +1,82 @@
+"""The arms of the exchange: which network is trained with which form of which penalty, at which strengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Words = tuple[str, ...]
+
+LEVELS = (90.0, 95.0, 98.0, 98.5)  # zeros in %, at which the forms are compared
+GAP_SAMPLES = 16  # masks drawn at each epoch's end to measure the duality gap
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network: its packaged recipe, the length of its runs, the strengths of LogSum(2) and pruning's shares of zeros."""
+
+    title: str
+    recipe: str
+    epochs: int
+    lams: tuple[float, ...]
+    sparsities: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A line of the grid or of a study; ``words`` are what ``lightning-sparse fit`` takes beside the recipe and the strength.
+
+    ``first``: a run that begins with these words instead, for the share ``switch`` of its epochs.
+    """
+
+    name: str
+    net: str
+    penalty: str  # "" where the form has none
+    form: str
+    calibrated: str  # "yes", "no", or "" where there is nothing to calibrate
+    words: Words
+    strengths: tuple[float, ...]
+    strength: str = "--sparsify.lam.lam"
+    study: str = ""
+    variant: str = ""
+    first: Words = ()
+    switch: float = 0.0
+
+
+NETS = {
+    "lenet_300_100": Net("LeNet-300-100", "exchange/lenet_300_100", 60, (1e-4, 3e-4, 1e-3, 2e-3, 4e-3), (0.9, 0.95, 0.98, 0.985, 0.99)),
+    "lenet_5": Net("LeNet-5", "exchange/lenet_5", 20, (1e-3,), (0.95, 0.98, 0.99)),
+    "vit": Net("ViT", "exchange/vit", 20, (3e-4,), (0.6, 0.8, 0.9)),
+}
+# omega'(0+) of LogSum(2) is 1/2 and of MCP(1) is 1: half the lam pulls small weights as hard
+PENALTIES: dict[str, tuple[str, Words, float]] = {
+    "logsum": ("LogSum(2)", (), 1.0),
+    "mcp": ("MCP(1)", ("--sparsify.penalty", "MCP", "--sparsify.penalty.c", "1.0"), 0.5),
+}
+_GAP = ("--sparsify.gap_samples", str(GAP_SAMPLES))
+MASK: Words = ("--sparsify", "AdaptiveMask", *_GAP)
+UNCALIBRATED: Words = (*MASK, "--sparsify.curvature", "null")
+FORMS: dict[str, tuple[str, str, Words]] = {
+    "penalty": ("ReweightedPenalty", "", ()),
+    "mask": ("AdaptiveMask", "yes", MASK),
+    "mask_uncalibrated": ("AdaptiveMask", "no", UNCALIBRATED),
+}
+_RAMP = ("--sparsify.begin", "0.1", "--sparsify.end", "0.6", "--sparsify.scope", "global")
+PRUNING: Words = ("--sparsify", "MagnitudePruning", *_RAMP)
+
+
+def grid() -> list[Arm]:
+    """Every arm of the exchange proper; the smaller networks have LogSum(2) alone."""
+    arms: list[Arm] = []
+    for net in NETS:
+        for penalty in PENALTIES if net == "lenet_300_100" else ("logsum",):
+            arms += [arm(net, penalty, form) for form in FORMS]
+        arms.append(Arm(f"{net}/pruning", net, "", "MagnitudePruning", "", PRUNING, NETS[net].sparsities, "--sparsify.sparsity"))
+    return arms
+
+
+def arm(net: str, penalty: str, form: str) -> Arm:
+    """One form of one penalty on one network."""
+    title, words, factor = PENALTIES[penalty]
+    shown, calibrated, own = FORMS[form]
+    lams = tuple(float(f"{factor * lam:.12g}") for lam in NETS[net].lams)
+    return Arm(f"{net}/{penalty}/{form}", net, title, shown, calibrated, (*own, *words), lams)

@@ -1,0 +1,77 @@
+"""What might close the gap between the forms: one change of the mask form at a time, LeNet-300-100, LogSum(2)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from exchange.grid import MASK, Arm, Words, arm
+
+LAMS = (3e-4, 1e-3)
+SWITCHES = (1 / 3, 1 / 2, 2 / 3)  # shares of the run after which the mask form gives way to the penalty form
+
+
+def _curvature(kind: str, **settings: int) -> Words:
+    return (
+        "--sparsify.curvature",
+        kind,
+        *(word for name, value in settings.items() for word in (f"--sparsify.curvature.{name}", str(value))),
+    )
+
+
+# study: (variant, words); what is the default is an arm of the grid and not run again
+_VARIANTS: dict[str, dict[str, Words]] = {
+    "curvature": {
+        "EmpiricalFisher, every step": _curvature("EmpiricalFisher", every=1),
+        "EmpiricalFisher, every 50 steps": _curvature("EmpiricalFisher", every=50),
+        "SampledFisher, every 10 steps": _curvature("SampledFisher"),
+        "SampledFisher, every step": _curvature("SampledFisher", every=1),
+    },
+    "ceiling": {f"ceiling {value}": ("--sparsify.ceiling", str(value)) for value in (1, 100)},
+    "alpha_min": {f"alpha_min {value}": ("--sparsify.alpha_min", value) for value in ("1e-1", "1e-2", "1e-4")},
+    "freeze": {f"freeze {value}": ("--sparsify.freeze", str(value)) for value in (0.1, 0.5)},
+    "noise": {
+        "Bernoulli, on the weights": ("--sparsify.noise", "ScaledBernoulli"),
+        "Gaussian, on the weights": ("--sparsify.noise", "Gaussian", "--sparsify.noise.local", "false"),
+    },
+    "samples": {f"EmpiricalFisher of {value} samples": _curvature("EmpiricalFisher", samples=value) for value in (4, 64)},
+    "switch": {},
+}
+STUDIES = tuple(_VARIANTS)
+ABOUT = {
+    "curvature": "the estimate of H (default: EmpiricalFisher, every 10 steps)",
+    "ceiling": "the largest lam / H (default 10)",
+    "alpha_min": "the smallest keep probability that noise is drawn with (default 1e-3)",
+    "freeze": "the last share of training, without noise and with the support frozen (0.25 elsewhere), in both forms",
+    "noise": "the noise (default: Gaussian, on the outputs)",
+    "samples": "samples of a batch that an estimate looks at (default 16), on LeNet-5: a Linear layer takes the whole batch anyway",
+    "switch": "the mask form first, then the penalty form, resumed from its checkpoint",
+}
+
+
+def study(name: str) -> list[Arm]:
+    """The arms of a study."""
+    if name == "switch":
+        return [_switched(share) for share in SWITCHES]
+    net = "lenet_5" if name == "samples" else "lenet_300_100"
+    arms = [_varied(arm(net, "logsum", "mask"), name, variant, words) for variant, words in _VARIANTS[name].items()]
+    if name == "freeze":
+        arms += [_varied(arm(net, "logsum", "penalty"), name, variant, words) for variant, words in _VARIANTS[name].items()]
+    return arms
+
+
+def _varied(base: Arm, name: str, variant: str, words: Words) -> Arm:
+    kept = "".join(letter if letter.isalnum() or letter == "." else "_" for letter in variant.replace(", ", "_"))
+    lams = base.strengths if base.net != "lenet_300_100" else LAMS
+    changed = (*base.words, *words)
+    return replace(
+        base, name=f"study/{name}/{base.name.rpartition('/')[2]}/{kept}", study=name, variant=variant, words=changed, strengths=lams
+    )
+
+
+def _switched(share: float) -> Arm:
+    base = arm("lenet_300_100", "logsum", "penalty")
+    variant, words = f"mask for {share:.0%} of the epochs, then penalty", ("--sparsify.gap_samples", MASK[-1])
+    made = _varied(base, "switch", variant, words)
+    return replace(
+        made, name=f"study/switch/{share:.2f}", form="AdaptiveMask, then ReweightedPenalty", calibrated="yes", first=MASK, switch=share
+    )

@@ -1,0 +1,137 @@
+"""The tables of docs/exchange.md from the recorded runs; what has no run says so."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+
+from exchange.frontier import Point, Runs, frontier, points, test_error_at
+from exchange.grid import LEVELS, NETS, PENALTIES, arm
+from lightning_sparse.reproduction.table import spread
+
+MISSING = "not run yet"
+WITHIN_FACTOR, WITHIN_POINTS = 1.3, 0.3
+
+
+def of_arm(runs: Runs, name: str) -> Runs:
+    """The runs of one arm."""
+    return [run for run in runs if run["arm"] == name]
+
+
+def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def equal_lambda(runs: Runs) -> str:
+    """Non-zero shares of both forms at each lam, and how far apart they are."""
+    head = ["penalty", "lam", "penalty form: non-zero %", "test error %", "mask form: non-zero %", "test error %", "mask / penalty"]
+    head += [f"within {WITHIN_FACTOR:g}", "mask, uncalibrated: non-zero %", "test error %"]
+    return table([*head, "pruning at the penalty form's share: test error %"], _equal_lambda(runs))
+
+
+def _equal_lambda(runs: Runs) -> Iterator[Sequence[str]]:
+    pruned = points(of_arm(runs, "lenet_300_100/pruning"))
+    for penalty, (title, _, _) in PENALTIES.items():
+        for lam in arm("lenet_300_100", penalty, "penalty").strengths:
+            forms = [[run for run in of_arm(runs, f"lenet_300_100/{penalty}/{form}") if run["lam"] == lam] for form in _FORMS]
+            ours, masked, plain = (figures(form) for form in forms)
+            yield title, f"{lam:g}", *ours, *masked, *ratio(forms[1], forms[0]), *plain, _read(pruned, forms[0])
+
+
+_FORMS = ("penalty", "mask", "mask_uncalibrated")
+
+
+def figures(runs: Runs) -> tuple[str, str]:
+    """Share of non-zero weights in the file, and test error: mean (standard deviation), both in %."""
+    share, error = (spread([run[name] for run in runs]) for name in ("nonzero_file", "test_error"))
+    return share or MISSING, error or MISSING
+
+
+def mean_share(runs: Runs) -> float:
+    """Mean share of non-zero weights in the file, %."""
+    return float(statistics.mean(run["nonzero_file"] for run in runs))
+
+
+def ratio(runs: Runs, reference: Runs) -> tuple[str, str]:
+    """The quotient of the mean shares, and whether it is within the factor; empty without runs."""
+    if not runs or not reference or not mean_share(reference):
+        return "", ""
+    found = mean_share(runs) / mean_share(reference)
+    return f"{found:.2f}", "yes" if 1 / WITHIN_FACTOR <= found <= WITHIN_FACTOR else "no"
+
+
+def _read(found: Sequence[Point], at: Runs) -> str:
+    """A frontier's test error at the share of some runs."""
+    if not found or not at:
+        return MISSING
+    error = test_error_at(found, mean_share(at))
+    return f"{error:.2f}" if error is not None else _outside(found)
+
+
+def _outside(found: Sequence[Point]) -> str:
+    line = frontier(found)
+    return f"spans {100 - line[-1].share:.1f} to {100 - line[0].share:.1f} % zeros"
+
+
+def levels(runs: Runs) -> str:
+    """Test errors at given shares of zeros, read from the frontiers."""
+    head = ["penalty", "zeros %", "penalty form: test error %", "mask form: test error %", "mask - penalty, points"]
+    head += [f"at most {WITHIN_POINTS:g} above", "mask, uncalibrated", "pruning"]
+    return table(head, _levels(runs))
+
+
+def _levels(runs: Runs) -> Iterator[Sequence[str]]:
+    for penalty, (title, _, _) in PENALTIES.items():
+        names = [f"lenet_300_100/{penalty}/{form}" for form in _FORMS]
+        found = [points(of_arm(runs, name)) for name in (*names, "lenet_300_100/pruning")]
+        for zeros in LEVELS:
+            ours, masked, *others = (_level(line, zeros) for line in found)
+            yield title, f"{zeros:g}", ours, masked, *_difference(found[1], found[0], zeros), *others
+
+
+def _level(found: Sequence[Point], zeros: float) -> str:
+    error = test_error_at(found, 100 - zeros)
+    return f"{error:.2f}" if error is not None else _outside(found) if found else MISSING
+
+
+def _difference(found: Sequence[Point], reference: Sequence[Point], zeros: float) -> tuple[str, str]:
+    mask, penalty = (test_error_at(line, 100 - zeros) for line in (found, reference))
+    if mask is None or penalty is None:
+        return "", ""
+    return f"{mask - penalty:+.2f}", "yes" if mask - penalty <= WITHIN_POINTS else "no"
+
+
+def networks(runs: Runs) -> str:
+    """The other networks: every form at one lam, pruning at some shares of zeros, with what a run takes."""
+    head = ["network", "form", "penalty", "lam, or pruning's zeros", "non-zero %", "val error %", "test error %", "mask / penalty"]
+    head += [f"within {WITHIN_FACTOR:g}", "minutes a run", "seeds"]
+    return table(head, _networks(runs))
+
+
+def _networks(runs: Runs) -> Iterator[Sequence[str]]:
+    for net in list(NETS)[1:]:
+        for name in (*(f"{net}/logsum/{form}" for form in _FORMS), f"{net}/pruning"):
+            found = of_arm(runs, name)
+            for strength in sorted({run["lam"] for run in found}) or [None]:
+                own = [run for run in found if run["lam"] == strength]
+                base = [run for run in of_arm(runs, f"{net}/logsum/penalty") if run["lam"] == strength]
+                yield NETS[net].title, _form(name), *_network(own, strength), *ratio(own, [] if own == base else base), *_cost(own)
+
+
+def _form(name: str) -> str:
+    return {"penalty": "penalty", "mask": "mask, calibrated", "mask_uncalibrated": "mask, uncalibrated"}.get(name.split("/")[-1], "pruning")
+
+
+def _network(runs: Runs, strength: float | None) -> tuple[str, str, str, str, str]:
+    share, error = figures(runs)
+    return runs[0]["penalty"] if runs else "", "" if strength is None else f"{strength:g}", share, _val(runs), error
+
+
+def _val(runs: Runs) -> str:
+    return spread([run["val_error"] for run in runs]) or MISSING
+
+
+def _cost(runs: Runs) -> tuple[str, str]:
+    minutes = spread([run["seconds"] / 60 for run in runs], 1)
+    return minutes, ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
