@@ -22,10 +22,8 @@ from exchange.frontier import Runs
 from exchange.records import Gaps, recorded
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "docs" / "exchange"
-_GAP = (
-    "E_s L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat(w): what the masked loss costs beyond the penalty that it stands for, from "
-    "16 Gaussian masks on the weights and the epoch's last training batch, with the form's own alpha (at least 1e-3)."
-)
+_GAP = """E_s L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat(w): what the masked loss costs beyond the penalty that it stands for, from
+16 Gaussian masks on the weights and the epoch's last training batch, with the form's own alpha (at least 1e-3)."""
 
 
 def page(folder: Path = FOLDER) -> str:

@@ -43,7 +43,7 @@ def frontier(found: Sequence[Point]) -> list[Point]:
     return best
 
 
-def test_error_at(found: Sequence[Point], share: float) -> float | None:
+def error_at(found: Sequence[Point], share: float) -> float | None:
     """The frontier's test error at a share of non-zero weights (%), linear in log(share) between its neighbours there.
 
     None outside of the shares that the frontier spans: nothing is extrapolated.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from exchange.frontier import Runs, points, test_error_at
+from exchange.frontier import Runs, error_at, points
 from exchange.grid import Arm
 from exchange.studies import ABOUT, LAMS, STUDIES, study
 from exchange.tables import MISSING, figures, mean_share, of_arm, ratio, table
@@ -15,7 +15,12 @@ _HEAD = ("variant", "form", "lam", "non-zero %", "to the penalty form's", "val e
 
 def markdown(runs: Runs) -> str:
     """One table a study, each begun by the penalty form and the mask form as they are by default."""
-    return "\n\n".join(f"**{name}**: {ABOUT[name]}.\n\n{table(_HEAD, _rows(study(name), runs))}" for name in STUDIES)
+    return "\n\n".join(f"**{name}**: {ABOUT[name]}.{_table(study(name), runs)}" for name in STUDIES)
+
+
+def _table(arms: Sequence[Arm], runs: Runs) -> str:
+    there = any(of_arm(runs, arm.name) for arm in arms)
+    return f"\n\n{table(_HEAD, _rows(arms, runs))}" if there else f" {MISSING.capitalize()}."
 
 
 def _rows(arms: Sequence[Arm], runs: Runs) -> Iterator[Sequence[str]]:
@@ -41,5 +46,5 @@ def at(runs: Runs, name: str, lam: float) -> Runs:
 
 
 def _pruned(runs: Runs, net: str, own: Runs) -> str:
-    error = test_error_at(points(of_arm(runs, f"{net}/pruning")), mean_share(own)) if own else None
+    error = error_at(points(of_arm(runs, f"{net}/pruning")), mean_share(own)) if own else None
     return "" if error is None else f"{error:.2f}"

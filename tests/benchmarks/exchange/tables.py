@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from exchange.frontier import Point, Runs, frontier, points, test_error_at
+from exchange.frontier import Point, Runs, error_at, frontier, points
 from exchange.grid import LEVELS, NETS, PENALTIES, arm
 from lightning_sparse.reproduction.table import spread
 
@@ -57,15 +57,15 @@ def ratio(runs: Runs, reference: Runs) -> tuple[str, str]:
     """The quotient of the mean shares, and whether it is within the factor; empty without runs."""
     if not runs or not reference or not mean_share(reference):
         return "", ""
-    found = mean_share(runs) / mean_share(reference)
-    return f"{found:.2f}", "yes" if 1 / WITHIN_FACTOR <= found <= WITHIN_FACTOR else "no"
+    found = round(mean_share(runs) / mean_share(reference), 2)
+    return f"{found:.2f}", "yes" if round(1 / WITHIN_FACTOR, 2) <= found <= WITHIN_FACTOR else "no"
 
 
 def _read(found: Sequence[Point], at: Runs) -> str:
     """A frontier's test error at the share of some runs."""
     if not found or not at:
         return MISSING
-    error = test_error_at(found, mean_share(at))
+    error = error_at(found, mean_share(at))
     return f"{error:.2f}" if error is not None else _outside(found)
 
 
@@ -91,15 +91,16 @@ def _levels(runs: Runs) -> Iterator[Sequence[str]]:
 
 
 def _level(found: Sequence[Point], zeros: float) -> str:
-    error = test_error_at(found, 100 - zeros)
+    error = error_at(found, 100 - zeros)
     return f"{error:.2f}" if error is not None else _outside(found) if found else MISSING
 
 
 def _difference(found: Sequence[Point], reference: Sequence[Point], zeros: float) -> tuple[str, str]:
-    mask, penalty = (test_error_at(line, 100 - zeros) for line in (found, reference))
+    mask, penalty = (error_at(line, 100 - zeros) for line in (found, reference))
     if mask is None or penalty is None:
         return "", ""
-    return f"{mask - penalty:+.2f}", "yes" if mask - penalty <= WITHIN_POINTS else "no"
+    apart = round(mask - penalty, 2)
+    return f"{apart:+.2f}", "yes" if apart <= WITHIN_POINTS else "no"
 
 
 def networks(runs: Runs) -> str:
