@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import exchange_page
-from exchange import pictures, study_table, tables
+from exchange import pictures, study_table, tables, verdict
 from exchange.frontier import Point, error_at, frontier, points
 from exchange.plan import everything
 
@@ -98,6 +98,22 @@ def test_the_table_at_equal_sparsity_reads_the_frontiers() -> None:
     at_98 = cells(text, "MCP(1)", "98")  # half way from 1 to 4, a quarter of the way from 1 to 16
     assert at_98 == ["3.50", "3.80", "+0.30", "yes", "not run yet", "not run yet"]
     assert cells(text, "MCP(1)", "90")[1:4] == ["spans 96.0 to 99.0 % zeros", "", ""]
+
+
+def test_the_verdict_counts_what_the_tables_say() -> None:
+    penalty, mask = "lenet_300_100/logsum/penalty", "lenet_300_100/logsum/mask"
+    made = [run(penalty, 4e-3, 1.0, 4.0), run(penalty, 1e-4, 16.0, 2.0), run(mask, 4e-3, 1.2, 4.0), run(mask, 1e-4, 30.0, 2.0)]
+    made += [run("lenet_300_100/pruning", 0.99, 1.0, 3.6), run("lenet_300_100/pruning", 0.9, 10.0, 2.9)]
+    said = verdict.markdown(made).splitlines()
+    assert said[0].endswith("a factor of 1.3 of the penalty form's: 1 of 2.")
+    # halfway lies 4 for the penalty form and 6 for the mask form: at 10 % non-zero 2.34 against 2.68, at 2 % 3.5 against 3.68
+    assert cells(tables.levels(made), "LogSum(2)", "90")[:4] == ["2.34", "2.68", "+0.34", "no"]
+    assert cells(tables.levels(made), "LogSum(2)", "98")[:4] == ["3.50", "3.68", "+0.18", "yes"]
+    assert said[1].endswith("3 of 4.")
+    assert said[2].endswith(
+        "2 of 4."
+    )  # 3.48 at 1.5 % and 3.39 at 2 %, below 3.71 and 3.50; 3.11 at 5 % and 2.90 at 10 %, above 2.84 and 2.34
+    assert verdict.markdown([]).count("not run yet") == 3
 
 
 def test_a_study_stands_beside_the_defaults() -> None:

@@ -153,6 +153,15 @@ def test_recorded_runs_stand_in_for_training_and_are_written_again_alike(tmp_pat
         assert (tmp_path / "again" / name).read_text() == (folder / name).read_text()
 
 
+def test_the_duality_gap_is_recorded_for_the_runs_that_log_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written, "draw", lambda *_: [])
+    jobs = [Job("paper/log_sum", seed, 2, recorded(tmp_path / str(seed), [1.0, 0.5], [3.0, 2.0])) for seed in (0, 1)]
+    runs.write(jobs[1].trajectory, [line | {runs.GAP: -0.25} for line in runs.read(jobs[1].trajectory)])
+    written.write([result("paper/log_sum", seed, 2.0, 1.0, epochs=2) for seed in (0, 1)], jobs, tmp_path / "out")
+    found = written.read_trajectories(tmp_path / "out" / written.TRAJECTORIES)["paper/log_sum"]
+    assert [line.get(runs.GAP) for seed in (0, 1) for line in found[seed]] == [None, None, -0.25, -0.25]
+
+
 def test_runs_of_two_lengths_are_not_one_table(tmp_path: Path) -> None:
     lines = [result("a", 0, 1.0, 1.0), result("b", 0, 1.0, 1.0, epochs=20)]
     with (tmp_path / "runs.csv").open("w") as out:

@@ -17,7 +17,7 @@ from lightning_sparse import plots
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from exchange import pictures, study_table, tables
+from exchange import pictures, study_table, tables, verdict
 from exchange.frontier import Runs
 from exchange.records import Gaps, recorded
 
@@ -32,6 +32,7 @@ def page(folder: Path = FOLDER) -> str:
     made = pictured(runs, epochs)
     parts = {
         "settings": settings(runs),
+        "verdict": verdict.markdown(runs),
         "frontier": _picture("frontier", "Test error against the share of non-zero weights", made),
         "equal_lambda": tables.equal_lambda(runs),
         "levels": tables.levels(runs),
@@ -48,7 +49,8 @@ def settings(runs: Runs) -> str:
         return "No run yet."
     versions, seeds = "; ".join(sorted({run["versions"] for run in runs})), sorted({run["seed"] for run in runs})
     names = sorted({run["study"] for run in runs if run["study"]})
-    commands = ["python tests/benchmarks/exchange_mnist.py --root data", *(f"... --study {name}" for name in names)]
+    command = "python tests/benchmarks/exchange_mnist.py --root data"
+    commands = [command, *([f"{command} --study {' '.join(names)}"] if names else [])]
     return f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}; {versions}.\n\n```sh\n" + "\n".join(commands) + "\n```"
 
 

@@ -27,10 +27,11 @@ def equal_lambda(runs: Runs) -> str:
     """Non-zero shares of both forms at each lam, and how far apart they are."""
     head = ["penalty", "lam", "penalty form: non-zero %", "test error %", "mask form: non-zero %", "test error %", "mask / penalty"]
     head += [f"within {WITHIN_FACTOR:g}", "mask, uncalibrated: non-zero %", "test error %"]
-    return table([*head, "pruning at the penalty form's share: test error %"], _equal_lambda(runs))
+    return table([*head, "pruning at the penalty form's share: test error %"], equal_lambda_rows(runs))
 
 
-def _equal_lambda(runs: Runs) -> Iterator[Sequence[str]]:
+def equal_lambda_rows(runs: Runs) -> Iterator[Sequence[str]]:
+    """The table's rows."""
     pruned = points(of_arm(runs, "lenet_300_100/pruning"))
     for penalty, (title, _, _) in PENALTIES.items():
         for lam in arm("lenet_300_100", penalty, "penalty").strengths:
@@ -78,10 +79,11 @@ def levels(runs: Runs) -> str:
     """Test errors at given shares of zeros, read from the frontiers."""
     head = ["penalty", "zeros %", "penalty form: test error %", "mask form: test error %", "mask - penalty, points"]
     head += [f"at most {WITHIN_POINTS:g} above", "mask, uncalibrated", "pruning"]
-    return table(head, _levels(runs))
+    return table(head, level_rows(runs))
 
 
-def _levels(runs: Runs) -> Iterator[Sequence[str]]:
+def level_rows(runs: Runs) -> Iterator[Sequence[str]]:
+    """The table's rows."""
     for penalty, (title, _, _) in PENALTIES.items():
         names = [f"lenet_300_100/{penalty}/{form}" for form in _FORMS]
         found = [points(of_arm(runs, name)) for name in (*names, "lenet_300_100/pruning")]
