@@ -19,6 +19,7 @@ from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule, as_schedule
 
 Other = TypeVar("Other", bound="Form")
+FINE_TUNED = 0.25  # the share of a run to a target sparsity that is trained with its support frozen
 
 
 class Form(Callback):
@@ -33,6 +34,9 @@ class Form(Callback):
         threshold: also zero are weights of at most this magnitude; required by penalties that only shrink.
         gap_samples: masks drawn at each epoch's end to log ``sparsity/duality_gap``; 0 does not measure it.
         keep_zeros: weights that are zero when the fit starts stay zero (one byte a weight); else they may grow again.
+        target_sparsity: the share of zeros to reach, in place of a lam to guess: lam then starts at ``lam`` (1e-5 by default), rises
+            and falls as the zeros lag behind a ramp or run ahead of it, and the support is frozen as soon as the target is met, at
+            the latest at ``1 - freeze`` (``freeze`` is then 0.25 where it is 0).
     """
 
     needs_separable: ClassVar[bool] = True
@@ -49,13 +53,15 @@ class Form(Callback):
         threshold: float | None = None,
         gap_samples: int = 0,
         keep_zeros: bool = False,
+        target_sparsity: float | None = None,
     ) -> None:
         self.given = penalty
         self.penalty = _refusals.check_penalty(penalty, self.needs_separable, type(self).__name__)
-        self.schedule = as_schedule(_refusals.strength(penalty, lam))
+        self.schedule = as_schedule(_refusals.strength(penalty, lam, target_sparsity))
         self.select = _refusals.check_patterns(select)
         self.tol = _checks.between("tol", tol, 0, 1)
-        self.freeze = _checks.between("freeze", freeze, 0, 1, closed="l")
+        self.target_sparsity, self.ascent = target_sparsity, _refusals.ascent(self.penalty, self.schedule, target_sparsity)
+        self.freeze = _checks.between("freeze", freeze, 0, 1, closed="l") or (0.0 if self.ascent is None else FINE_TUNED)
         self.threshold = None if threshold is None else _checks.between("threshold", threshold, 0, float("inf"), closed="l")
         self.gap_samples = int(_checks.between("gap_samples", gap_samples, 0, 1e6, closed="l"))
         self.keep_zeros = _checks.truth("keep_zeros", keep_zeros)
@@ -63,6 +69,8 @@ class Form(Callback):
 
     def _forget(self) -> None:
         """The state of a callback that is not fitting."""
+        if self.ascent is not None:
+            self.ascent.reset()
         self.parameters: dict[str, nn.Parameter] = {}
         self.step, self.total = 0, math.inf
         self.attachment: attach.Attachment | None = None
@@ -83,7 +91,7 @@ class Form(Callback):
     # -- conversion ---------------------------------------------------------------------------------------------------
 
     def _shared(self) -> dict[str, Any]:
-        names = ("select", "tol", "freeze", "threshold", "gap_samples", "keep_zeros")
+        names = ("select", "tol", "freeze", "threshold", "gap_samples", "keep_zeros", "target_sparsity")
         return {"penalty": self.given, "lam": self.schedule} | {name: getattr(self, name) for name in names}
 
     def own_settings(self) -> dict[str, Any]:
@@ -120,7 +128,9 @@ class Form(Callback):
 
     @property
     def lam(self) -> float:
-        """The strength in force: the schedule's at the current step, its final value before a fit."""
+        """The strength in force: the schedule's at the current step, its final value before a fit; or what the ascent has found."""
+        if self.ascent is not None:
+            return self.ascent.lam
         return self.schedule(self.step, self.total) if math.isfinite(self.total) else self.schedule.lam
 
     @property

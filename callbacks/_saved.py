@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
 from lightning_sparse import archive, attach, shards
 from lightning_sparse.callbacks import _joining, _ranks, _recipes, _refusals, _states
@@ -35,6 +34,7 @@ class Saved(Supported):
         averaged = {} if self._averages is None else self._averages.taken()
         held = {name: shards.full(where).cpu() for name, where in self.held.items()}
         clock |= {"recipe": self.recipe(), "clipped": self._clipping.mean} | ({"held": held} if held else {})
+        clock |= {} if self.ascent is None else {"ascent": self.ascent.state_dict()}
         return clock | {"frozen": self.frozen, "taken": taken} | ({"averaged": averaged} if averaged else {})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -75,13 +75,11 @@ class Saved(Supported):
         self.step, self._begun, self._applied = state["step"], state.get("begun", True), True
         self._begin_at(state["offset"])
         self._clipping.resume(state.get("clipped", 1.0))
+        if self.ascent is not None and "ascent" in state:
+            self.ascent.load_state_dict(state["ascent"])
         if self._averages is not None:
             self._averages.give_back(averaged)
         for name, taken in state["taken"].items():
             shards.put(self.parameters[name], taken)
         frozen = {name: parameter.detach() != 0 for name, parameter in self.parameters.items()}
         self.support = frozen if state["frozen"] else None
-
-    def _part(self, name: str, whole: Tensor) -> Tensor:
-        parameter = self.parameters[name]
-        return shards.like(shards.part(whole.to(parameter.device), parameter), parameter)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_sparse import ascent
+
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
 
@@ -99,6 +101,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "averaged": _TAKEN,
     "held": (_are_masks, "a dict of boolean tensors by parameter name"),
     "clipped": (_is_factor, "a finite number > 0"),
+    "ascent": (ascent.is_state, "a dict of finite numbers 'log_lam', 'error' and 't'"),
     "recipe": (_is_recipe, "a dict with 'class_path' and 'init_args'"),
 }
 _REQUIRED = ("step", "offset", "frozen", "taken")  # the others came later, or stand for an option

@@ -47,12 +47,13 @@ class AdaptiveMask(Noisy):
         threshold: float | None = None,
         gap_samples: int = 0,
         keep_zeros: bool = False,
+        target_sparsity: float | None = None,
         noise: Noise = Gaussian(local=True),  # noqa: B008 - frozen
         curvature: Curvature | None = EmpiricalFisher(),  # noqa: B008 - copied below
         ceiling: float = 10.0,
         alpha_min: float = 1e-3,
     ) -> None:
-        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros)
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)
         if not isinstance(noise, Noise):
             raise TypeError(f"noise must be a Noise such as ScaledBernoulli() or Gaussian(), got {noise!r}")
         if not isinstance(curvature, (Curvature, type(None))):

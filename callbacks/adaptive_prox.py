@@ -38,10 +38,11 @@ class AdaptiveProx(Sparsifier):
         threshold: float | None = None,
         gap_samples: int = 0,
         keep_zeros: bool = False,
+        target_sparsity: float | None = None,
         metric: Metric = "auto",
         exact: bool = False,
     ) -> None:
-        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros)
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)
         if metric not in ("auto", "adam", "plain"):
             raise ValueError(f"metric must be 'auto', 'adam' or 'plain', got {metric!r}")
         self.metric, self.exact = metric, exact

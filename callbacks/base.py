@@ -98,6 +98,7 @@ class Sparsifier(Shown):
         """The run's length; asked for earlier, the Trainer would forget where a stateful loader stood in its epoch."""
         self._whole = _refusals.total_steps(self, trainer)
         self._begin_at(self._offset)
+        _refusals.check_way(self)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0 or _joining.signature(self, trainer) != self._seen:
@@ -138,7 +139,7 @@ class Sparsifier(Shown):
 
     def _tick(self) -> None:
         self.step += 1
-        self._maybe_freeze()
+        self._maybe_freeze(self._climb())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._manual:  # how often the user steps is not known: batches are the clock

@@ -39,10 +39,11 @@ class EtaTrick(Learned):
         threshold: float | None = None,
         gap_samples: int = 0,
         keep_zeros: bool = False,
+        target_sparsity: float | None = None,
         learned_lr: float | None = None,
         keep_start: float = 0.9933,
     ) -> None:
-        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros)
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)
         _refusals.check_dual(self.penalty, type(self).__name__)
         self.learned_lr = rate(learned_lr)
         self.keep_start = _checks.between("keep_start", keep_start, 0, 1)

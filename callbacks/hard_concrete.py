@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import _checks, attach, duality, penalties
+from lightning_sparse.callbacks import _refusals
 from lightning_sparse.callbacks._learned import rate
 from lightning_sparse.callbacks._learned_noise import LearnedNoise
 from lightning_sparse.gates import Gate
@@ -35,22 +36,23 @@ class HardConcrete(LearnedNoise):
 
     def __init__(
         self,
-        lam: float | Schedule,
+        lam: float | Schedule | None = None,
         select: Sequence[str] | None = None,
         tol: float = 0.05,
         freeze: float = 0.0,
         threshold: float | None = None,
         gap_samples: int = 0,
         keep_zeros: bool = False,
+        target_sparsity: float | None = None,
         beta: float = 2 / 3,
         gamma: float = -0.1,
         zeta: float = 1.1,
         learned_lr: float | None = None,
         log_start: float = 2.0,
     ) -> None:
-        schedule = as_schedule(lam)
+        schedule = as_schedule(_refusals.given("lam", lam, target_sparsity))
         penalty = penalties.Scaled(penalties.HardConcrete(beta, gamma, zeta), math.sqrt(schedule.lam))
-        super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros)
+        super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)
         self.gate = Gate(beta, gamma, zeta)
         self.learned_lr, self.log_start = rate(learned_lr), _checks.between("log_start", log_start, -10, 10)
 

@@ -118,11 +118,11 @@ class MagnitudePruning(Sparsifier):
         self.held |= everywhere
         super()._hold_zeros(names)
 
-    def _maybe_freeze(self) -> None:
+    def _maybe_freeze(self, arrived: bool = False) -> None:
         """Asked whenever the clock has moved."""
         if not self.frozen and self._is_due():
             self._shrink(self.lam, self.parameters)
-        super()._maybe_freeze()
+        super()._maybe_freeze(arrived)
 
     def _is_due(self) -> bool:
         """Every so many steps of the ramp; at its end; and after it, for weights that came later."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach, penalties
+from lightning_sparse.callbacks import _refusals
 from lightning_sparse.callbacks._learned import rate
 from lightning_sparse.callbacks._learned_noise import LearnedNoise
 from lightning_sparse.learned_noise import Additive, Multiplicative
@@ -25,7 +26,7 @@ class VariationalDropout(LearnedNoise):
     evidence bound, ``kl_weight`` is 1/N; c/N prunes more for c > 1. A weight is zero where 1 / (1 + 1/eta) < tol.
 
     Args:
-        kl_weight: a number or a schedule, such as LinearWarmup(1.7e-5, share=0.5).
+        kl_weight: a number or a schedule, such as LinearWarmup(1.7e-5, share=0.5); what it starts at, with target_sparsity.
         prior: "log_uniform" (exact), "molchanov" (the usual fit to it, a little quicker) or "empirical_bayes".
         noise: "weight": one draw a batch for each weight, parameters (w, log eta); "local": the same noise on the outputs
             of Linear and ConvNd layers, a draw a sample (LR); "additive": as "local" with the parameters (w, log sigma),
@@ -41,7 +42,7 @@ class VariationalDropout(LearnedNoise):
 
     def __init__(
         self,
-        kl_weight: float | Schedule,
+        kl_weight: float | Schedule | None = None,
         prior: str = "log_uniform",
         select: Sequence[str] | None = None,
         tol: float = 0.05,
@@ -49,14 +50,15 @@ class VariationalDropout(LearnedNoise):
         threshold: float | None = None,
         gap_samples: int = 0,
         keep_zeros: bool = False,
+        target_sparsity: float | None = None,
         noise: Place = "additive",
         learned_lr: float | None = None,
         log_start: float = -5.0,
     ) -> None:
-        schedule = as_schedule(kl_weight)
+        schedule = as_schedule(_refusals.given("kl_weight", kl_weight, target_sparsity))
         self.divergence = penalties.VariationalDropout(prior)
         penalty = penalties.Scaled(self.divergence, math.sqrt(schedule.lam))
-        super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros)
+        super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)
         self.prior, self.noise = prior, _checks.one_of("noise", noise, ("weight", "local", "additive"))
         self.kind = Additive() if noise == "additive" else Multiplicative()
         self.learned_lr, self.log_start = rate(learned_lr), _checks.between("log_start", log_start, -30, 30)
