@@ -87,9 +87,9 @@ def gap_lines(runs: Runs, epochs: Gaps) -> dict[str, list[tuple[str, float, np.n
 
 
 def _plain(axis: Axes) -> None:
-    """1, 2, 3, 5, 10 in place of powers of ten."""
-    for scale in (axis.xaxis, axis.yaxis):
-        scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    """1, 2, 3, 5, 10 in place of powers of ten; some more of them for the errors, which span less."""
+    for scale, subs in ((axis.xaxis, (1.0, 2.0, 3.0, 5.0)), (axis.yaxis, (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0))):
+        scale.set_major_locator(LogLocator(subs=subs))
         scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         scale.set_minor_formatter(NullFormatter())
 
