@@ -23,7 +23,7 @@ from lightning_sparse.select import left_out
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
 
-_SHORTEST = 50  # optimiser steps in which an ascent can find lam
+_SHORTEST = 20  # optimiser steps in which an ascent can find lam
 
 
 def check_penalty(given: Any, needs_separable: bool, form: str) -> Penalty:
@@ -75,7 +75,7 @@ def ascent(penalty: Penalty, schedule: Schedule, target: float | None) -> Ascent
     if not penalty.separable:
         raise ValueError(f"target_sparsity works through lam, which does not decide the zeros of {penalty!r}; set its own share instead")
     if not isinstance(schedule, Constant):
-        raise ValueError(f"target_sparsity finds lam itself: give lam as the number to start from, or leave it out, got {schedule!r}")
+        raise ValueError(f"target_sparsity finds lam itself: give the number to start from, or none (null in a recipe), got {schedule!r}")
     return Ascent(target, schedule.lam)
 
 

@@ -120,7 +120,7 @@ REFUSED = {
     "top-k": (lambda: AdaptiveMask(mask_rules.TopK(0.1), target_sparsity=0.9), "does not decide the zeros of TopK"),
     "all of them": (lambda: ReweightedPenalty(LOG_SUM, target_sparsity=1.0), "target_sparsity must lie in"),
     "only shrinks": (lambda: ReweightedPenalty(penalties.Ridge(1.0), target_sparsity=0.9), "only shrinks"),
-    "too short": (lambda: ReweightedPenalty(LOG_SUM, target_sparsity=0.9), "at least 50 optimiser steps before .* frozen, got 6 of 8"),
+    "too short": (lambda: ReweightedPenalty(LOG_SUM, target_sparsity=0.9), "at least 20 optimiser steps before .* frozen, got 6 of 8"),
 }
 
 
