@@ -41,4 +41,5 @@ def _line(callback: Sparsifier, cli: CheckCLI, overlay: bool) -> str:
     size = f"{len(chosen)} parameters, {sum(p.numel() for p in chosen.values())} weights"
     shape = f"; {duality.fine_print(callback.penalty)}" if callback.penalty.separable else ""
     where = "no model of its own, tried on a stand-in" if overlay else size
-    return f"{type(callback).__name__} with {callback.given}, lam {callback.lam:g}: {where}{shape}"
+    aim = "" if callback.target_sparsity is None else f", rising from there until {callback.target_sparsity:.4g} of the weights are zero"
+    return f"{type(callback).__name__} with {callback.given}, lam {callback.lam:g}{aim}: {where}{shape}"
