@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach, duality, proximal, shards
 from lightning_sparse._clipping import Clipping
-from lightning_sparse.callbacks import _refusals, _report
+from lightning_sparse.callbacks import _refusals, _report, _strengths
 from lightning_sparse.callbacks._averages import Averages
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule, as_schedule
@@ -57,10 +57,10 @@ class Form(Callback):
     ) -> None:
         self.given = penalty
         self.penalty = _refusals.check_penalty(penalty, self.needs_separable, type(self).__name__)
-        self.schedule = as_schedule(_refusals.strength(penalty, lam, target_sparsity))
+        self.schedule = as_schedule(_strengths.strength(penalty, lam, target_sparsity))
         self.select = _refusals.check_patterns(select)
         self.tol = _checks.between("tol", tol, 0, 1)
-        self.target_sparsity, self.ascent = target_sparsity, _refusals.ascent(self.penalty, self.schedule, target_sparsity)
+        self.target_sparsity, self.ascent = target_sparsity, _strengths.ascent(self.penalty, self.schedule, target_sparsity)
         self.freeze = _checks.between("freeze", freeze, 0, 1, closed="l") or (0.0 if self.ascent is None else FINE_TUNED)
         self.threshold = None if threshold is None else _checks.between("threshold", threshold, 0, float("inf"), closed="l")
         self.gap_samples = int(_checks.between("gap_samples", gap_samples, 0, 1e6, closed="l"))

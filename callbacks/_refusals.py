@@ -14,16 +14,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_sparse import _checks, duality, shards
-from lightning_sparse.ascent import NEAR, START, Ascent
 from lightning_sparse.callbacks._averages import extra_epochs, is_a
 from lightning_sparse.duality import MaskRule, Penalty
-from lightning_sparse.schedules import Constant, Schedule
+from lightning_sparse.schedules import Constant
 from lightning_sparse.select import left_out
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
-
-_SHORTEST = 20  # optimiser steps in which an ascent can find lam
 
 
 def check_penalty(given: Any, needs_separable: bool, form: str) -> Penalty:
@@ -46,53 +43,6 @@ def check_dual(penalty: Penalty, form: str) -> None:
         return
     why = "is flat" if bool(torch.isfinite(value).all()) else f"is infinite from eta = {float(eta[~torch.isfinite(value)][0]):.3g} on"
     raise ValueError(f"{form} learns eta by descent on the dual f, but f of {penalty!r} {why}; use ReweightedPenalty or AdaptiveProx")
-
-
-def strength(given: Penalty | MaskRule, lam: float | Schedule | None, target: float | None) -> float | Schedule:
-    """``lam``, or a mask rule's own, or where an ascent to ``target`` starts."""
-    if lam is not None:
-        return lam
-    if isinstance(given, MaskRule):
-        return given.lam
-    if target is not None:
-        return START
-    raise ValueError(
-        f"lam is required with a penalty: {given!r} knows no strength; for example lam=1e-3, or target_sparsity=0.95 to find it"
-    )
-
-
-def given(name: str, lam: float | Schedule | None, target: float | None) -> float | Schedule:
-    """``lam``, or where an ascent to ``target`` starts; TypeError, naming the argument, where there is neither."""
-    if lam is None and target is None:
-        raise TypeError(f"{name} is required; or give target_sparsity, such as target_sparsity=0.95, which finds it")
-    return START if lam is None else lam
-
-
-def ascent(penalty: Penalty, schedule: Schedule, target: float | None) -> Ascent | None:
-    """What finds lam for a target share of zeros, None without one; ValueError where lam does not decide the zeros or has a schedule."""
-    if target is None:
-        return None
-    if not penalty.separable:
-        raise ValueError(f"target_sparsity works through lam, which does not decide the zeros of {penalty!r}; set its own share instead")
-    if not isinstance(schedule, Constant):
-        raise ValueError(f"target_sparsity finds lam itself: give the number to start from, or none (null in a recipe), got {schedule!r}")
-    return Ascent(target, schedule.lam)
-
-
-def check_way(callback: Form) -> None:
-    """Before training: a target that the run's length or the zeros it starts with put out of reach."""
-    way = callback.total * (1 - callback.freeze)
-    if callback.ascent is not None and way < _SHORTEST:
-        raise ValueError(
-            f"target_sparsity={callback.ascent.target:g} needs at least {_SHORTEST} optimiser steps before the support is frozen, "
-            f"got {way:.0f} of {callback.total:.0f} with freeze={callback.freeze:g}; train longer, or lower freeze"
-        )
-    held = callback.share_of_zeros() if callback.ascent is not None and callback.keep_zeros else 0.0
-    if callback.ascent is not None and held > callback.ascent.target + NEAR:
-        raise ValueError(
-            f"target_sparsity={callback.ascent.target:g} is out of reach: {held:.2%} of the selected weights are zero already and "
-            "keep_zeros=True keeps them so; raise the target, or set keep_zeros=False"
-        )
 
 
 def check_patterns(select: Any) -> list[str] | None:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_sparse import attach
-from lightning_sparse.callbacks import _averages, _faults, _joining, _ranks, _refusals, _report
+from lightning_sparse.callbacks import _averages, _faults, _joining, _ranks, _refusals, _report, _strengths
 from lightning_sparse.callbacks._shown import Shown
 
 
@@ -98,7 +98,7 @@ class Sparsifier(Shown):
         """The run's length; asked for earlier, the Trainer would forget where a stateful loader stood in its epoch."""
         self._whole = _refusals.total_steps(self, trainer)
         self._begin_at(self._offset)
-        _refusals.check_way(self)
+        _strengths.check_way(self)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0 or _joining.signature(self, trainer) != self._seen:

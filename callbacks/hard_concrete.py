@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import _checks, attach, duality, penalties
-from lightning_sparse.callbacks import _refusals
+from lightning_sparse.callbacks import _strengths
 from lightning_sparse.callbacks._learned import rate
 from lightning_sparse.callbacks._learned_noise import LearnedNoise
 from lightning_sparse.gates import Gate
@@ -50,7 +50,7 @@ class HardConcrete(LearnedNoise):
         learned_lr: float | None = None,
         log_start: float = 2.0,
     ) -> None:
-        schedule = as_schedule(_refusals.given("lam", lam, target_sparsity))
+        schedule = as_schedule(_strengths.given("lam", lam, target_sparsity))
         penalty = penalties.Scaled(penalties.HardConcrete(beta, gamma, zeta), math.sqrt(schedule.lam))
         super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)
         self.gate = Gate(beta, gamma, zeta)

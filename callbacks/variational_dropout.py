@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach, penalties
-from lightning_sparse.callbacks import _refusals
+from lightning_sparse.callbacks import _strengths
 from lightning_sparse.callbacks._learned import rate
 from lightning_sparse.callbacks._learned_noise import LearnedNoise
 from lightning_sparse.learned_noise import Additive, Multiplicative
@@ -55,7 +55,7 @@ class VariationalDropout(LearnedNoise):
         learned_lr: float | None = None,
         log_start: float = -5.0,
     ) -> None:
-        schedule = as_schedule(_refusals.given("kl_weight", kl_weight, target_sparsity))
+        schedule = as_schedule(_strengths.given("kl_weight", kl_weight, target_sparsity))
         self.divergence = penalties.VariationalDropout(prior)
         penalty = penalties.Scaled(self.divergence, math.sqrt(schedule.lam))
         super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)

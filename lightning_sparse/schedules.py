@@ -14,7 +14,7 @@ class Schedule(ABC):
     lam: float  # the value that the schedule ends at
 
     @abstractmethod
-    def __call__(self, step: int, total: int | float) -> float:
+    def __call__(self, step: float, total: float) -> float:
         """lam >= 0 after ``step`` optimiser steps of ``total``, which is inf in a run without an end."""
 
 
@@ -27,7 +27,7 @@ class Constant(Schedule):
     def __post_init__(self) -> None:
         _checks.positive("lam", self.lam)
 
-    def __call__(self, step: int, total: int | float) -> float:
+    def __call__(self, step: float, total: float) -> float:
         return self.lam
 
 
@@ -42,7 +42,7 @@ class LinearWarmup(Schedule):
         _checks.positive("lam", self.lam)
         _checks.between("share", self.share, 0, 1, closed="r")
 
-    def __call__(self, step: int, total: int | float) -> float:
+    def __call__(self, step: float, total: float) -> float:
         return self.lam * min(1.0, step / (self.share * (total or 1)))
 
 
@@ -65,7 +65,7 @@ class Cubic(Schedule):
         _checks.between("end", self.end, self.begin, 1, closed="r")
         _checks.between("start", self.start, 0, self.lam, closed="l")
 
-    def __call__(self, step: int, total: int | float) -> float:
+    def __call__(self, step: float, total: float) -> float:
         t = (step / (total or 1) - self.begin) / (self.end - self.begin)
         return self.lam - (self.lam - self.start) * (1 - min(max(t, 0.0), 1.0)) ** 3  # exactly lam at t = 1
 
