@@ -1,9 +1,9 @@
 """Two slips of the paper's published runs, switched on: for `lightning-sparse reproduce --rows`, not for use.
 
 The published eta-Trick minimised a dual of LogSum whose second term was doubled by a parenthesis, plus 1e-3 times the sum of
-log(eta / lam). That sum is taken here as part of what lam multiplies: the run then follows the published one, dense for two
-dozen epochs, then a cliff, at the published errors. Outside of it (``--sparsify.extra 1e-3``) it outweighs the loss and all
-but a few weights vanish. The published AdaProx took its proximal step on the validation batches, too. Run in this folder, so
+log(eta / lam). That sum is taken here as part of what lam multiplies: the run then has the published one's errors, and is dense
+for two dozen epochs before its cliff, as that was; its end is sparser. Outside of lam (``--sparsify.extra 1e-3``) the sum
+outweighs the loss and all but a few weights vanish. The published AdaProx took its proximal step on the validation batches, too. Run in this folder, so
 that the recipes find these classes: see docs/methods.md for the command and what came out.
 """
 
