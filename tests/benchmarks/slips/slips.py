@@ -3,8 +3,8 @@
 The published eta-Trick minimised a dual of LogSum whose second term was doubled by a parenthesis, plus 1e-3 times the sum of
 log(eta / lam). That sum is taken here as part of what lam multiplies: the run then has the published one's errors, and is dense
 for two dozen epochs before its cliff, as that was; its end is sparser. Outside of lam (``--sparsify.extra 1e-3``) the sum
-outweighs the loss and all but a few weights vanish. The published AdaProx took its proximal step on the validation batches, too. Run in this folder, so
-that the recipes find these classes: see docs/methods.md for the command and what came out.
+outweighs the loss and all but a few weights vanish. The published AdaProx took its proximal step on the validation batches,
+too. Run in this folder, so that the recipes find these classes: see docs/methods.md for the command and what came out.
 """
 
 from __future__ import annotations
