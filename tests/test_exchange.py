@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import QUIET
 
 from lightning_sparse.cli import main, recipes
@@ -154,6 +155,7 @@ def test_a_switched_run_is_the_mask_form_and_then_the_penalty_form(tmp_path: Pat
     whole, plain = (Job("digits", 0, 4, tmp_path / name, words) for name, words in (("mask", mask), ("penalty", other)))
     switched = Switched("digits", 0, 4, tmp_path / "switched", other, first=mask, switch=2)
     found = [switch.train(job) for job in (whole, plain, switched)]
+    assert float(torch.full((4,), 1e-40).mul(1.0).sum()) > 0  # no setting of this process was changed
     lines = [[{**line, "seconds": 0.0} for line in runs.read(job.trajectory)] for job in (whole, plain, switched)]
     assert [line["epoch"] for line in lines[2]] == [1, 2, 3, 4]
     assert lines[2][:2] == lines[0][:2]

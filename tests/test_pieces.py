@@ -171,7 +171,7 @@ GARBAGE = st.recursive(
     max_leaves=4,
 )
 STATE = {"step": 3, "offset": 0, "frozen": False, "taken": {"w": torch.ones(2)}, "seed": 1, "draws": 2}
-ENTRIES = [*STATE, "begun", "averaged", "held", "recipe", "curvature"]
+ENTRIES = [*STATE, "begun", "averaged", "held", "recipe", "curvature", "ascent"]
 
 
 @quick

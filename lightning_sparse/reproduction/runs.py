@@ -145,7 +145,6 @@ def train(job: Job) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(job.result.read_text())
         return found
     job.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_flush_denormal(True)  # weights and moments that decay to denormals slow a CPU down many times
     with (job.folder / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         front: SparseCLI = launch(type("Front", (_Front,), {"job": job}), ["fit", *_words(job)])
     if front.result is None:
