@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
+from threading import Thread
 from typing import Any
 
 import torch
@@ -40,6 +42,15 @@ def run(jobs: Sequence[Job], at_once: int, work: Callable[[Any], dict[str, Any]]
 def _begin() -> None:
     """In each of the processes, and in none but them: weights and moments that decay to denormals slow a CPU down many times."""
     torch.set_flush_denormal(True)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A command that is killed ends nothing by itself: its runs would go on, and write beside those of the next command."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _watch(running: Running) -> None:
