@@ -122,16 +122,18 @@ class Learned(Sparsifier):
         """The mean over the ranks: no strategy knows of these parameters."""
         for name, parameter, _ in self._owned(optimizer):
             if trainer.world_size > 1 and parameter.grad is not None:  # the same weights on every rank
-                self.descend(name, torch.zeros_like(self.learned[name]), 0.0)
-                self.learned[name].grad = trainer.strategy.reduce(self.learned[name].grad, reduce_op="mean")
+                self.learned[name].grad = trainer.strategy.reduce(self.grad_of(name), reduce_op="mean")
+
+    def grad_of(self, name: str) -> Tensor:
+        """The gradient of a learned parameter, zeros at first."""
+        parameter = self.learned[name]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
 
     def descend(self, name: str, slope: Tensor, strength: float) -> None:
         """Add ``strength * slope`` to the gradient of a learned parameter."""
-        parameter = self.learned[name]
-        if parameter.grad is None:
-            parameter.grad = (slope * strength).to(parameter.dtype)
-        else:
-            parameter.grad.add_(slope, alpha=strength)
+        self.grad_of(name).add_(slope, alpha=strength)
 
     # -- state ------------------------------------------------------------------------------------------------------------
 

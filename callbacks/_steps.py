@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_sparse import shards
+from lightning_sparse._pieces import pieces
+from lightning_sparse.duality import Penalty
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks.base import Sparsifier
@@ -17,6 +23,12 @@ def scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     return float(scaler.get_scale())
+
+
+def parts(penalty: Penalty, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The parts of ``tensors`` that this process holds, piece by piece where a weight's penalty does not depend on the others."""
+    held = [shards.local(tensor.detach()) for tensor in tensors]
+    return pieces(*held) if penalty.separable else [tuple(held)]
 
 
 def check_hooked(callback: Sparsifier, optimizer: torch.optim.Optimizer) -> None:

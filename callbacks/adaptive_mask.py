@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_sparse import _checks, attach
+from lightning_sparse import _checks, attach, duality
+from lightning_sparse._pieces import mapped
 from lightning_sparse.callbacks._noisy import Noisy
 from lightning_sparse.curvature import Curvature, EmpiricalFisher, calibrated
 from lightning_sparse.duality import MaskRule, Penalty
@@ -73,17 +74,28 @@ class AdaptiveMask(Noisy):
 
     def eta(self, name: str, w: Tensor) -> Tensor:
         """eta_hat(w), times H_jj where curvature calibrates: infinite (no noise, no zero) before its first estimate."""
-        eta = super().eta(name, w)
-        if self.curvature is None or not self.penalty.separable:  # a rule without a penalty acts as it is written
-            return eta
-        estimate = self.curvature.estimate(name)
-        return torch.full_like(eta, torch.inf) if estimate is None else calibrated(eta, estimate.to(eta), self.lam, self.ceiling)
+        return self._of_eta(name, w, lambda eta: eta)
 
-    def _noisy_alpha(self, name: str) -> Tensor:
+    def _of_eta(self, name: str, w: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function`` of :meth:`eta`, element by element."""
+        if not self.penalty.separable:  # a rule without a penalty acts as it is written
+            return function(self.penalty.eta_hat(w))
+        if self.curvature is None:
+            return mapped(lambda w: function(self.penalty.eta_hat(w)), w)
+        estimate = self.curvature.estimate(name)
+        if estimate is None:
+            return function(torch.full_like(w, torch.inf))
+        return mapped(lambda w, h: function(calibrated(self.penalty.eta_hat(w), h.to(w), self.lam, self.ceiling)), w, estimate)
+
+    def _noisy_alpha(self, name: str, w: Tensor) -> Tensor:
         """alpha bounded from below, but for a rule that drops a weight for good (top-k), which keeps its 0."""
-        alpha = self.keep_probability(name)
-        bounded = alpha.clamp(min=self.alpha_min)
-        return bounded if self.penalty.separable else bounded.masked_fill(alpha == 0, 0.0)
+        if self.lam == 0:
+            return torch.ones_like(w)
+        alpha = self._of_eta(name, w, self._bounded)
+        return alpha if self.penalty.separable else alpha.masked_fill(self.eta(name, w) == 0, 0.0)
+
+    def _bounded(self, eta: Tensor) -> Tensor:
+        return duality.keep_probability(eta, self.lam).clamp_(min=self.alpha_min)
 
     # -- life cycle -------------------------------------------------------------------------------------------------------
 
@@ -110,21 +122,13 @@ class AdaptiveMask(Noisy):
             self.curvature.generator = self._stream(-1)
 
     def prepare_outputs(self, name: str) -> None:
-        self._spread[name] = bounded_variance(self.eta(name, self._live(name)), self.lam, self.alpha_min)
+        self._spread[name] = self._of_eta(name, self._live(name), lambda eta: bounded_variance(eta, self.lam, self.alpha_min))
 
     def draw_outputs(self, name: str, layer: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
         return output_noise(layer, x, self._spread[name], generator)
 
     def draw_weights(self, name: str, attachment: attach.Attachment, generator: torch.Generator) -> None:
-        alpha = self._noisy_alpha(name)
-        pattern = self.noise.pattern(alpha, generator)
-        again = None if self._manual else partial(self._again, name, pattern)  # there several backwards may come
-        attachment.multiply(name, self.noise.mask(pattern, alpha), again)
-
-    @torch.no_grad()
-    def _again(self, name: str, pattern: Tensor) -> Tensor:
-        """The mask of this batch once more, from the live weights: alpha has not changed since it was drawn."""
-        return pattern if pattern.dtype != torch.bool else self.noise.mask(pattern, self._noisy_alpha(name))
+        attachment.multiply(name, self.noise.sample(self._noisy_alpha(name, self._live(name)), generator))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         super().on_before_backward(trainer, pl_module, loss)

@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sparse import _rates, proximal, shards
+from lightning_sparse import _rates, proximal
+from lightning_sparse.callbacks import _steps
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule
@@ -67,6 +68,8 @@ class AdaptiveProx(Sparsifier):
         step = proximal.exact_step if self.exact else proximal.reweighted_step
         for _, parameter, group in self._owned(optimizer):
             if parameter.grad is not None:
-                rho = _rates.gain(group) * proximal.step_size(optimizer, parameter, group, self.metric)
-                w = shards.local(parameter.detach())
-                w.copy_(step(self.penalty, w, rho, lam))
+                state = optimizer.state.get(parameter, {})
+                moments = _rates.moments(state, parameter)
+                for w, *held in _steps.parts(self.penalty, parameter, *moments.values()):
+                    rho = proximal.rate(state | dict(zip(moments, held, strict=True)), group, self.metric)
+                    w.copy_(step(self.penalty, w, _rates.gain(group) * rho, lam))

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_sparse import _checks, duality
+from lightning_sparse._pieces import pieces
 from lightning_sparse.callbacks import _refusals, _steps
 from lightning_sparse.callbacks._learned import Learned, rate
 from lightning_sparse.duality import MaskRule, Penalty
@@ -69,9 +70,13 @@ class EtaTrick(Learned):
         for name, parameter, group in self._owned(optimizer):
             if parameter.grad is not None:
                 sign = -1 if group.get("maximize") else 1
-                in_w, in_log_eta = duality.joint_slopes(self.penalty, self._live(name), self.learned[name].detach())
-                parameter.grad.add_(in_w, alpha=sign * strength)
-                self.descend(name, in_log_eta, sign * strength)
+                self._pay(name, parameter.grad, sign * strength)
+
+    def _pay(self, name: str, grad: Tensor, strength: float) -> None:
+        for w, log_eta, in_w, in_log_eta in pieces(self._live(name), self.learned[name].detach(), grad, self.grad_of(name)):
+            slopes = duality.joint_slopes(self.penalty, w, log_eta)
+            in_w.add_(slopes[0], alpha=strength)
+            in_log_eta.add_(slopes[1], alpha=strength)
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         _steps.check_hooked(self, optimizer)

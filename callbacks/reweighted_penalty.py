@@ -6,7 +6,6 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_sparse import shards
 from lightning_sparse.callbacks import _steps
 from lightning_sparse.callbacks.base import Sparsifier
 
@@ -23,8 +22,8 @@ class ReweightedPenalty(Sparsifier):
         for name, parameter, group in self._owned(optimizer):
             if parameter.grad is not None:
                 sign = -1 if group.get("maximize") else 1
-                slope = self.slope(shards.local(self._live(name)))
-                shards.local(parameter.grad.detach()).add_(slope, alpha=sign * strength)
+                for w, grad in _steps.parts(self.penalty, self._live(name), parameter.grad):
+                    grad.add_(self.slope(w), alpha=sign * strength)
 
     def slope(self, w: Tensor) -> Tensor:
         """What ``lam`` multiplies, of the weights that this process holds."""

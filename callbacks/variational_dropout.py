@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach, penalties
+from lightning_sparse._pieces import pieces
 from lightning_sparse.callbacks import _strengths
 from lightning_sparse.callbacks._learned import rate
 from lightning_sparse.callbacks._learned_noise import LearnedNoise
@@ -98,7 +99,9 @@ class VariationalDropout(LearnedNoise):
         self.descend(name, grad * self.kind.slope(self.parameters[name].detach() - self._live(name)), 1.0)
 
     def pay(self, name: str, parameter: Tensor, strength: float) -> None:
-        in_w, in_learned = self.kind.divergence(self.divergence, self._live(name), self.learned[name].detach())
-        if in_w is not None:
-            parameter.grad.add_(in_w, alpha=strength)  # type: ignore[union-attr]
-        self.descend(name, in_learned, strength)
+        places = self._live(name), self.learned[name].detach(), parameter.grad, self.grad_of(name)
+        for w, theta, in_w, in_theta in pieces(*places):  # type: ignore[arg-type]
+            slopes = self.kind.divergence(self.divergence, w, theta)
+            if slopes[0] is not None:
+                in_w.add_(slopes[0], alpha=strength)
+            in_theta.add_(slopes[1], alpha=strength)

@@ -105,7 +105,10 @@ class Curvature(ABC):
 
     def estimate(self, name: str) -> Tensor | None:
         """H_jj >= 0 of a parameter, None before the first update."""
-        return self.mean[name] / self.weight[name] if name in self.mean else None
+        if name not in self.mean:
+            return None
+        mean, weight = self.mean[name], self.weight[name]
+        return mean if weight == 1 else mean / weight  # which it soon is, to all digits: no pass over the weights then
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that continue the estimate exactly."""

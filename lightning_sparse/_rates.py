@@ -22,7 +22,7 @@ def adaptive(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | Non
     if "exp_avg_sq" in parts:
         moment = parts.get("max_exp_avg_sq", parts["exp_avg_sq"])  # amsgrad divides by the maximum
         correction = 1 - group["betas"][1] ** float(state["step"])
-        rate = lr / ((moment / correction).sqrt() + group["eps"])
+        rate = (moment / correction).sqrt_().add_(group["eps"]).reciprocal_().mul_(lr)
     elif "acc_delta" in parts:
         rate = lr * ((parts["acc_delta"] + group["eps"]) / (parts["square_avg"] + group["eps"])).sqrt()
     elif "square_avg" in parts:
@@ -33,6 +33,11 @@ def adaptive(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | Non
     elif "exp_inf" in parts:
         rate = lr / parts["exp_inf"]
     return rate
+
+
+def moments(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+    """Of an optimiser's state, what it keeps for each weight."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() and value.shape == parameter.shape}
 
 
 def gain(group: Mapping[str, Any]) -> float:

@@ -69,13 +69,9 @@ class Attachment:
         self.parameters[name].data.copy_(value)
 
     @torch.no_grad()
-    def multiply(self, name: str, mask: Tensor, again: Callable[[], Tensor] | None = None) -> None:
-        """Put ``live * mask`` into the parameter's data and ``mask`` before its gradient, until :meth:`restore`.
-
-        ``again()`` makes the mask anew for the gradient, where that takes less memory than to keep it.
-        """
-        make = again or (lambda: mask)
-        self._keep(name, lambda grad: grad * make())
+    def multiply(self, name: str, mask: Tensor) -> None:
+        """Put ``live * mask`` into the parameter's data and ``mask`` before its gradient, until :meth:`restore`."""
+        self._keep(name, lambda grad: grad * mask)
         self.parameters[name].data.mul_(mask)
 
     def _keep(self, name: str, backward: Callable[[Tensor], Tensor] | None) -> None:

@@ -201,9 +201,9 @@ def magnitude(penalty: Penalty, eta: Tensor) -> Tensor:
 
 def joint_slopes(penalty: Penalty, w: Tensor, log_eta: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of (w^2 / eta + f(eta)) / 2, elementwise, in w and in log eta: the eta-trick as a joint descent."""
-    eta = log_eta.clamp(-69, 69).exp()  # 1e-30 to 1e30
+    eta = log_eta.clamp(-69, 69).exp_()  # 1e-30 to 1e30
     in_w = w / eta
-    return in_w, (eta * penalty.dual_slope(eta) - in_w * w) / 2
+    return in_w, penalty.dual_slope(eta).mul(eta).sub_(in_w * w).div_(2)
 
 
 def __getattr__(name: str) -> Any:

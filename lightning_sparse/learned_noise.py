@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import noise
+from lightning_sparse._pieces import mapped
 from lightning_sparse.duality import Penalty
 
 _WIDEST = 69.0  # logarithms of variances are cut off there: 1e-30 to 1e30
@@ -84,11 +85,11 @@ class _Exp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, factor: float) -> Tensor:
-        ctx.factor, value = factor, _exp(theta, factor)
+        ctx.factor, value = factor, mapped(lambda theta: _exp(theta, factor), theta)
         ctx.save_for_backward(value)
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (value,) = ctx.saved_tensors
-        return (grads[0] * value).mul_(ctx.factor), None
+        return mapped(lambda grad, value: (grad * value).mul_(ctx.factor), grads[0], value), None

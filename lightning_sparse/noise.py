@@ -12,6 +12,8 @@ from numpy.random import SFC64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_sparse._pieces import mapped
+
 
 class Noise(ABC):
     """Draws multiplicative masks s, same shape and dtype as alpha, independent of each other."""
@@ -22,14 +24,6 @@ class Noise(ABC):
     def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A mask with E s = 1 and Var s = (1 - alpha) / alpha, zero where alpha is zero."""
 
-    def pattern(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What to keep of a draw until the backward pass, from which :meth:`mask` makes it again: here the mask itself."""
-        return self.sample(alpha, generator)
-
-    def mask(self, pattern: Tensor, alpha: Tensor) -> Tensor:
-        """The mask of a :meth:`pattern` and the alpha that it was drawn with."""
-        return pattern
-
 
 @dataclass(frozen=True)
 class ScaledBernoulli(Noise):
@@ -39,24 +33,18 @@ class ScaledBernoulli(Noise):
     """
 
     def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self.mask(self.pattern(alpha, generator), alpha)
-
-    def pattern(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Which weights are kept, one byte each."""
-        draw = words(alpha.numel(), alpha.device, generator).view(alpha.shape)
-        return (draw >= _levels(alpha).sub_(_LEVELS // 2)).logical_not_()  # NaN stays NaN
-
-    def mask(self, pattern: Tensor, alpha: Tensor) -> Tensor:
-        return _levels(alpha).reciprocal_().mul_(_LEVELS).where(pattern, 0.0).to(alpha.dtype)
+        return mapped(_scaled_bernoulli, alpha, words(alpha.numel(), alpha.device, generator).view(alpha.shape))
 
 
 _LEVELS = 65536  # keep probabilities are drawn in steps of 1 / 65536; the mask divides by the one drawn with, so its mean is 1
 
 
-def _levels(alpha: Tensor) -> Tensor:
-    """alpha in steps of 1 / _LEVELS, at least one where it is not 0."""
+def _scaled_bernoulli(alpha: Tensor, draw: Tensor) -> Tensor:
+    """1/alpha where the word ``draw`` is among the alpha * _LEVELS lowest, else 0; by arithmetic, since a select costs far more."""
     wide = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
-    return (wide * _LEVELS).ceil_()
+    levels = (wide * _LEVELS).ceil_()  # at least one where alpha is not 0
+    kept = (levels - draw.to(levels.dtype)).clamp_(_LEVELS // 2, _LEVELS // 2 + 1).sub_(_LEVELS // 2)  # 1 or 0; NaN stays NaN
+    return kept.mul_(_LEVELS).div_(levels.clamp_(min=1)).to(alpha.dtype)
 
 
 def words(count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -79,9 +67,11 @@ class Gaussian(Noise):
     local: bool = False
 
     def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        draw = torch.empty_like(alpha).normal_(generator=generator)
-        mask = 1 + draw * variance(alpha).sqrt()
-        return mask.masked_fill(alpha == 0, 0.0)
+        return mapped(_gaussian, alpha, torch.empty_like(alpha).normal_(generator=generator))
+
+
+def _gaussian(alpha: Tensor, draw: Tensor) -> Tensor:
+    return (1 + draw * variance(alpha).sqrt_()).masked_fill_(alpha == 0, 0.0)
 
 
 def variance(alpha: Tensor) -> Tensor:
@@ -99,7 +89,22 @@ def output_noise(layer: Any, x: Tensor, spread: Tensor, generator: torch.Generat
 
     ``spread`` is Var s of each weight's mask; the gradient flows through W, x and, where it asks for one, ``spread``.
     """
-    return additive_output_noise(layer, x, layer.weight * layer.weight * spread, generator)
+    return additive_output_noise(layer, x, _Spread.apply(layer.weight, spread), generator)
+
+
+class _Spread(torch.autograd.Function):
+    """w^2 times ``spread``, and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, spread: Tensor) -> Tensor:
+        ctx.save_for_backward(w, spread)
+        return mapped(lambda w, spread: (w * w).mul_(spread), w, spread)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        w, spread = ctx.saved_tensors
+        in_spread = mapped(lambda w, grad: (w * w).mul_(grad), w, grads[0]) if ctx.needs_input_grad[1] else None
+        return mapped(lambda w, spread, grad: (w * spread).mul_(grad).mul_(2), w, spread, grads[0]), in_spread
 
 
 def additive_output_noise(layer: Any, x: Tensor, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,9 +17,13 @@ def step_size(optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[s
 
     ``metric`` is "plain" (the learning rate), "adam" (lr / (sqrt(v_hat_j) + eps)), or "auto": the optimiser's own.
     """
-    state = optimizer.state.get(parameter, {})
+    return rate(optimizer.state.get(parameter, {}), group, metric)
+
+
+def rate(state: Mapping[str, Any], group: dict[str, Any], metric: str) -> Tensor | float:
+    """The same from the optimiser's ``state`` of a parameter, or of some of its weights."""
     if metric == "adam" and "exp_avg_sq" not in state:
-        raise ValueError(f"metric='adam' needs second moments, which {type(optimizer).__name__} does not keep; use metric='plain'")
+        raise ValueError("metric='adam' needs second moments, which this optimizer does not keep; use metric='plain'")
     own = None if metric == "plain" else _rates.adaptive(state, group)
     return float(group["lr"]) if own is None else own
 

@@ -34,7 +34,7 @@ class LogSum(Penalty):
         return size * (size + self.eps)
 
     def gradient(self, w: Tensor) -> Tensor:
-        return w.sign() / (w.abs() + self.eps)
+        return w.sign() / w.abs().add_(self.eps)
 
     def dual(self, eta: Tensor) -> Tensor:
         w = eta * self._ratio(eta)
@@ -46,14 +46,13 @@ class LogSum(Penalty):
 
     def _ratio(self, eta: Tensor) -> Tensor:
         """w / eta at the maximiser, w (w + eps) = eta; in this form it neither cancels near 0 nor overflows."""
-        return 1 / ((eta + self.eps**2 / 4).sqrt() + self.eps / 2)
+        return ((eta + self.eps**2 / 4).sqrt_() + self.eps / 2).reciprocal_()
 
     def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
         size, lam = w.abs(), torch.as_tensor(step, dtype=w.dtype, device=w.device)
         # stationary points solve (size - x)(x + eps) = step; the larger root is the local minimum
         reach = size + self.eps
-        root = (reach * reach - 4 * lam).clamp(min=0).sqrt()
-        x = (size - 2 * lam / (reach + root)).clamp(min=0)
-        none = reach * reach < 4 * lam
-        zero = none | numeric.farther(x, size, lam * self.omega(x))
-        return x.masked_fill(zero, 0.0) * w.sign()  # NaN stays NaN
+        square = reach * reach
+        x = (size - 2 * lam / (reach + (square - 4 * lam).clamp_(min=0).sqrt_())).clamp_(min=0)
+        zero = (square < 4 * lam) | numeric.farther(x, size, lam * self.omega(x))
+        return x * numeric.outside(zero) * w.sign()  # NaN stays NaN

@@ -20,8 +20,8 @@ def bernoulli(**options):
 HELD = {
     "penalty": (penalty, 0, 0),
     "prox": (prox, 0, 0),
-    "Bernoulli": (bernoulli(curvature=None), 0, 5),
-    "Bernoulli, with curvature": (bernoulli(), 4, 9),
+    "Bernoulli": (bernoulli(curvature=None), 0, 8),
+    "Bernoulli, with curvature": (bernoulli(), 4, 12),
 }
 
 

@@ -1,0 +1,54 @@
+"""Elementwise work piece by piece: what one step of it leaves in a core's cache, the next one finds there.
+
+An operation after another over a whole tensor reads and writes all of it each time; on a CPU that costs several times the
+arithmetic, and every intermediate result is as large as the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+SIZE = 1 << 16  # elements for each thread: three float32 operands of that size fit a core's second-level cache
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, cut alike into views of their elements in memory order; writing to a view writes to its tensor.
+
+    They come whole, in one piece, where they are small, on an accelerator (which has its own way with memory), or do not
+    lie in memory alike.
+    """
+    size = SIZE * torch.get_num_threads()
+    if tensors[0].numel() <= size or not _alike(tensors):
+        yield tensors
+    else:
+        yield from zip(*(_flat(tensor).split(size) for tensor in tensors), strict=True)
+
+
+def _alike(tensors: tuple[Tensor, ...]) -> bool:
+    """All dense on the CPU, without gaps, in one order of elements."""
+    first = tensors[0]
+    if any(tensor.device.type != "cpu" or tensor.layout != torch.strided for tensor in tensors):
+        return False
+    same = all(tensor.shape == first.shape and tensor.stride() == first.stride() for tensor in tensors)
+    return same and bool(torch.ops.aten.is_non_overlapping_and_dense(first))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def mapped(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function``, which works element by element, of the tensors, piece by piece; in memory as the first of them is."""
+    cut = list(pieces(*tensors))
+    if len(cut) == 1:
+        return function(*tensors)
+    first = function(*cut[0])
+    result = torch.empty_like(tensors[0], dtype=first.dtype)
+    targets = _flat(result).split(len(first))
+    targets[0].copy_(first)
+    for target, part in zip(targets[1:], cut[1:], strict=True):
+        target.copy_(function(*part))
+    return result

@@ -1,0 +1,66 @@
+"""Arms run in turn, round after round, as ratios to a base of the same round; the base runs twice (A/A)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+AGAIN = "A/A"  # the base once more
+Times = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of an arm's value, and median and quartiles of its ratio to the base of the same round; ``goal`` or None."""
+
+    arm: str
+    value: float
+    ratio: float
+    low: float
+    high: float
+    goal: float | None = None
+
+    def met(self, stray: float) -> bool | None:
+        """Whether the ratio, less what the A/A arm strays by itself, is at most the goal; None without a goal."""
+        return None if self.goal is None else self.ratio - stray <= self.goal
+
+
+def measure(arms: Mapping[str, Callable[[], float]], base: str, rounds: int, warm_up: int = 1) -> Times:
+    """Each arm's value, round by round; ``warm_up`` more rounds go first and are left out.
+
+    An arm is called once a round and returns what it took, in a unit of its own choice. Every second round goes backwards,
+    so that a machine that slows down for a while burdens no arm more than another.
+    """
+    order = [base, *(name for name in arms if name != base), AGAIN]
+    calls = {**arms, AGAIN: arms[base]}
+    times: Times = {name: [] for name in order}
+    for turn in range(warm_up + rounds):
+        for name in order if turn % 2 else reversed(order):
+            taken = calls[name]()
+            if turn >= warm_up:
+                times[name].append(taken)
+    return times
+
+
+def ratios(times: Times, base: str, goals: Mapping[str, float] | None = None) -> list[Ratio]:
+    """One line for each arm, in the order of ``times``."""
+    return [_ratio(name, times[name], times[base], (goals or {}).get(name)) for name in times]
+
+
+def _ratio(name: str, values: Sequence[float], base: Sequence[float], goal: float | None) -> Ratio:
+    quotients = [value / other for value, other in zip(values, base, strict=True)]
+    low, middle, high = statistics.quantiles(quotients, n=4) if len(quotients) > 1 else quotients * 3
+    return Ratio(name, statistics.median(values), middle, low, high, goal)
+
+
+def stray(found: Sequence[Ratio]) -> float:
+    """How far the A/A arm's quartiles lie from 1: what a ratio strays here by itself."""
+    again = next(line for line in found if line.arm == AGAIN)
+    return max(again.high - 1, 1 - again.low, 0.0)
+
+
+def lines(found: Sequence[Ratio]) -> list[dict[str, Any]]:
+    """For a JSON file, each with whether its goal is ``met``."""
+    return [asdict(line) | {"met": line.met(stray(found))} for line in found]
