@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import _checks, attach, duality, penalties
+from lightning_sparse._pieces import pieces
 from lightning_sparse.callbacks import _strengths
 from lightning_sparse.callbacks._learned import rate
 from lightning_sparse.callbacks._learned_noise import LearnedNoise
@@ -74,15 +75,20 @@ class HardConcrete(LearnedNoise):
     # -- noise ------------------------------------------------------------------------------------------------------------
 
     def draw_weights(self, name: str, attachment: attach.Attachment, generator: torch.Generator) -> None:
-        mask, slope = self.gate.mask(self.learned[name].detach(), generator)
-        self._slopes[name] = slope.to(self._live(name).dtype)
-        attachment.multiply(name, mask.to(self._live(name).dtype))
+        mask, slope = torch.empty_like(self._live(name)), torch.empty_like(self._live(name))
+        for theta, *targets in pieces(self.learned[name].detach(), mask, slope):
+            for target, drawn in zip(targets, self.gate.mask(theta, generator), strict=True):
+                target.copy_(drawn)
+        self._slopes[name] = slope
+        attachment.multiply(name, mask)
 
     def hear(self, name: str, grad: Tensor) -> None:
-        self.descend(name, grad * self._live(name) * self._slopes[name], 1.0)
+        for into, *factors in pieces(self.grad_of(name), grad, self._live(name), self._slopes[name]):
+            into.add_(factors[0] * factors[1] * factors[2])
 
     def pay(self, name: str, parameter: Tensor, strength: float) -> None:
-        self.descend(name, self.gate.open_slope(self.learned[name].detach()), strength / 2)
+        for into, theta in pieces(self.grad_of(name), self.learned[name].detach()):
+            into.add_(self.gate.open_slope(theta), alpha=strength / 2)
 
     def _end_batch(self) -> None:
         super()._end_batch()

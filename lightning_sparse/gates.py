@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sparse import numeric
+
 LOW, HIGH, NODES = -12.0, 12.0, 4097  # log alpha is kept in that range; alpha of the mask is 4e-6 and 1 at its ends
 
 
@@ -31,7 +33,8 @@ class Gate:
         u = torch.rand(inner.shape, dtype=inner.dtype, device=inner.device, generator=generator).clamp(1e-6, 1 - 1e-6)
         soft = torch.sigmoid((u.logit() + inner) / self.beta)
         stretched = soft * (self.zeta - self.gamma) + self.gamma
-        rise = (soft * (1 - soft)).mul_((self.zeta - self.gamma) / self.beta).masked_fill_((stretched <= 0) | (stretched >= 1), 0.0)
+        inside = numeric.outside((stretched <= 0) | (stretched >= 1))
+        rise = (soft * (1 - soft)).mul_((self.zeta - self.gamma) / self.beta).mul_(inside)
         log_mean, growth = self._look(inner, 0)
         scale = (-log_mean).exp_()
         m = stretched.clamp_(0, 1).mul_(scale)
@@ -59,11 +62,11 @@ class Gate:
         """log E s (row 0) or log of the keep probability (row 1) and its slope in log alpha, linear between nodes."""
         values = _moments(self.beta, self.gamma, self.zeta)[row].to(inner)
         step = (HIGH - LOW) / (NODES - 1)
-        place = (inner - LOW) / step
+        place = ((inner - LOW) / step).reshape(-1)
         cell = place.int().clamp_(0, NODES - 2)
-        start, end = values[cell], values[cell + 1]
-        rise = end - start
-        return start + rise * (place - cell), rise / step
+        start, rise = values.index_select(0, cell), values.diff().index_select(0, cell)
+        value = start.addcmul_(rise, place.sub_(cell))
+        return value.view(inner.shape), rise.div_(step).view(inner.shape)
 
 
 @cache

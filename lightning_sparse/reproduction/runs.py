@@ -99,7 +99,7 @@ class Recorder(Callback):
             "epoch": trainer.current_epoch + 1,
             "nonzero": share_above_tol(trainer),
             "nonzero_file": 1 - float(logged["sparsity/total"]),
-            "val_error": 100 * (1 - float(logged["val/accuracy"])),
+            "val_error": 100 * (1 - float(logged.get("val/accuracy", torch.nan))),  # NaN where a run trains on all images
             "train_loss": float(logged["train/loss"]),
             "seconds": self.before + time.perf_counter() - self.began,
         }

@@ -29,6 +29,7 @@ _VARIANTS: dict[str, dict[str, Words]] = {
     "ceiling": {f"ceiling {value}": ("--sparsify.ceiling", str(value)) for value in (1, 100)},
     "alpha_min": {f"alpha_min {value}": ("--sparsify.alpha_min", value) for value in ("1e-1", "1e-2", "1e-4")},
     "freeze": {f"freeze {value}": ("--sparsify.freeze", str(value)) for value in (0.1, 0.5)},
+    "warm-up": {"lam warmed up over 10 %": ("--sparsify.lam.share", "0.1")},
     "noise": {
         "Bernoulli, on the weights": ("--sparsify.noise", "ScaledBernoulli"),
         "Gaussian, on the weights": ("--sparsify.noise", "Gaussian", "--sparsify.noise.local", "false"),
@@ -36,12 +37,14 @@ _VARIANTS: dict[str, dict[str, Words]] = {
     "samples": {f"EmpiricalFisher of {value} samples": _curvature("EmpiricalFisher", samples=value) for value in (4, 64)},
     "switch": {},
 }
+_OF_BOTH = ("freeze", "warm-up")
 STUDIES = tuple(_VARIANTS)
 ABOUT = {
     "curvature": "the estimate of H (default: EmpiricalFisher, every 10 steps)",
     "ceiling": "the largest lam / H (default 10)",
     "alpha_min": "the smallest keep probability that noise is drawn with (default 1e-3)",
     "freeze": "the last share of training, without noise and with the support frozen (0.25 elsewhere), in both forms",
+    "warm-up": "the share of training over which lam rises (30 % elsewhere), in both forms",
     "noise": "the noise (default: Gaussian, on the outputs)",
     "samples": "samples of a batch that an estimate looks at (default 16), on LeNet-5: a Linear layer takes the whole batch anyway",
     "switch": "the mask form first, then the penalty form, resumed from its checkpoint",
@@ -54,7 +57,7 @@ def study(name: str) -> list[Arm]:
         return [_switched(share) for share in SWITCHES]
     net = "lenet_5" if name == "samples" else "lenet_300_100"
     arms = [_varied(arm(net, "logsum", "mask"), name, variant, words) for variant, words in _VARIANTS[name].items()]
-    if name == "freeze":
+    if name in _OF_BOTH:
         arms += [_varied(arm(net, "logsum", "penalty"), name, variant, words) for variant, words in _VARIANTS[name].items()]
     return arms
 
