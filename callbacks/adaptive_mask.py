@@ -97,6 +97,10 @@ class AdaptiveMask(Noisy):
     def _bounded(self, eta: Tensor) -> Tensor:
         return duality.keep_probability(eta, self.lam).clamp_(min=self.alpha_min)
 
+    def at_rest(self, name: str, w: Tensor) -> Tensor:
+        """Uncalibrated noise pulls a weight by lam H_jj w / eta: how far that reaches is not known where H is not."""
+        return w == 0 if self.curvature is None else super().at_rest(name, w)
+
     # -- life cycle -------------------------------------------------------------------------------------------------------
 
     @property

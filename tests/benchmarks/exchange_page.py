@@ -3,7 +3,8 @@
     python tests/benchmarks/exchange_page.py [--write docs/exchange.md]
 
 Prints the page, or writes it and draws its pictures into docs/exchange/, from that folder's runs.csv and trajectories.csv
-(exchange_mnist.py writes both). Without them, and for what they lack, it says "not run yet".
+(exchange_mnist.py writes both) and the runs of docs/records/ (`lightning-sparse reproduce` writes those). Without them, and
+for what they lack, it says "not run yet".
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lightning_sparse import plots
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from exchange import pictures, study_table, tables, verdict
+from exchange import pictures, record_table, study_table, tables, verdict
 from exchange.frontier import Runs
 from exchange.records import Gaps, recorded
 
@@ -39,6 +40,7 @@ def page(folder: Path = FOLDER) -> str:
         "gap": f"{_GAP}\n\n{_picture('gap', 'Duality gap by epoch', made)}",
         "studies": study_table.markdown(runs),
         "networks": tables.networks(runs),
+        "records": record_table.markdown(record_table.recorded(folder.parent / "records")),
     }
     return Template(Path(__file__).with_name("exchange_page.md").read_text(encoding="utf-8")).substitute(parts)
 

@@ -4,7 +4,7 @@
 
 Prints the page, or writes it and draws its pictures into docs/reproduction/, from docs/reproduction/runs.csv and
 trajectories.csv (`lightning-sparse reproduce` writes both), and from those of the runs with a slip and of the mnist/* recipes
-in its folders slips/ and mnist/. Without them it says "not run yet".
+in its folders slips/ and mnist/, and from those of docs/records/. Without them it says "not run yet".
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import pairs
 import slip_table
+from exchange import record_table
 from method_list import FORMULAS, METHODS, Method
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "docs" / "reproduction"
@@ -39,7 +40,8 @@ def page(folder: Path = FOLDER) -> str:
     figure = "![Share of non-zero weights and validation error by epoch](reproduction/figure2.png)\n\nFigure 2. " + _FIGURE_2
     parts = {kind: meaning(kind) for kind in ("zero", "finite", "infinite")}
     slips, ours = recorded(folder / "slips"), recorded(folder / "mnist")
-    parts |= {"methods": methods([*runs, *ours[0]]), "slips": slip_table.markdown([*runs, *slips[0]], trajectories | slips[1])}
+    records = record_table.recorded(folder.parent / "records")
+    parts |= {"methods": methods([*runs, *ours[0], *records]), "slips": slip_table.markdown([*runs, *slips[0]], trajectories | slips[1])}
     parts |= {
         "reproduction": table.markdown(runs).rstrip(),
         "pairs": pairs.markdown(table.rows_of(runs), trajectories),

@@ -102,6 +102,18 @@ def test_what_oscillates_around_zero_at_a_constant_rate_is_zeroed(monkeypatch):
     assert 20 < zeros[0] < 100
 
 
+@pytest.mark.parametrize(("curvature", "rests"), [({"curvature": None}, False), ({}, True)])
+def test_noise_that_is_not_calibrated_holds_no_weight_at_zero(curvature, rests):
+    """At a flat minimum Adam's steps would carry a weight far, and uncalibrated noise, whose pull is lam H w / eta, not at all."""
+    module = Toy(optimizer=lambda parameters: torch.optim.Adam(parameters, 1e-3))
+    module.loss = lambda scores, y: 1e-12 * scores.sum()  # the slope, and with it Adam's moments, all but vanish
+    callback = AdaptiveMask(LOG_SUM, 1e-3, **curvature)
+    before = weights(module)
+    trainer(callback, epochs=1).fit(module, data())
+    zeros = {name: (w == 0) & (before[name].abs() > 0.02) for name, w in weights(module).items() if name in callback.parameters}
+    assert any(bool(where.any()) for where in zeros.values()) is rests
+
+
 def pulled(w, lam):
     return w - 0.1 * lam * w.sign() / (w.abs() + 2)
 

@@ -1,0 +1,78 @@
+"""What the recipes for a given compression reach: their goals beside the runs that were recorded in docs/records/."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exchange.frontier import Runs
+from exchange.tables import MISSING, table
+from lightning_sparse.reproduction.table import spread
+from lightning_sparse.reproduction.written import RUNS, read_runs
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A network at a compression of at least ``times``, with a mean test error of at most ``error`` %."""
+
+    net: str
+    times: float
+    error: float
+
+    @property
+    def recipe(self) -> str:
+        """Ours; magnitude pruning's has the suffix ``_pruning``."""
+        return f"mnist/{self.net}_{self.times:g}x"
+
+
+GOALS = (
+    Goal("lenet_300_100", 19, 1.35),
+    Goal("lenet_300_100", 68, 1.6),
+    Goal("lenet_300_100", 100, 1.75),
+    Goal("lenet_5", 150, 0.75),
+    Goal("lenet_5", 280, 0.9),
+)
+EPOCHS = {"lenet_300_100": 120, "lenet_5": 60}
+SEEDS = {"lenet_300_100": "0 1 2 3 4", "lenet_5": "0 1"}
+TITLES = {"lenet_300_100": "LeNet-300-100", "lenet_5": "LeNet-5 (20-50-500)"}
+_HEAD = ("network", "goal", "recipe", "compression", "non-zero %", "test error %", "goal met", "minutes a run", "seeds")
+
+
+def recorded(folder: Path) -> Runs:
+    """The runs of every network's CSV in ``folder``; none where it is missing."""
+    files = [folder / net / RUNS for net in EPOCHS]
+    return [run for file in files if file.is_file() for run in read_runs(file)]
+
+
+def markdown(runs: Runs) -> str:
+    """The table, and the commands that make its runs."""
+    commands = "\n".join(command(net) for net in EPOCHS)
+    return f"{table(_HEAD, _rows(runs))}\n\n```sh\n{commands}\n```"
+
+
+def command(net: str) -> str:
+    """What trains a network's recipes on all 60,000 images."""
+    goals = [goal.recipe for goal in GOALS if goal.net == net]
+    rows = " ".join([*goals, *(f"{name}_pruning" for name in goals)])
+    given = f"--epochs {EPOCHS[net]} --seeds {SEEDS[net]} --data.validation 0"
+    return f"lightning-sparse reproduce --root data --out docs/records/{net} --rows {rows} {given}"
+
+
+def _rows(runs: Runs) -> Iterator[Sequence[str]]:
+    for goal in GOALS:
+        for recipe in (goal.recipe, f"{goal.recipe}_pruning"):
+            found = [run for run in runs if run["recipe"] == recipe]
+            shown = f"{goal.error:g} % at {goal.times:g}x"
+            yield TITLES[goal.net], shown, f"`{recipe}`", *(_figures(goal, found) if found else (MISSING, *[""] * 5))
+
+
+def _figures(goal: Goal, found: Sequence[dict[str, Any]]) -> Sequence[str]:
+    share, error = (statistics.mean(run[name] for run in found) for name in ("nonzero_file", "test_error"))
+    verdict = "no, too dense" if 100 / share < goal.times else "yes" if error <= goal.error else f"no, {error - goal.error:+.2f} points"
+    seeds = ", ".join(str(run["seed"]) for run in found)
+    columns = [spread([run[name] for run in found]) for name in ("nonzero_file", "test_error")]
+    minutes = spread([run["seconds"] / 60 for run in found], 1)
+    return f"{100 / share:.1f}x", *columns, verdict, minutes, seeds
