@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach, duality, proximal, shards
 from lightning_sparse._clipping import Clipping
-from lightning_sparse.callbacks import _refusals, _report, _strengths
+from lightning_sparse.callbacks import _groups, _refusals, _report, _strengths
 from lightning_sparse.callbacks._averages import Averages
+from lightning_sparse.callbacks._groups import Member, Members
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule, as_schedule
 
@@ -87,6 +88,7 @@ class Form(Callback):
         self._averages: Averages | None = None
         self._clipping = Clipping()
         self._seen: tuple[int, ...] = ()  # what shows that parameters join
+        self._members: dict[int, Members] = {}  # of each optimiser
 
     # -- conversion ---------------------------------------------------------------------------------------------------
 
@@ -176,10 +178,10 @@ class Form(Callback):
         """What is evaluated and saved of a parameter, before the threshold: an average, where one takes its place."""
         return self._live(name)
 
-    def _owned(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter, dict[str, Any]]]:
+    def _owned(self, optimizer: torch.optim.Optimizer) -> list[Member]:
         """(name, parameter, group) of each selected parameter that ``optimizer`` updates."""
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        return [(names[id(p)], p, group) for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+        self._members[id(optimizer)] = found = _groups.members(self.parameters, optimizer, self._members.get(id(optimizer)))
+        return found[1]
 
     def at_rest(self, name: str, w: Tensor) -> Tensor:
         """Which weights of the part that this process holds only oscillate around a zero at which the penalty would hold them."""

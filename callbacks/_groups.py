@@ -15,6 +15,20 @@ _LISTS = ("base_lrs", "max_lrs", "min_lrs", "_last_lr", "lr_lambdas", "base_mome
 _SCALED = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
 
 
+Member = tuple[str, Parameter, dict[str, Any]]  # name, parameter, group
+Members = tuple[tuple[Any, ...], list[Member]]  # under a stamp that changes with them
+
+
+def members(parameters: Mapping[str, Parameter], optimizer: Optimizer, known: Members | None) -> Members:
+    """Those of ``parameters`` that ``optimizer`` updates; ``known`` as it is, unless groups or their lengths have changed since."""
+    stamp = (len(parameters), *((id(group), len(group["params"])) for group in optimizer.param_groups))
+    if known is not None and known[0] == stamp:
+        return known
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    # these hold the groups, so that no group's id comes up again while they are known
+    return stamp, [(names[id(p)], p, group) for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+
+
 def reference(group: Mapping[str, Any]) -> float:
     """The rate of a group that its schedule is a share of: the highest where that is known, else what it starts at."""
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))

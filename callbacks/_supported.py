@@ -24,7 +24,7 @@ class Supported(Form):
 
     @torch.no_grad()
     def _hold(self, optimizer: torch.optim.Optimizer, support: Mapping[str, Tensor]) -> None:
-        for name, parameter, _ in self._owned(optimizer):
+        for name, parameter, _ in self._owned(optimizer) if support else ():
             if name in support:
                 shards.clear(parameter, ~support[name])
 

@@ -51,6 +51,7 @@ class Sparsifier(Shown):
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hang on the module, its averages and its optimisers; again when parameters join."""
         self._close()
+        self._members = {}
         self._let_averages_go()
         self._optimizers = [optimizer for optimizer in trainer.optimizers if self._owned(optimizer)] or trainer.optimizers[:1]
         self._places = _joining.places(self.parameters, self._optimizers)
@@ -171,7 +172,7 @@ class Sparsifier(Shown):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
         self._let_averages_go()
-        self._optimizers, self._places = [], {}
+        self._optimizers, self._places, self._members = [], {}, {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if _refusals.saves_on_exception(trainer):  # the view for that file stays until the next setup or teardown

@@ -21,6 +21,7 @@ def trained(form: Callable[[], Any], size: int, monkeypatch: pytest.MonkeyPatch)
     return weights(module)
 
 
+@pytest.mark.slow
 @every_form
 def test_the_size_of_a_piece_changes_no_step(form: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cut, whole = (trained(form, size, monkeypatch) for size in (3, 1 << 16))
