@@ -1,0 +1,50 @@
+"""Arguments that the benchmarks share, with errors that say what is accepted."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from performance.record import FOLDER
+
+
+def whole(least: int = 1) -> Callable[[str], int]:
+    """A reader of whole numbers >= ``least``, also written as 1e7."""
+
+    def read(text: str) -> int:
+        wanted = f"must be a whole number >= {least}, got {text!r}"
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(wanted) from None
+        if not value.is_integer() or value < least:
+            raise argparse.ArgumentTypeError(wanted)
+        return int(value)
+
+    return read
+
+
+def parser(text: str | None, name: str, rounds: int = 9) -> argparse.ArgumentParser:
+    """``--rounds``, ``--threads`` and ``--out``, by default docs/performance/NAME.json; ``text`` is the command's docstring."""
+    found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--rounds", type=whole(), default=rounds, help="rounds that count, after one that warms up")
+    found.add_argument("--threads", type=whole(), default=2, help="torch's threads")
+    found.add_argument("--out", type=Path, default=FOLDER / f"{name}.json", help="the JSON file to write")
+    return found
+
+
+def command(words: Sequence[str] | None = None) -> str:
+    """How this run was started, without ``--out``, and with the names of folders alone: where they lie here is of no interest."""
+    script, *rest = sys.argv if words is None else words
+    kept = [word for before, word in zip([script, *rest], rest, strict=False) if "--out" not in (before, word)]
+    return shlex.join(
+        ["python", f"tests/benchmarks/{Path(script).name}", *(_named(word) for word in kept if not word.startswith("--out="))]
+    )
+
+
+def _named(word: str) -> str:
+    option, given, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + given + (Path(value).name if Path(value).is_absolute() else value)

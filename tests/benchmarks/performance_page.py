@@ -1,0 +1,80 @@
+"""The page of what sparse training costs, from what the benchmarks recorded in docs/performance/:
+
+    python tests/benchmarks/performance_page.py [--write docs/performance.md]
+
+Prints the page, or writes it. Where a benchmark has not been run it says so, with the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from performance import per_weight, record, sections, tables
+from performance.jobs import JOBS
+from performance.per_weight import ITEMS
+
+NAMES = ("step_cost", "peers", "time_to_quality", "scaling", "start_end", "memory", "ways")
+TITLES = {name: job.name for name, job in JOBS.items()} | {
+    "sizes": "By the number of weights",
+    "slopes": "Nanoseconds a weight, from a million on",
+    "tensors": "By the number of tensors, the total being the same",
+    "imports": "Imports",
+    "set_up": "Set-up and tear-down",
+    "end": "The end of a fit",
+}
+TEMPLATE, PICTURE = Path(__file__).with_name("performance_page.md"), "profiles.png"
+LARGEST = 3  # operators and functions that the page names for each form
+
+
+def command(name: str) -> str:
+    return f"python tests/benchmarks/{name}.py"
+
+
+def page(folder: Path = record.FOLDER) -> str:
+    """The whole page, from the JSON files in ``folder`` where they are."""
+    parts = {name: sections.section(record.read(name, folder), command(name), TITLES) for name in NAMES}
+    parts |= {"floors": floors(), "profiles": profiles(record.read("profiles", folder), (folder / PICTURE).is_file())}
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(parts)
+
+
+def floors() -> str:
+    """Each form's items and their sum."""
+    listed = {form: ", ".join(f"{what} {size:g}" for what, size in items) for form, items in ITEMS.items()}
+    return "\n".join(f"- {form}: {text}; together {per_weight.bytes_of(form):g}" for form, text in listed.items())
+
+
+def profiles(found: Mapping[str, Any] | None, drawn: bool) -> str:
+    """The picture, and a line a form."""
+    if found is None:
+        return sections.section(None, command("profiles"))
+    picture = f"![Microseconds a step beyond the plain run, by operator](performance/{PICTURE})" if drawn else ""
+    return "\n\n".join(part for part in (picture, tables.markdown([*map(_profile, found["results"])]), sections.made_by(found)) if part)
+
+
+def _profile(one: Mapping[str, Any]) -> dict[str, Any]:
+    rows = one["operators"]
+    said = ", ".join(f"{row['operator']} {tables.cell(row.get('beyond_plain', row.get('us')))}" for row in rows[:LARGEST])
+    functions = ", ".join(f"`{row['function']}` {tables.cell(row['us'])}" for row in one["functions"][:LARGEST])
+    beyond = {row["operator"]: row.get("beyond_plain") for row in rows}
+    whole = {"form": one["form"], "us_a_step": one["step_us"], "beyond_plain": beyond.get("everything")}
+    return whole | {"between_operators": beyond.get("between operators"), "largest_operators": said, "operators_by_our_function": functions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="the page's file, in the folder that holds performance/")
+    given = parser.parse_args()
+    if not given.write:
+        return print(page())
+    if not given.write.parent.is_dir():
+        parser.error(f"--write: there is no folder {given.write.parent}")
+    given.write.write_text(page(given.write.parent / "performance"), encoding="utf-8")
+    return print(given.write)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Other ways to do what the forms do to each weight, beside the one that is used: python tests/benchmarks/ways.py
+
+The penalty's gradient and a Bernoulli mask, over whole tensors, in pieces of several sizes, and as one kernel by torch.compile
+(which is given the work whole, and compiled before the clock starts); zeros put at scattered places; random numbers. On the
+first layer of LeNet-300-100 and on 10 million weights. Arms take turns; a ratio is to the way that is used, in the same round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from performance import arguments, record, rounds, tables
+from performance.jobs import be_quiet
+from torch import Tensor
+
+from lightning_sparse import _pieces, noise, numeric, penalties
+
+PENALTY, LAM = penalties.LogSum(2.0), 1e-3
+SHAPES = {"LeNet-300-100's first layer": (300, 784), "10 million weights": (3163, 3163)}
+USED = "pieces of 65,536"
+Ways = dict[str, Callable[[], Any]]
+
+
+def updates(shape: tuple[int, int]) -> Iterator[tuple[str, str, Ways]]:
+    """What is done, the way that is used, and all ways by name."""
+    w, g, h = torch.randn(shape) * 0.05, torch.randn(shape), torch.rand(shape)
+    yield "penalty's gradient", USED, cut(each, lambda w, g: g.add_(PENALTY.gradient(w), alpha=LAM), w, g)
+    draw = noise.words(w.numel(), w.device).view(shape)
+    yield "Bernoulli mask", USED, cut(_pieces.mapped, bernoulli, w, h, draw)
+    where = torch.rand(shape) < 0.5
+    zeroing: Ways = {
+        "a product with 0 and 1": lambda: w * numeric.outside(where),
+        "masked_fill": lambda: w.masked_fill(where, 0.0),
+        "where": lambda: torch.where(where, 0.0, w),
+    }
+    yield "zeros at scattered places", "a product with 0 and 1", zeroing
+    yield "a random number a weight", "16-bit words of SFC64", numbers(w)
+
+
+def bernoulli(w: Tensor, h: Tensor, draw: Tensor) -> Tensor:
+    """A calibrated mask from given random words."""
+    return noise._scaled_bernoulli(1 / (1 + LAM / (PENALTY.eta_hat(w) * h)), draw)
+
+
+def numbers(like: Tensor) -> Ways:
+    """Ways to fill as many places as ``like`` has."""
+    target, generator = torch.empty_like(like), np.random.Generator(np.random.SFC64(0))
+    return {
+        "16-bit words of SFC64": lambda: noise.words(like.numel(), like.device),
+        "torch.Tensor.uniform_": target.uniform_,
+        "torch.Tensor.normal_": target.normal_,
+        "numpy's float32 normals": lambda: generator.standard_normal(like.numel(), dtype=np.float32),
+    }
+
+
+def cut(through: Callable[..., Any], function: Callable[..., Tensor], *tensors: Tensor) -> Ways:
+    """``function`` over whole tensors, in pieces of several sizes that ``through`` goes through, and compiled."""
+    call = partial(through, function, *tensors)
+    sizes = {f"pieces of {size:,}": partial(of_size, size, call) for size in (1 << 14, 1 << 16, 1 << 18)}
+    fused = torch.compile(function, dynamic=True)
+    fused(*tensors)
+    return {"whole": partial(function, *tensors), **sizes, "torch.compile": partial(fused, *tensors)}
+
+
+def each(function: Callable[..., Any], *tensors: Tensor) -> None:
+    """What changes the tensors in their place."""
+    for parts in _pieces.pieces(*tensors):
+        function(*parts)
+
+
+def of_size(size: int, call: Callable[[], Any]) -> None:
+    """With pieces of ``size`` elements a thread."""
+    before, _pieces.SIZE = _pieces.SIZE, size
+    call()
+    _pieces.SIZE = before
+
+
+def timed(call: Callable[[], Any], least: float = 0.02) -> float:
+    """Seconds a call, over as many as take ``least`` seconds."""
+    start, calls = time.perf_counter(), 0
+    while (taken := time.perf_counter() - start) < least:
+        call()
+        calls += 1
+    return taken / calls
+
+
+def rows(turns: int) -> list[dict[str, Any]]:
+    """A row for each thing to do, number of weights and way."""
+    found = []
+    for title, shape in SHAPES.items():
+        for what, used, ways in updates(shape):
+            times = rounds.measure({name: partial(timed, call) for name, call in ways.items()}, used, turns)
+            found += [row(what, title, shape[0] * shape[1], used, line) for line in rounds.lines(rounds.ratios(times, used))]
+    return found
+
+
+def row(what: str, title: str, count: int, used: str, line: Mapping[str, Any]) -> dict[str, Any]:
+    """Nanoseconds a weight."""
+    name = f"{line['arm']} (used)" if line["arm"] == used else line["arm"]
+    spread = {key: line[key] for key in ("ratio", "low", "high")}
+    return {"what": what, "on": title, "way": name, "ns_a_weight": 1e9 * line["value"] / count} | spread
+
+
+def main() -> None:
+    given = arguments.parser(__doc__, "ways").parse_args()
+    be_quiet(given.threads)
+    with torch.no_grad():
+        found = rows(given.rounds)
+    print(tables.aligned(found))
+    print(record.write(given.out, arguments.command(), {"rounds": given.rounds, "lam": LAM, "penalty": str(PENALTY)}, found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""docs/performance.md is what its generator writes from the recorded benchmarks; verdicts are what the rows say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
+
+import performance_page
+from performance import record, rounds, sections, tables
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+COMMAND = "python tests/benchmarks/performance_page.py --write docs/performance.md"
+
+
+def test_the_page_is_up_to_date() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == performance_page.page(), f"run {COMMAND}"
+    pictures = [line.partition("](")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    assert all((PAGE.parent / picture).is_file() for picture in pictures), "run python tests/benchmarks/profiles.py"
+
+
+def test_a_page_without_records_names_the_commands(tmp_path: Path) -> None:
+    text = performance_page.page(tmp_path)
+    for name in (*performance_page.NAMES, "profiles"):
+        assert f"Not run yet: `python tests/benchmarks/{name}.py`." in text
+    assert "![" not in text
+
+
+def test_a_record_becomes_a_table_with_verdicts_and_its_command(tmp_path: Path) -> None:
+    met = {"arm": "penalty", "value": 0.004, "ratio": 1.04, "low": 1.02, "high": 1.05, "goal": 1.05, "met": True, "floor": "read w"}
+    missed = met | {"arm": "mask", "ratio": 2.0, "goal": 1.5, "met": False}
+    again = met | {"arm": rounds.AGAIN, "ratio": 1.0, "low": 0.9, "high": 1.05, "goal": None, "met": None}
+    command = "python tests/benchmarks/step_cost.py --rounds 9"
+    found = {"lenet": {"stray": 0.1, "arms": [met, missed, again], "seconds": {"penalty": [0.004]}}}
+    record.write(tmp_path / "step_cost.json", command, {"rounds": 9, "large_values": 10**8}, found)
+    lines = performance_page.page(tmp_path).splitlines()
+    assert "**LeNet-300-100**" in lines
+    assert "| arm | ms | ratio | quartiles | A/A | goal | verdict |" in lines
+    assert "| penalty | 4 | 1.04 | 1.02 to 1.05 | 0.1 | 1.05 | met |" in lines
+    assert "| mask | 4 | 2 | 1.02 to 1.05 | 0.1 | 1.5 | missed by 0.4 |" in lines
+    (made,) = [line for line in lines if line.startswith(f"`{command}`")]
+    assert "torch " in made
+    assert made.endswith("rounds 9, large values 100,000,000.")
+
+
+def test_verdicts_need_a_goal() -> None:
+    row = {"ratio": 3.0, "low": 2.9, "high": 3.1, "stray": 0.5, "goal": 2.0, "met": False}
+    assert sections.judged(row, sections.stray_of(row, [row]))["verdict"] == "missed by 0.5"
+    assert sections.judged(row | {"goal": None, "met": None}, 0.0)["verdict"] is None
+    assert sections.stray_of({"ratio": 1.0}, []) is None
+
+
+def test_lists_of_rows_are_found_wherever_they_lie() -> None:
+    results = {"a": {"rows": [{"x": 1}], "times": [1.0, 2.0]}, "b": [{"y": 2}], "none": []}
+    assert [*sections.found_in(results)] == [(("a", "rows"), [{"x": 1}]), (("b",), [{"y": 2}])]
+    assert [*sections.found_in([{"x": 1}])] == [((), [{"x": 1}])]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, ""), (True, "yes"), (12345, "12,345"), (1234.5, "1234"), (0.12345, "0.123"), ("a|b", "a|b")]
+)
+def test_cells_are_short(value: object, text: str) -> None:
+    assert tables.cell(value) == text
+
+
+def test_columns_that_hold_nothing_are_left_out() -> None:
+    assert tables.markdown([{"a": "x|y", "b_c": None, "d": 1}]) == "| a | d |\n| --- | --- |\n| x\\|y | 1 |"
+    assert tables.aligned([{"name": "a", "n": 10}, {"name": "bcd", "n": 2}]) == "name   n\na     10\nbcd    2"
