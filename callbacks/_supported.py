@@ -26,7 +26,7 @@ class Supported(Form):
     def _hold(self, optimizer: torch.optim.Optimizer, support: Mapping[str, Tensor]) -> None:
         for name, parameter, _ in self._owned(optimizer) if support else ():
             if name in support:
-                shards.clear(parameter, ~support[name])
+                shards.hold(parameter, support[name])
 
     def share_of_zeros(self) -> float:
         """Of the selected weights, tied ones once, those that count as zero."""
@@ -67,7 +67,7 @@ class Supported(Form):
             aimed = self.ascent is not None and not support
             fresh = self._largest(self.ascent.target) if aimed else {name: ~self.zeros(name) for name in names}  # type: ignore[union-attr]
             for name, kept in fresh.items():
-                shards.clear(self.parameters[name], ~kept)
+                shards.hold(self.parameters[name], kept)
             self.support = support | fresh
 
     def _largest(self, zeros: float) -> dict[str, Tensor]:

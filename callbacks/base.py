@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from lightning_sparse.callbacks._shown import Shown
 class Sparsifier(Shown):
     """Base of the callbacks that train a network to true zeros: their life cycle. The arguments are Form's."""
 
-    @property
-    def state_key(self) -> str:
+    @cached_property
+    def state_key(self) -> str:  # the Trainer asks for it at every hook
         return self._generate_state_key(select=self.select)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -143,7 +143,7 @@ class MagnitudePruning(Sparsifier):
         for group in [live] if self.scope == "global" else [{name: w} for name, w in live.items()]:
             for name, kept in shrunk(group, held, share).items():
                 self.held[name] = self._part(name, kept)
-                shards.clear(self.parameters[name], ~self.held[name])
+                shards.hold(self.parameters[name], self.held[name])
         self._reached = share
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -37,8 +39,8 @@ class SparsityMonitor(Callback):
         self._names: list[str] = []
         self._fresh = False
 
-    @property
-    def state_key(self) -> str:
+    @cached_property
+    def state_key(self) -> str:  # the Trainer asks for it at every hook
         return self._generate_state_key(select=self.select)
 
     def figures(self, module: LightningModule, skip: set[str] | None = None) -> dict[str, float]:

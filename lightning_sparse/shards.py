@@ -50,9 +50,9 @@ def write(target: Tensor, source: Tensor) -> None:
 
 
 @torch.no_grad()
-def clear(tensor: Tensor, where: Tensor) -> None:
-    """Put zeros ``where`` (boolean, split as ``tensor`` is)."""
-    local(tensor.detach()).masked_fill_(local(where), 0.0)
+def hold(tensor: Tensor, where: Tensor) -> None:
+    """Put zeros everywhere but ``where`` (boolean, split as ``tensor`` is): by a product, which costs a fraction of a masked fill."""
+    local(tensor.detach()).mul_(local(where).view(torch.uint8))
 
 
 @torch.no_grad()

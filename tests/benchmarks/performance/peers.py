@@ -24,12 +24,13 @@ class Peer:
 
 
 _EACH_EPOCH = jobs.JOBS["lenet"].epoch
+_L1_LAM = 1e-5  # a lasso in Adam's metric: at LAM next to nothing would be left after a hundred steps
 OURS: dict[str, jobs.Prepare] = {
     # of three epochs the first holds the ramp and the second is timed
     "MagnitudePruning after its ramp": only(lambda: MagnitudePruning(peers_masks.SHARE, begin=0.0, end=0.3)),
     "MagnitudePruning, pruning once an epoch": only(lambda: MagnitudePruning(peers_masks.SHARE, begin=0.0, end=0.99, every=_EACH_EPOCH)),
     "ReweightedPenalty": only(lambda: ReweightedPenalty(PENALTY, LAM)),
-    "AdaptiveProx, exact, L1": only(lambda: AdaptiveProx(L1(), LAM, exact=True)),
+    "AdaptiveProx, exact, L1": only(lambda: AdaptiveProx(L1(), _L1_LAM, exact=True)),
     "VariationalDropout, weight": only(lambda: VariationalDropout(KL_WEIGHT, noise="weight")),
     "VariationalDropout, additive": only(lambda: VariationalDropout(KL_WEIGHT)),
 }

@@ -1,0 +1,90 @@
+"""A training step with this package beside the same job done with what others offer, in the same run:
+
+    python tests/benchmarks/peers.py [--nets lenet resnet18 transformer] [--peers NAME ...] [--rounds 9] [--threads 2]
+
+Fixed masks: Lightning's ModelPruning, torch.nn.utils.prune, torch.nn.utils.parametrize. A penalty as a term of the loss.
+torchao's PruneOptimizer. KL-regularised layers of bayesian-torch. Jobs, rounds and clock are those of step_cost.py. The ratio
+is ours to the peer's, round by round: ahead where it is under 1 by more than the plain run beside itself (A/A) strays, behind
+where it is above 1 by more. What is not installed is a line that says how to get it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+from performance import arguments, arms, jobs, options, record, rounds
+from performance.peers import OURS, PEERS, Peer, installed, obstacle
+
+
+def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One network: a line for each peer, timed or with the reason why it is not."""
+    job, chosen = jobs.JOBS[name], [peer for peer in PEERS if peer.name in given.peers and name in peer.nets]
+    absent = {peer.name: why for peer in chosen if (why := obstacle(peer, job))}
+    times = run(job, [peer for peer in chosen if peer.name not in absent], given)
+    stray = rounds.stray(rounds.ratios(times, arms.PLAIN))
+    lines = [missing(peer, absent[peer.name]) if peer.name in absent else pair(peer, times, stray) for peer in chosen]
+    return {"steps": given.steps or job.steps, "pairs": lines, "seconds": times}
+
+
+def run(job: jobs.Job, present: list[Peer], given: argparse.Namespace) -> rounds.Times:
+    """Seconds a step of the plain run, of each peer and of its counterpart, round by round."""
+    once = partial(jobs.seconds_per_step, job, job.batches(), steps=given.steps or job.steps, clock=given.clock)
+    calls = {arms.PLAIN: partial(once, jobs.plain)}
+    for peer in present:
+        calls |= {peer.ours: partial(once, OURS[peer.ours]), peer.name: partial(once, peer.prepare)}
+    return rounds.measure(calls, arms.PLAIN, given.rounds)
+
+
+def pair(peer: Peer, times: rounds.Times, stray: float) -> dict[str, Any]:
+    """Ours to the peer's, and whether that is ahead; ``stray`` is how far the plain run's ratio to itself is from 1."""
+    theirs, ours = rounds.ratios({peer.name: times[peer.name], peer.ours: times[peer.ours]}, peer.name)
+    spread = {"ratio": ours.ratio, "low": ours.low, "high": ours.high, "stray": stray, "standing": standing(ours.ratio, stray)}
+    return {"peer": peer.name, "ours": peer.ours, "peer_ms": 1e3 * theirs.value, "our_ms": 1e3 * ours.value} | spread
+
+
+def missing(peer: Peer, why: str) -> dict[str, Any]:
+    """The line of a peer that is not timed."""
+    return {"peer": peer.name, "ours": peer.ours, "peer_ms": None, "our_ms": None, "standing": why}
+
+
+def standing(ratio: float, stray: float) -> str:
+    """``ahead``, ``behind``, or ``even`` where the ratio is within what the A/A arm strays of 1."""
+    return "ahead" if ratio < 1 - stray else "behind" if ratio > 1 + stray else "even"
+
+
+HEAD = f"{'peer':36} {'ours':40} {'peer ms':>9} {'our ms':>9} {'ratio':>6} {'quartiles':>15} {'A/A':>6}"
+
+
+def table(name: str, found: dict[str, Any]) -> str:
+    """One network's lines."""
+    title = f"\n{jobs.JOBS[name].name}, {found['steps']} steps a round"
+    return "\n".join([title, HEAD, *map(_line, found["pairs"])])
+
+
+def _line(line: dict[str, Any]) -> str:
+    names = f"{line['peer']:36} {line['ours']:40}"
+    if "ratio" not in line:
+        return f"{names} {line['standing']}"
+    spread = f"{line['low']:.3f} to {line['high']:.3f}"
+    return f"{names} {line['peer_ms']:9.3f} {line['our_ms']:9.3f} {line['ratio']:6.3f} {spread:>15} {line['stray']:6.3f} {line['standing']}"
+
+
+def main() -> None:
+    parser = options.parser(__doc__, "peers")
+    names = [peer.name for peer in PEERS]
+    parser.add_argument("--peers", nargs="+", choices=names, default=names, help="(default: all)")
+    given = parser.parse_args()
+    jobs.be_quiet(given.threads)
+    print(f"{given.threads} threads, {given.rounds} rounds, {given.clock} clock")
+    found = {}
+    for name in given.nets:
+        found[name] = measure(name, given)
+        print(table(name, found[name]), flush=True)
+    kept = {"rounds": given.rounds, "clock": given.clock} | jobs.settings()
+    print(f"\nwritten: {record.write(given.out, arguments.command(), kept, found, ['torchvision', *installed()])}")
+
+
+if __name__ == "__main__":
+    main()

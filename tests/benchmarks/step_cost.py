@@ -1,0 +1,79 @@
+"""What each form costs in a training step of the Trainer, beside the plain step and the floor that memory sets:
+
+    python tests/benchmarks/step_cost.py [--nets lenet resnet18 transformer] [--arms penalty ...] [--rounds 9] [--threads 2]
+
+Three networks on data in memory: LeNet-300-100 (batch 128), ResNet-18 on 32x32 (batch 32), a transformer of 6 layers (width
+256, sequence 128, batch 16). A round fits each arm afresh, in turn: one epoch to warm up, then the timed one; the logging at
+an epoch's end is charged in proportion to an epoch of the usual length. The plain run stands in a round twice (A/A): a goal
+is met when the median ratio, less what the A/A arm strays, is under it. The floor is the extra bytes that must be read and
+written (performance/floor.py counts them) at the bandwidth of a copy of as many values as there are weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+from performance import arguments, arms, floor, jobs, options, record, rounds
+
+
+def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One network: the lines of its table, and what the floors are made of."""
+    job = jobs.JOBS[name]
+    batches, steps = job.batches(), given.steps or job.steps
+    names = options.picked(given.arms, list(arms.ARMS), arms.PLAIN)
+    run = partial(jobs.seconds_per_step, job, batches, steps=steps, clock=given.clock)
+    times = rounds.measure({arm: partial(run, arms.ARMS[arm]) for arm in names}, arms.PLAIN, given.rounds)
+    found, size = rounds.ratios(times, arms.PLAIN, arms.GOALS[name]), floor.size_of(job)
+    rate = floor.bandwidth(size.weights)
+    lines = [line | distance(line, found[0].value, size, rate, job) for line in rounds.lines(found)]
+    made = {"steps": steps, "weights": size.weights, "bytes_per_second": rate, "stray": rounds.stray(found)}
+    return made | {"arms": lines, "seconds": times}
+
+
+def distance(line: dict[str, Any], plain: float, size: floor.Size, rate: float, job: jobs.Job) -> dict[str, Any]:
+    """Milliseconds beyond the plain step, the floor's, and how many times that is; None where an arm has no floor."""
+    traffic = floor.of_arm(line["arm"], job)
+    if traffic is None:
+        return dict.fromkeys(("extra_ms", "floor_ms", "times_floor", "floor"))
+    extra, least = 1e3 * (line["value"] - plain), 1e3 * size.bytes_of(traffic) / rate
+    return {"extra_ms": extra, "floor_ms": least, "times_floor": extra / least, "floor": traffic.why}
+
+
+HEAD = f"{'':20} {'ms a step':>9} {'ratio':>6} {'quartiles':>15} {'goal':>5} {'met':>4} {'extra ms':>9} {'floor ms':>9} {'times':>6}"
+
+
+def table(name: str, found: dict[str, Any]) -> str:
+    """One network's lines."""
+    title = f"\n{jobs.JOBS[name].name}, batch {jobs.JOBS[name].batch}: {found['weights']:,} weights, {found['steps']} steps a round"
+    copy = f"copy of as many values: {found['bytes_per_second'] / 1e9:.1f} GB/s read and written; A/A strays {found['stray']:.3f}"
+    return "\n".join([f"{title}; {copy}", HEAD, *map(_line, found["arms"])])
+
+
+def _line(line: dict[str, Any]) -> str:
+    spread = f"{line['low']:.3f} to {line['high']:.3f}"
+    goal, met = ("", "") if line["goal"] is None else (f"{line['goal']:.2f}", "yes" if line["met"] else "no")
+    shown = f"{line['arm']:20} {1e3 * line['value']:9.3f} {line['ratio']:6.3f} {spread:>15} {goal:>5} {met:>4}"
+    if line["floor_ms"] is None:
+        return shown
+    return f"{shown} {line['extra_ms']:9.3f} {line['floor_ms']:9.4f} {line['times_floor']:6.1f}"
+
+
+def main() -> None:
+    parser = options.parser(__doc__, "step_cost")
+    parser.add_argument("--arms", nargs="+", choices=list(arms.ARMS), default=list(arms.ARMS), help="beside the plain one (default: all)")
+    given = parser.parse_args()
+    jobs.be_quiet(given.threads)
+    large = floor.bandwidth()
+    print(f"{given.threads} threads, {given.rounds} rounds, {given.clock} clock; a copy beyond the caches: {large / 1e9:.1f} GB/s")
+    found = {}
+    for name in given.nets:
+        found[name] = measure(name, given)
+        print(table(name, found[name]), flush=True)
+    kept = {"rounds": given.rounds, "clock": given.clock, "large_copy_bytes_per_second": large} | jobs.settings()
+    print(f"\nwritten: {record.write(given.out, arguments.command(), kept, found, ['torchvision'])}")
+
+
+if __name__ == "__main__":
+    main()
