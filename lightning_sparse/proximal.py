@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import _rates, numeric
+from lightning_sparse._pieces import mapped
 from lightning_sparse.duality import Penalty
 
 
@@ -56,9 +57,7 @@ def rests(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float, steps: f
     edges = _edges(penalty, nodes)
     if not step.dim():
         return size <= torch.where(step > 0, edges[0], 0.0).to(w.dtype)
-    resting = size <= edges[-1].to(w.dtype)  # the others rest at no step of this tensor
-    resting[resting.clone()] = size[resting] <= _between(step.expand_as(w)[resting], nodes, edges).to(w.dtype)
-    return resting
+    return mapped(lambda size, step: size <= _between(step, nodes, edges).to(w.dtype), size, step.expand_as(w))
 
 
 def _edges(penalty: Penalty, steps: Tensor) -> Tensor:
@@ -80,6 +79,6 @@ def _nodes(step: Tensor) -> Tensor:
     """Quarter octaves around the positive steps, the same whatever else a tensor holds: a part of it gives what the whole gives."""
     if not step.numel():
         return step.new_tensor([1.0, 2.0])
-    ends = torch.stack([torch.where(step > 0, step, torch.inf).min(), torch.where(step > 0, step, 0.0).max()])
+    ends = torch.stack([step.masked_fill(step <= 0, torch.inf).min(), step.max()])
     first, last = (ends.clamp(1e-30, 1e30).log2() * 4).floor().int().tolist() if ends[1] > 0 else (0, 0)
     return torch.arange(first, last + 2, dtype=torch.float64, device=step.device).div(4).exp2()
