@@ -123,7 +123,7 @@ def _reached(recipe: str, runs: table.Runs) -> str:
     found = [run for run in runs if run["recipe"] == recipe]
     if not found:
         return f"{recipe}: not run yet"
-    error, share = (table.spread([run[name] for run in found]) for name in ("test_error", "nonzero"))
+    error, share = (table.spread([run[name] for run in found]) for name in ("test_error", "nonzero_file"))
     return f"{recipe}: {error} %, {share} %"
 
 
