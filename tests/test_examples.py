@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +15,9 @@ from torch import nn
 from lightning_sparse.callbacks import AdaptiveMask, ReweightedPenalty, Sparsifier
 from lightning_sparse.curvature import EmpiricalFisher
 from lightning_sparse.examples.batches import ShuffledBatches
-from lightning_sparse.examples.classifier import Classifier
+from lightning_sparse.examples.classifier import Classifier, cosines
 from lightning_sparse.examples.lenet5 import LeNet5
+from lightning_sparse.examples.mlp import MLP
 from lightning_sparse.examples.vit import Attention, ViT
 from lightning_sparse.penalties import LogSum
 
@@ -109,3 +111,26 @@ def test_calibration_sees_every_matrix_at_its_layer(monkeypatch: pytest.MonkeyPa
         Trainer(max_steps=1, callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False).fit(module, images())
         assert len(layers(module)) == len(seen & {f"{name}.weight" for name, _ in module.named_modules()})
         seen.clear()
+
+
+def test_a_restarted_rate_falls_twice_and_ends_at_zero() -> None:
+    rates = [cosines(step, total=100, restart=0.75) for step in range(101)]
+    assert rates[0] == rates[75] == 1.0
+    assert rates[74] < 1e-3
+    assert rates[100] == pytest.approx(0.0, abs=1e-12)
+    assert all(later < earlier for part in (rates[:75], rates[75:]) for earlier, later in itertools.pairwise(part))
+
+
+def test_the_restart_is_in_the_optimiser_and_needs_a_cosine() -> None:
+    data = ShuffledBatches(torch.rand(32, 4), torch.randint(3, (32,)), 8, 0)
+    model = MLP([4, 3], lr=0.1, restart=0.5)
+    rates: list[float] = []
+    model.on_train_batch_start = lambda *_: rates.append(model.trainer.optimizers[0].param_groups[0]["lr"])  # type: ignore[method-assign, assignment]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(max_epochs=2, accelerator="cpu", **quiet).fit(model, data)
+    assert rates == pytest.approx([0.1 * cosines(step, 8, 0.5) for step in range(8)])
+    assert rates[4] == 0.1
+    with pytest.raises(ValueError, match=r"restart=0.5 is for decay='cosine'"):
+        MLP([4, 3], decay="linear", restart=0.5)
+    with pytest.raises(ValueError, match="restart"):
+        MLP([4, 3], restart=1.5)

@@ -14,8 +14,8 @@ class LeNet5(Classifier):
     left out, are 500 + 25,000 + 400,000 + 5,000 = 430,500. The arguments are Classifier's.
     """
 
-    def __init__(self, lr: float = 1e-3, decay: str = "cosine", fused: bool = False) -> None:
-        super().__init__(lr, decay, fused)
+    def __init__(self, lr: float = 1e-3, decay: str = "cosine", fused: bool = False, restart: float | None = None) -> None:
+        super().__init__(lr, decay, fused, restart)
         self.save_hyperparameters()
         features = (nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.Flatten())
         self.layers = nn.Sequential(*features, nn.Linear(50 * 4 * 4, 500), nn.ReLU(), nn.Linear(500, 10))

@@ -19,9 +19,15 @@ class MLP(Classifier):
     """
 
     def __init__(
-        self, sizes: list[int], lr: float = 1e-3, decay: str = "cosine", fused: bool = False, init_std: float | None = None
+        self,
+        sizes: list[int],
+        lr: float = 1e-3,
+        decay: str = "cosine",
+        fused: bool = False,
+        init_std: float | None = None,
+        restart: float | None = None,
     ) -> None:
-        super().__init__(lr, decay, fused)
+        super().__init__(lr, decay, fused, restart)
         if len(sizes) < 2:
             raise ValueError(f"sizes must name at least the inputs and the classes, got {sizes!r}")
         for size in sizes:

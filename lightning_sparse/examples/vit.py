@@ -40,8 +40,9 @@ class ViT(Classifier):
         lr: float = 1e-3,
         decay: str = "cosine",
         fused: bool = False,
+        restart: float | None = None,
     ) -> None:
-        super().__init__(lr, decay, fused)
+        super().__init__(lr, decay, fused, restart)
         sizes = {"image": image, "patch": patch, "width": width, "depth": depth, "heads": heads, "ratio": ratio, "classes": classes}
         for name, size in sizes.items():
             _checks.whole(name, size, 1)
