@@ -28,7 +28,8 @@ _VARIANTS: dict[str, dict[str, Words]] = {
     },
     "ceiling": {f"ceiling {value}": ("--sparsify.ceiling", str(value)) for value in (1, 100)},
     "alpha_min": {f"alpha_min {value}": ("--sparsify.alpha_min", value) for value in ("1e-1", "1e-2", "1e-4")},
-    "freeze": {f"freeze {value}": ("--sparsify.freeze", str(value)) for value in (0.1, 0.5)},
+    "freeze": {f"freeze {value}": ("--sparsify.freeze", str(value), "--model.restart", str(1 - value)) for value in (0.1, 0.5)},
+    "rate": {"one cosine over the whole run": ("--model.restart", "null")},
     "warm-up": {"lam warmed up over 10 %": ("--sparsify.lam.share", "0.1")},
     "noise": {
         "Bernoulli, on the weights": ("--sparsify.noise", "ScaledBernoulli"),
@@ -37,13 +38,14 @@ _VARIANTS: dict[str, dict[str, Words]] = {
     "samples": {f"EmpiricalFisher of {value} samples": _curvature("EmpiricalFisher", samples=value) for value in (4, 64)},
     "switch": {},
 }
-_OF_BOTH = ("freeze", "warm-up")
+_OF_BOTH = ("freeze", "rate", "warm-up")
 STUDIES = tuple(_VARIANTS)
 ABOUT = {
     "curvature": "the estimate of H (default: EmpiricalFisher, every 10 steps)",
     "ceiling": "the largest lam / H (default 10)",
     "alpha_min": "the smallest keep probability that noise is drawn with (default 1e-3)",
     "freeze": "the last share of training, without noise and with the support frozen (0.25 elsewhere), in both forms",
+    "rate": "the learning rate (elsewhere it falls to 0 before the support is frozen, and again after), in both forms",
     "warm-up": "the share of training over which lam rises (30 % elsewhere), in both forms",
     "noise": "the noise (default: Gaussian, on the outputs)",
     "samples": "samples of a batch that an estimate looks at (default 16), on LeNet-5: a Linear layer takes the whole batch anyway",
