@@ -12,7 +12,7 @@ from torch import nn
 from toys import Repeated, Spy, Toy, data, trainer, weights
 
 from lightning_sparse import _rates, conformance, noise, penalties, proximal
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, _groups
 from lightning_sparse.conformance.loops import Gan
 from lightning_sparse.conformance.precision import Overflowing
 from lightning_sparse.conformance.steps import MOMENTA
@@ -392,3 +392,18 @@ ON_GPU = ["frozen_zeros_stay", "skipped_steps_touch_nothing", "fused_fp16_equals
 def test_fp16_and_fused_optimisers_on_a_gpu(name, check):
     found = conformance.outcome(on_gpu(name), check)
     assert found.verdict == "pass", found.reason
+
+
+def test_the_members_of_groups_are_listed_anew_when_groups_change():
+    """Loading a state puts new dicts in the place of the groups, whose rate is read at each step; parameters may join later."""
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([first], 0.1)
+    known = _groups.members({"a": first}, optimizer, None)
+    assert _groups.members({"a": first}, optimizer, known) is known
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.5
+    renewed = _groups.members({"a": first}, optimizer, known)
+    assert [(name, group["lr"]) for name, _, group in renewed[1]] == [("a", 0.5)]
+    optimizer.add_param_group({"params": [second]})
+    joined = _groups.members({"a": first, "b": second}, optimizer, renewed)
+    assert [(name, parameter is second) for name, parameter, _ in joined[1]] == [("a", False), ("b", True)]
