@@ -32,7 +32,9 @@ SHORT = ("--trainer.check_val_every_n_epoch", "1", "--report.dense_twin", "false
 def test_the_grid_is_what_was_asked_for() -> None:
     lenet = [made for made in grid() if made.net == "lenet_300_100" and made.penalty]
     assert len(lenet) == 2 * 3  # penalties, forms
-    assert all(len(made.strengths) == 5 for made in lenet)
+    assert all(len(made.strengths) == (2 if made.calibrated == "no" else 5) for made in lenet)
+    assert arm("lenet_300_100", "mcp", "mask_uncalibrated").strengths == (1.5e-4, 5e-4)
+    assert arm("vit", "logsum", "mask_uncalibrated").strengths == NETS["vit"].lams
     assert arm("lenet_300_100", "logsum", "mask").strengths == (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
     assert arm("lenet_300_100", "mcp", "penalty").strengths == (5e-5, 1.5e-4, 5e-4, 1e-3, 2e-3)
     assert {made.net for made in grid() if made.form == "MagnitudePruning"} == set(NETS)
@@ -44,9 +46,9 @@ def test_every_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
     made = plan(everything(), [0, 1], tmp_path, ("--data.root", "data"))
     assert len({run.job.folder for run in made}) == len(made) == len({(run.job.recipe, run.job.seed, commanded(run.job)) for run in made})
     assert made[0].job.folder.name == "lenet_300_100-logsum-penalty-0.0001-60-seed0"
-    switched = next(run.job for run in made if isinstance(run.job, Switched) and run.job.switch == 30)
+    switched = next(run.job for run in made if isinstance(run.job, Switched) and run.job.switch == 20)
     assert switched.before.overrides == (*MASK, "--sparsify.lam.lam", "0.0003", "--data.root", "data")
-    assert (switched.before.epochs, switched.before.until) == (60, 30)
+    assert (switched.before.epochs, switched.before.until) == (60, 20)
 
 
 def commanded(job: Job) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ def done(planned: Planned, gap: bool) -> None:
 
 def test_records_are_laid_out_as_the_runs_that_they_are_of(tmp_path: Path) -> None:
     common = ("--data.root", str(tmp_path))
-    chosen = [*arms(["lenet_300_100/*/mask", "vit/pruning"], []), *arms(["*0.50"], ["switch"])]
+    chosen = [*arms(["lenet_300_100/*/mask", "vit/pruning"], []), *arms(["*0.33"], ["switch"])]
     made = plan(chosen, [0], tmp_path / "a", common)
     for planned in made:
         done(planned, gap=planned.arm.form != "MagnitudePruning")
@@ -125,10 +127,10 @@ def test_records_are_laid_out_as_the_runs_that_they_are_of(tmp_path: Path) -> No
     assert len(found) == len(epochs) == 5 + 5 + 3 + 2
     by_arm = {run["arm"]: run for run in found}
     assert by_arm["vit/pruning"]["lam"] == 0.9
-    assert by_arm["study/switch/0.50"]["first"].startswith("30 epochs of --sparsify AdaptiveMask")
+    assert by_arm["study/switch/0.33"]["first"].startswith("20 epochs of --sparsify AdaptiveMask")
     assert str(tmp_path) not in files[0].read_text()
     assert "duality_gap" not in epochs[by_arm["vit/pruning"]["run"]][0]
-    assert epochs[by_arm["study/switch/0.50"]["run"]][1]["duality_gap"] == -0.125
+    assert epochs[by_arm["study/switch/0.33"]["run"]][1]["duality_gap"] == -0.125
     assert records.lay_out(tmp_path / "a", tmp_path / "b") == 15
     assert records.lay_out(tmp_path / "a", tmp_path / "b") == 0
     again = records.write(tmp_path / "b")

@@ -68,6 +68,8 @@ def test_errors_between_points_are_linear_in_the_logarithm_of_the_share() -> Non
     assert [error_at(line, share) for share in (1.0, 4.0, 16.0)] == pytest.approx([5.0, 3.0, 2.4])
     assert error_at(line, 0.99) is error_at(line, 16.1) is error_at([], 1.0) is None
     assert error_at([*line, Point(4, 2.0, 9.0, 0.0)], 2.0) == pytest.approx(4.0)  # a point off the frontier
+    denser = [*line, Point(5, 32.0, 2.2, 1.0)]  # beaten on validation by a sparser point, which serves there too
+    assert [error_at(denser, share) for share in (16.0, 20.0, 32.0, 32.1)] == [2.4, 2.4, 2.4, None]
     assert error_at(line[:1], 1.0) == 5.0
     assert error_at(line[:1], 2.0) is None
 
@@ -124,8 +126,8 @@ def test_a_study_stands_beside_the_defaults() -> None:
         run(name, 1e-3, 2.4, 2.7),
     ]
     text = study_table.markdown(made)
-    assert cells(text, "default", "AdaptiveMask", "0.001") == ["3.00", "1.50", "3.10", "2.60", ""]
-    assert cells(text, "ceiling 1", "AdaptiveMask", "0.001") == ["2.40", "1.20", "3.20", "2.70", ""]
+    assert cells(text, "as elsewhere", "AdaptiveMask", "0.001") == ["3.00", "1.50", "3.10", "2.60", ""]
+    assert cells(text, "ceiling 3", "AdaptiveMask", "0.001") == ["2.40", "1.20", "3.20", "2.70", ""]
     assert "(default: Gaussian, on the outputs). Not run yet." in text
 
 

@@ -34,7 +34,7 @@ class LogSum(Penalty):
         return size * (size + self.eps)
 
     def gradient(self, w: Tensor) -> Tensor:
-        return w.sign() / w.abs().add_(self.eps)
+        return w.sign().div_(w.abs().add_(self.eps))
 
     def dual(self, eta: Tensor) -> Tensor:
         w = eta * self._ratio(eta)

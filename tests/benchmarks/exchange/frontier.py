@@ -46,11 +46,13 @@ def frontier(found: Sequence[Point]) -> list[Point]:
 def error_at(found: Sequence[Point], share: float) -> float | None:
     """The frontier's test error at a share of non-zero weights (%), linear in log(share) between its neighbours there.
 
-    None outside of the shares that the frontier spans: nothing is extrapolated.
+    Above the frontier's densest point, as far as there are points that it beats, that point's: a sparser network serves there
+    too. None outside of all points: nothing is extrapolated.
     """
     line = frontier(found)
     for left, right in itertools.pairwise(line):
         if left.share <= share <= right.share:
             t = math.log(share / left.share) / math.log(right.share / left.share)
             return left.test_error + t * (right.test_error - left.test_error)
-    return next((point.test_error for point in line if point.share == share), None)
+    beaten = any(line[-1].share <= share <= point.share for point in found)
+    return line[-1].test_error if beaten else next((point.test_error for point in line if point.share == share), None)

@@ -52,16 +52,19 @@ PENALTIES: dict[str, tuple[str, Words, float]] = {
     "logsum": ("LogSum(2)", (), 1.0),
     "mcp": ("MCP(1)", ("--sparsify.penalty", "MCP", "--sparsify.penalty.c", "1.0"), 0.5),
 }
-_GAP = ("--sparsify.gap_samples", str(GAP_SAMPLES))
-MASK: Words = ("--sparsify", "AdaptiveMask", *_GAP)
-UNCALIBRATED: Words = (*MASK, "--sparsify.curvature", "null")
+# the callback's defaults, which suit runs of a few thousand steps
+PLAIN: Words = ("--sparsify", "AdaptiveMask", "--sparsify.gap_samples", str(GAP_SAMPLES))
+# H averaged over a thousand steps, and a weight gone only where its noise is a hundred times as large as it is (study "mask")
+MASK: Words = (*PLAIN, "--sparsify.curvature", "EmpiricalFisher", "--sparsify.curvature.decay", "0.999", "--sparsify.tol", "0.01")
+UNCALIBRATED: Words = (*PLAIN, "--sparsify.curvature", "null")
+UNCALIBRATED_LAMS = (3e-4, 1e-3)  # it removes next to nothing at any lam
 FORMS: dict[str, tuple[str, str, Words]] = {
     "penalty": ("ReweightedPenalty", "", ()),
     "mask": ("AdaptiveMask", "yes", MASK),
     "mask_uncalibrated": ("AdaptiveMask", "no", UNCALIBRATED),
 }
 _RAMP = ("--sparsify.begin", "0.1", "--sparsify.end", "0.6", "--sparsify.scope", "global")
-PRUNING: Words = ("--sparsify", "MagnitudePruning", *_RAMP)
+PRUNING: Words = ("--sparsify", "MagnitudePruning", *_RAMP, "--model.restart", "0.75")  # the rate falls past the ramp's end
 
 
 def grid() -> list[Arm]:
@@ -78,5 +81,6 @@ def arm(net: str, penalty: str, form: str) -> Arm:
     """One form of one penalty on one network."""
     title, words, factor = PENALTIES[penalty]
     shown, calibrated, own = FORMS[form]
-    lams = tuple(float(f"{factor * lam:.12g}") for lam in NETS[net].lams)
+    strengths = [lam for lam in NETS[net].lams if form != "mask_uncalibrated" or lam in UNCALIBRATED_LAMS]
+    lams = tuple(float(f"{factor * lam:.12g}") for lam in strengths or NETS[net].lams)
     return Arm(f"{net}/{penalty}/{form}", net, title, shown, calibrated, (*own, *words), lams)

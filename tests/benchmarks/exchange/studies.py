@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from exchange.grid import MASK, Arm, Words, arm
+from exchange.grid import MASK, PLAIN, Arm, Words, arm
 
 LAMS = (3e-4, 1e-3)
-SWITCHES = (1 / 3, 1 / 2, 2 / 3)  # shares of the run after which the mask form gives way to the penalty form
+SWITCHES = (1 / 6, 1 / 3)  # shares of the run after which the mask form gives way to the penalty form
 
 
-def _curvature(kind: str, **settings: int) -> Words:
+def _curvature(kind: str, **settings: float) -> Words:
     return (
         "--sparsify.curvature",
         kind,
@@ -18,33 +18,46 @@ def _curvature(kind: str, **settings: int) -> Words:
     )
 
 
+def _frozen(share: float) -> Words:
+    return "--sparsify.freeze", str(share), "--model.restart", str(1 - share)
+
+
 # study: (variant, words); what is the default is an arm of the grid and not run again
 _VARIANTS: dict[str, dict[str, Words]] = {
-    "curvature": {
-        "EmpiricalFisher, every step": _curvature("EmpiricalFisher", every=1),
-        "EmpiricalFisher, every 50 steps": _curvature("EmpiricalFisher", every=50),
-        "SampledFisher, every 10 steps": _curvature("SampledFisher"),
-        "SampledFisher, every step": _curvature("SampledFisher", every=1),
+    "mask": {
+        "decay 0.9, tol 0.05, the defaults": (),
+        "decay 0.99, tol 0.05": _curvature("EmpiricalFisher", decay=0.99),
+        "decay 0.999, tol 0.05": _curvature("EmpiricalFisher", decay=0.999),
+        "SampledFisher, decay 0.999, tol 0.05": _curvature("SampledFisher", decay=0.999),
+        "decay 0.999, tol 0.05, ceiling 1": (*_curvature("EmpiricalFisher", decay=0.999), "--sparsify.ceiling", "1"),
+        "decay 0.999, tol 0.05, alpha_min 0.1": (*_curvature("EmpiricalFisher", decay=0.999), "--sparsify.alpha_min", "0.1"),
     },
-    "ceiling": {f"ceiling {value}": ("--sparsify.ceiling", str(value)) for value in (1, 100)},
-    "alpha_min": {f"alpha_min {value}": ("--sparsify.alpha_min", value) for value in ("1e-1", "1e-2", "1e-4")},
-    "freeze": {f"freeze {value}": ("--sparsify.freeze", str(value), "--model.restart", str(1 - value)) for value in (0.1, 0.5)},
+    "curvature": {
+        "EmpiricalFisher, every step": _curvature("EmpiricalFisher", decay=0.999, every=1),
+        "EmpiricalFisher, every 50 steps": _curvature("EmpiricalFisher", decay=0.999, every=50),
+        "SampledFisher, every 10 steps": _curvature("SampledFisher", decay=0.999),
+    },
+    "ceiling": {f"ceiling {value}": ("--sparsify.ceiling", str(value)) for value in (3, 100)},
+    "alpha_min": {f"alpha_min {value}": ("--sparsify.alpha_min", value) for value in ("1e-1", "1e-2")},
+    "freeze": {f"freeze {value}": _frozen(value) for value in (0.1, 0.25)},
     "rate": {"one cosine over the whole run": ("--model.restart", "null")},
     "warm-up": {"lam warmed up over 10 %": ("--sparsify.lam.share", "0.1")},
     "noise": {
         "Bernoulli, on the weights": ("--sparsify.noise", "ScaledBernoulli"),
         "Gaussian, on the weights": ("--sparsify.noise", "Gaussian", "--sparsify.noise.local", "false"),
     },
-    "samples": {f"EmpiricalFisher of {value} samples": _curvature("EmpiricalFisher", samples=value) for value in (4, 64)},
+    "samples": {f"EmpiricalFisher of {value} samples": _curvature("EmpiricalFisher", decay=0.999, samples=value) for value in (4, 64)},
     "switch": {},
 }
 _OF_BOTH = ("freeze", "rate", "warm-up")
 STUDIES = tuple(_VARIANTS)
 ABOUT = {
-    "curvature": "the estimate of H (default: EmpiricalFisher, every 10 steps)",
+    "mask": "how long H is averaged (decay, the weight of the past in its mean, a step; elsewhere 0.999) and where a weight counts as "
+    "zero (alpha < tol; elsewhere 0.01), with freeze 0.25 as in that line of the study freeze",
+    "curvature": "the estimate of H (elsewhere: EmpiricalFisher, every 10 steps)",
     "ceiling": "the largest lam / H (default 10)",
     "alpha_min": "the smallest keep probability that noise is drawn with (default 1e-3)",
-    "freeze": "the last share of training, without noise and with the support frozen (0.25 elsewhere), in both forms",
+    "freeze": "the last share of training, without noise and with the support frozen (0.5 elsewhere), in both forms",
     "rate": "the learning rate (elsewhere it falls to 0 before the support is frozen, and again after), in both forms",
     "warm-up": "the share of training over which lam rises (30 % elsewhere), in both forms",
     "noise": "the noise (default: Gaussian, on the outputs)",
@@ -58,7 +71,9 @@ def study(name: str) -> list[Arm]:
     if name == "switch":
         return [_switched(share) for share in SWITCHES]
     net = "lenet_5" if name == "samples" else "lenet_300_100"
-    arms = [_varied(arm(net, "logsum", "mask"), name, variant, words) for variant, words in _VARIANTS[name].items()]
+    base = arm(net, "logsum", "mask")
+    base = replace(base, words=(*PLAIN, *_frozen(0.25))) if name == "mask" else base
+    arms = [_varied(base, name, variant, words) for variant, words in _VARIANTS[name].items()]
     if name in _OF_BOTH:
         arms += [_varied(arm(net, "logsum", "penalty"), name, variant, words) for variant, words in _VARIANTS[name].items()]
     return arms

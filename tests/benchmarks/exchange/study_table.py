@@ -1,4 +1,4 @@
-"""The table of the studies: each change of the mask form beside the default and the penalty form at the same lam."""
+"""The table of the studies: each change beside the two forms as they are in the grid, at the same lam."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from exchange.frontier import Runs, error_at, points
 from exchange.grid import Arm
-from exchange.studies import ABOUT, LAMS, STUDIES, study
+from exchange.studies import ABOUT, STUDIES, study
 from exchange.tables import MISSING, figures, mean_share, of_arm, ratio, table
 from lightning_sparse.reproduction.table import spread
 
@@ -14,7 +14,7 @@ _HEAD = ("variant", "form", "lam", "non-zero %", "to the penalty form's", "val e
 
 
 def markdown(runs: Runs) -> str:
-    """One table a study, each begun by the penalty form and the mask form as they are by default."""
+    """One table a study, each begun by the penalty form and the mask form as they are in the grid."""
     return "\n\n".join(f"**{name}**: {ABOUT[name]}.{_table(study(name), runs)}" for name in STUDIES)
 
 
@@ -25,11 +25,10 @@ def _table(arms: Sequence[Arm], runs: Runs) -> str:
 
 def _rows(arms: Sequence[Arm], runs: Runs) -> Iterator[Sequence[str]]:
     net = arms[0].net
-    lams = LAMS if net == "lenet_300_100" else arms[0].strengths
-    for lam in lams:
-        for variant, name in (("default", f"{net}/logsum/penalty"), ("default", f"{net}/logsum/mask")):
+    for lam in sorted({run["lam"] for arm in arms for run in of_arm(runs, arm.name)}):
+        for variant, name in (("as elsewhere", f"{net}/logsum/penalty"), ("as elsewhere", f"{net}/logsum/mask")):
             yield _row(variant, "AdaptiveMask" if name.endswith("mask") else "ReweightedPenalty", name, net, lam, runs)
-        for arm in arms:
+        for arm in (arm for arm in arms if at(runs, arm.name, lam) or not of_arm(runs, arm.name)):
             yield _row(arm.variant, arm.form, arm.name, net, lam, runs)
 
 

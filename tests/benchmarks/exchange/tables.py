@@ -71,8 +71,8 @@ def _read(found: Sequence[Point], at: Runs) -> str:
 
 
 def _outside(found: Sequence[Point]) -> str:
-    line = frontier(found)
-    return f"spans {100 - line[-1].share:.1f} to {100 - line[0].share:.1f} % zeros"
+    shares = [frontier(found)[0].share, max(point.share for point in found)]
+    return f"spans {100 - shares[1]:.1f} to {100 - shares[0]:.1f} % zeros"
 
 
 def levels(runs: Runs) -> str:
