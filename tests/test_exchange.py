@@ -94,8 +94,8 @@ def test_the_chosen_runs_are_listed_and_a_folder_of_another_run_is_refused(
     words = ["--list", "--arms", "vit/*/mask", "lenet_5/pruning", "--seeds", "3"]
     exchange_mnist.run(*exchange_mnist.parser().parse_known_args(words))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "4 runs, 4 of them and 80 epochs to go, 2 at once"
-    assert lines[1:3] == ["  0/20 lenet_5-pruning-0.95-20-seed3", "  0/20 lenet_5-pruning-0.98-20-seed3"]
+    assert lines[0] == "4 runs, 4 of them and 48 epochs to go, 2 at once"
+    assert lines[1:3] == ["  0/12 lenet_5-pruning-0.9-12-seed3", "  0/12 lenet_5-pruning-0.95-12-seed3"]
     (made,) = plan(arms(["vit/*/mask"], []), [0], tmp_path, ())
     made.announce()
     made.announce()
@@ -126,7 +126,7 @@ def test_records_are_laid_out_as_the_runs_that_they_are_of(tmp_path: Path) -> No
     found, epochs = records.recorded(tmp_path / "a")
     assert len(found) == len(epochs) == 5 + 5 + 3 + 2
     by_arm = {run["arm"]: run for run in found}
-    assert by_arm["vit/pruning"]["lam"] == 0.9
+    assert by_arm["vit/pruning"]["lam"] == 0.8
     assert by_arm["study/switch/0.33"]["first"].startswith("20 epochs of --sparsify AdaptiveMask")
     assert str(tmp_path) not in files[0].read_text()
     assert "duality_gap" not in epochs[by_arm["vit/pruning"]["run"]][0]
@@ -146,7 +146,7 @@ def test_networks_may_have_lengths_of_their_own_but_not_two(tmp_path: Path) -> N
         for planned in plan(arms(["vit/pruning"], []), [0], tmp_path, (), epochs, [0.5]):
             done(planned, gap=False)
     records.write(tmp_path)
-    with pytest.raises(ValueError, match=r"mixes runs of \[2, 20\] epochs of vit"):
+    with pytest.raises(ValueError, match=r"mixes runs of \[2, 12\] epochs of vit"):
         records.read_runs(tmp_path / "runs.csv")
 
 

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--arms", nargs="+", default=[], metavar="GLOB", help="only the arms whose names these patterns fit")
     made.add_argument("--study", nargs="+", default=[], choices=STUDIES, help="these studies in the place of the grid")
     made.add_argument("--strengths", type=float, nargs="+", default=[], help="lam (or pruning's share of zeros) in the place of the arm's")
-    made.add_argument("--epochs", type=int, help="in the place of the recipe's 60 or 20; such runs are named apart")
+    made.add_argument("--epochs", type=int, help="in the place of the recipe's 60 or 12; such runs are named apart")
     made.add_argument("--list", action="store_true", help="print the chosen runs and how far they are, and do nothing")
     return made
 

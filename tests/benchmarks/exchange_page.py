@@ -40,6 +40,7 @@ def page(folder: Path = FOLDER) -> str:
         "gap": f"{_GAP}\n\n{_picture('gap', 'Duality gap by epoch', made)}",
         "studies": study_table.markdown(runs),
         "networks": tables.networks(runs),
+        "target": target(folder / "target.md"),
         "records": record_table.markdown(record_table.recorded(folder.parent / "records")),
     }
     return Template(Path(__file__).with_name("exchange_page.md").read_text(encoding="utf-8")).substitute(parts)
@@ -54,6 +55,11 @@ def settings(runs: Runs) -> str:
     command = "python tests/benchmarks/exchange_mnist.py --root data"
     commands = [command, *([f"{command} --study {' '.join(names)}"] if names else [])]
     return f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}; {versions}.\n\n```sh\n" + "\n".join(commands) + "\n```"
+
+
+def target(file: Path) -> str:
+    """What target_sparsity.py printed."""
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else f"{tables.MISSING.capitalize()}."
 
 
 def pictured(runs: Runs, epochs: Gaps) -> list[str]:

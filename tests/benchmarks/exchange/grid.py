@@ -44,8 +44,8 @@ class Arm:
 
 NETS = {
     "lenet_300_100": Net("LeNet-300-100", "exchange/lenet_300_100", 60, (1e-4, 3e-4, 1e-3, 2e-3, 4e-3), (0.9, 0.95, 0.98, 0.985, 0.99)),
-    "lenet_5": Net("LeNet-5", "exchange/lenet_5", 20, (3e-4,), (0.95, 0.98, 0.99)),
-    "vit": Net("ViT", "exchange/vit", 20, (1e-4,), (0.6, 0.8, 0.9)),
+    "lenet_5": Net("LeNet-5", "exchange/lenet_5", 12, (5e-4,), (0.9, 0.95, 0.98)),
+    "vit": Net("ViT", "exchange/vit", 12, (1e-4,), (0.3, 0.6, 0.8)),
 }
 # omega'(0+) of LogSum(2) is 1/2 and of MCP(1) is 1: half the lam pulls small weights as hard
 PENALTIES: dict[str, tuple[str, Words, float]] = {
