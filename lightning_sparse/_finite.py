@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ def unfit(tensors: Mapping[str, Tensor], nan_only: bool = False) -> dict[str, tu
 def _anywhere(sums: Tensor, tensors: Mapping[str, Tensor]) -> bool:
     """One of ``sums`` is not finite, on this process or, where a tensor is split, on another."""
     split = next((tensor for tensor in tensors.values() if shards.is_sharded(tensor)), None)
+    if split is None:
+        return not math.isfinite(float(sums.sum()))
     return bool(shards.largest((~sums.isfinite()).any().int(), split))
 
 

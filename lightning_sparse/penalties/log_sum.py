@@ -31,7 +31,7 @@ class LogSum(Penalty):
 
     def eta_hat(self, w: Tensor) -> Tensor:
         size = w.abs()
-        return size * (size + self.eps)
+        return (size + self.eps).mul_(size)
 
     def gradient(self, w: Tensor) -> Tensor:
         return w.sign().div_(w.abs().add_(self.eps))

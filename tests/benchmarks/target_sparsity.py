@@ -1,6 +1,6 @@
 """How near each form comes to a target_sparsity, on the digits (an MLP 64-300-100-10):
 
-    python tests/benchmarks/target_sparsity.py [--targets 0.9 0.95 0.98] [--seeds 0] [--epochs 150] [--forms ...] [> docs/exchange/target.md]
+    python tests/benchmarks/target_sparsity.py [--targets 0.9 0.95 0.98] [--seeds 0] [--epochs 150] [--forms ...] [--restart]
 
 One line a run: the zeros just before the support is frozen and in the trained network, when it was frozen, and the lam that
 was found. Aim: within 0.2 points of the target when the support is frozen; what is missing then is removed by rank. The
