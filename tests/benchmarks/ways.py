@@ -22,7 +22,7 @@ from lightning_sparse import _pieces, noise, numeric, penalties
 
 PENALTY, LAM = penalties.LogSum(2.0), 1e-3
 SHAPES = {"LeNet-300-100's first layer": (300, 784), "10 million weights": (3163, 3163)}
-USED = "pieces of 65,536"
+USED = f"pieces of {_pieces.SIZE:,}"
 Ways = dict[str, Callable[[], Any]]
 
 
@@ -61,7 +61,7 @@ def numbers(like: Tensor) -> Ways:
 def cut(through: Callable[..., Any], function: Callable[..., Tensor], *tensors: Tensor) -> Ways:
     """``function`` over whole tensors, in pieces of several sizes that ``through`` goes through, and compiled."""
     call = partial(through, function, *tensors)
-    sizes = {f"pieces of {size:,}": partial(of_size, size, call) for size in (1 << 14, 1 << 16, 1 << 18)}
+    sizes = {f"pieces of {size:,}": partial(of_size, size, call) for size in (1 << 14, 1 << 16, 1 << 18, 1 << 20)}
     fused = torch.compile(function, dynamic=True)
     fused(*tensors)
     return {"whole": partial(function, *tensors), **sizes, "torch.compile": partial(fused, *tensors)}
