@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sparse import attach, counts, masked_loss
-from lightning_sparse.callbacks import _wandb
+from lightning_sparse.callbacks import _logged, _wandb
 from lightning_sparse.curvature import Curvature
 from lightning_sparse.noise import Gaussian
 
@@ -85,10 +85,7 @@ def epoch(callback: Form, trainer: Trainer, pl_module: LightningModule) -> None:
     values = of_run(callback, trainer)
     if callback.gap_samples:
         values["sparsity/duality_gap"] = duality_gap(callback, pl_module)
-    distributed = trainer.world_size > 1
-    if "sparsity/total" in values:
-        pl_module.log("sparsity/total", values.pop("sparsity/total"), prog_bar=True, sync_dist=distributed)
-    pl_module.log_dict(values, sync_dist=distributed)
+    _logged.log(trainer, pl_module, values, {f"sparsity/{name}" for name in callback.parameters})
     if _is_picture_epoch(trainer):
         _log_pictures(callback, trainer)
 
@@ -122,7 +119,5 @@ def duality_gap(callback: Form, module: LightningModule) -> float:
 def finish(callback: Form, trainer: Trainer) -> None:
     """After training: the figures of the true zeros, once more to every logger, and into a W&B run's summary."""
     values = of_run(callback, trainer, final=True)
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step)
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    _logged.log_now(trainer, values)
     _wandb.log_summary(trainer.loggers, values)

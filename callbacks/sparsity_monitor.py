@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_sparse import counts
+from lightning_sparse.callbacks import _logged
 from lightning_sparse.callbacks._averages import averaging
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.select import countable
@@ -69,10 +69,7 @@ class SparsityMonitor(Callback):
 
     def _log_late(self, trainer: Trainer, module: LightningModule) -> None:
         """Outside of the hooks from which Lightning takes logs."""
-        shown = self._shown(trainer, module)
-        for logger in trainer.loggers:
-            logger.log_metrics(shown, step=trainer.global_step)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in shown.items()})
+        _logged.log_now(trainer, self._shown(trainer, module))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -98,8 +95,5 @@ class SparsityMonitor(Callback):
         return {name: value for name, value in shown.items() if not owners or name != "sparsity/total"}
 
     def _log(self, trainer: Trainer, module: LightningModule, shown: dict[str, float]) -> None:
-        distributed = trainer.world_size > 1
-        rest = {name: value for name, value in shown.items() if name != "sparsity/total"}
-        module.log_dict(rest, on_step=False, on_epoch=True, sync_dist=distributed)
-        if len(rest) < len(shown):
-            module.log("sparsity/total", shown["sparsity/total"], on_step=False, on_epoch=True, prog_bar=True, sync_dist=distributed)
+        layers = shown.keys() - {_logged.TOTAL} if trainer.state.fn == "fit" else set()  # validate() and test() return what is logged
+        _logged.log(trainer, module, shown, layers, on_step=False, on_epoch=True)

@@ -45,7 +45,7 @@ class Arm:
 NETS = {
     "lenet_300_100": Net("LeNet-300-100", "exchange/lenet_300_100", 60, (1e-4, 3e-4, 1e-3, 2e-3, 4e-3), (0.9, 0.95, 0.98, 0.985, 0.99)),
     "lenet_5": Net("LeNet-5", "exchange/lenet_5", 12, (5e-4,), (0.9, 0.95, 0.98)),
-    "vit": Net("ViT", "exchange/vit", 12, (1e-4,), (0.3, 0.6, 0.8)),
+    "vit": Net("ViT", "exchange/vit", 12, (1e-3,), (0.3, 0.6, 0.8)),
 }
 # omega'(0+) of LogSum(2) is 1/2 and of MCP(1) is 1: half the lam pulls small weights as hard
 PENALTIES: dict[str, tuple[str, Words, float]] = {
@@ -64,7 +64,7 @@ FORMS: dict[str, tuple[str, str, Words]] = {
     "mask_uncalibrated": ("AdaptiveMask", "no", UNCALIBRATED),
 }
 _RAMP = ("--sparsify.begin", "0.1", "--sparsify.end", "0.6", "--sparsify.scope", "global")
-PRUNING: Words = ("--sparsify", "MagnitudePruning", *_RAMP, "--model.restart", "0.75")  # the rate falls past the ramp's end
+PRUNING: Words = ("--sparsify", "MagnitudePruning", *_RAMP, "--sparsify.freeze", "0.25", "--model.restart", "0.75")
 
 
 def grid() -> list[Arm]:

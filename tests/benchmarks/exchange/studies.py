@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from exchange.grid import MASK, PLAIN, Arm, Words, arm
+from exchange.grid import GAP_SAMPLES, MASK, PLAIN, Arm, Words, arm
 
 LAMS = (3e-4, 1e-3)
 SWITCHES = (1 / 6, 1 / 3)  # shares of the run after which the mask form gives way to the penalty form
@@ -92,7 +92,7 @@ def _varied(base: Arm, name: str, variant: str, words: Words) -> Arm:
 
 def _switched(share: float) -> Arm:
     base = arm("lenet_300_100", "logsum", "penalty")
-    variant, words = f"mask for {share:.0%} of the epochs, then penalty", ("--sparsify.gap_samples", MASK[-1])
+    variant, words = f"mask for {share:.0%} of the epochs, then penalty", ("--sparsify.gap_samples", str(GAP_SAMPLES))
     made = _varied(base, "switch", variant, words)
     return replace(
         made, name=f"study/switch/{share:.2f}", form="AdaptiveMask, then ReweightedPenalty", calibrated="yes", first=MASK, switch=share
