@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import exchange_page
 from exchange import pictures, study_table, tables, verdict
 from exchange.frontier import Point, error_at, frontier, points
 from exchange.plan import everything
+from exchange.records import recorded
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "exchange.md"
 COMMAND = "python tests/benchmarks/exchange_page.py --write docs/exchange.md"
@@ -79,6 +81,16 @@ def cells(text: str, *start: str) -> list[str]:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     (found,) = [row[len(start) :] for row in rows if row[: len(start)] == list(start)]
     return found
+
+
+def test_the_readme_shows_what_was_recorded() -> None:
+    text = (PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
+    shown = re.search("<!-- deep exchange: begin -->(.*)<!-- deep exchange: end -->", text, re.DOTALL)
+    assert shown is not None
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown[1].splitlines() if line.startswith("| 0.")]
+    found = [row[1:8] for row in tables.equal_lambda_rows(recorded(PAGE.parent / "exchange")[0]) if row[0] == "LogSum(2)"]
+    assert rows == [list(row) for row in found]
+    assert len(rows) == 5
 
 
 def test_the_table_at_equal_lambda_says_how_far_the_forms_are_apart() -> None:
