@@ -25,11 +25,12 @@ def log(trainer: Trainer, module: LightningModule, figures: Mapping[str, float],
     if TOTAL in figures:
         module.log(TOTAL, figures[TOTAL], prog_bar=True, **how)
     if straight:
-        log_now(trainer, {name: value for name, value in figures.items() if name in straight})
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1  # where Lightning puts what an epoch's end logs, its number beside it
+        log_now(trainer, {name: value for name, value in figures.items() if name in straight}, step, {"epoch": trainer.current_epoch})
 
 
-def log_now(trainer: Trainer, figures: Mapping[str, float]) -> None:
-    """The same past LightningModule.log, also outside of the hooks in which that may be called."""
+def log_now(trainer: Trainer, figures: Mapping[str, float], step: int | None = None, beside: Mapping[str, float] | None = None) -> None:
+    """The same past LightningModule.log, also outside of the hooks in which that may be called; ``beside``: for loggers alone."""
     for logger in trainer.loggers:
-        logger.log_metrics(dict(figures), step=trainer.global_step)
+        logger.log_metrics({**(beside or {}), **figures}, step=trainer.global_step if step is None else step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})

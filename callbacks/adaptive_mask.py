@@ -27,8 +27,8 @@ class AdaptiveMask(Noisy):
         noise: the masks' distribution, ScaledBernoulli() or Gaussian(local=...); in a recipe Gaussian keeps this
             default's ``local: true`` unless it is written out.
         curvature: the estimate of H_jj that calibrates the noise, so that it realises lam * Omega; None leaves the noise
-            uncalibrated, a curvature-weighted penalty. In runs of ten thousand steps and more EmpiricalFisher(decay=0.999)
-            with tol=0.01 comes nearest to the penalty form's zeros, the defaults in runs of a few thousand (docs/exchange.md).
+            uncalibrated, a curvature-weighted penalty. In a run of 22,500 steps EmpiricalFisher(decay=0.999) with
+            tol=0.01 came nearest to the penalty form's zeros, in one of 1,350 the defaults did (docs/exchange.md).
         ceiling: largest lam / H_jj that calibration uses; 10 agreed best with the penalty form on the digits.
         alpha_min: smallest keep probability that noise is drawn with; it bounds the noise's variance by 1 / alpha_min.
 

@@ -1,4 +1,4 @@
-"""Elementwise work piece by piece: what one step of it leaves in a core's cache, the next one finds there.
+"""Elementwise work piece by piece: what one step of it leaves in the cache, the next one finds there.
 
 An operation after another over a whole tensor reads and writes all of it each time; on a CPU that costs several times the
 arithmetic, and every intermediate result is as large as the weights.

@@ -31,7 +31,7 @@ def keep_probability(eta: Tensor, lam: float) -> Tensor:
 
     Raises ValueError unless ``lam`` is a finite number > 0.
     """
-    return eta.reciprocal().mul_(_checks.positive("lam", lam)).add_(1).reciprocal_()
+    return (_checks.positive("lam", lam) / eta).add_(1).reciprocal_()
 
 
 def eta(alpha: Tensor, lam: float) -> Tensor:

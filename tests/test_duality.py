@@ -186,3 +186,8 @@ def test_an_inadmissible_penalty_is_refused_naming_the_weight() -> None:
 def test_a_quotient_has_no_nan() -> None:
     top, bottom = torch.tensor([0.0, 0.0, 1.0, torch.inf, 2.0]), torch.tensor([0.0, torch.inf, torch.inf, torch.inf, 4.0])
     assert numeric.quotient(top, bottom).tolist() == [0, 0, 0, 0, 0.5]
+
+
+def test_the_keep_probability_has_a_gradient() -> None:
+    eta = torch.linspace(0.1, 3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda eta: duality.keep_probability(eta, 0.3), eta)

@@ -54,7 +54,7 @@ PENALTIES: dict[str, tuple[str, Words, float]] = {
 }
 # the callback's defaults, which suit runs of a few thousand steps
 PLAIN: Words = ("--sparsify", "AdaptiveMask", "--sparsify.gap_samples", str(GAP_SAMPLES))
-# H averaged over a thousand steps, and a weight gone only where its noise is a hundred times as large as it is (study "mask")
+# H averaged over a thousand steps, and a weight gone only where its noise is ten times as large as it is (study "mask")
 MASK: Words = (*PLAIN, "--sparsify.curvature", "EmpiricalFisher", "--sparsify.curvature.decay", "0.999", "--sparsify.tol", "0.01")
 UNCALIBRATED: Words = (*PLAIN, "--sparsify.curvature", "null")
 UNCALIBRATED_LAMS = (3e-4, 1e-3)  # it removes next to nothing at any lam

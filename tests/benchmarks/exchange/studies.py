@@ -22,7 +22,7 @@ def _frozen(share: float) -> Words:
     return "--sparsify.freeze", str(share), "--model.restart", str(1 - share)
 
 
-# study: (variant, words); what is the default is an arm of the grid and not run again
+# study: (variant, words); what is as in the grid is not run again
 _VARIANTS: dict[str, dict[str, Words]] = {
     "mask": {
         "decay 0.9, tol 0.05, the defaults": (),
