@@ -119,14 +119,13 @@ def test_the_verdict_counts_what_the_tables_say() -> None:
     made = [run(penalty, 4e-3, 1.0, 4.0), run(penalty, 1e-4, 16.0, 2.0), run(mask, 4e-3, 1.2, 4.0), run(mask, 1e-4, 30.0, 2.0)]
     made += [run("lenet_300_100/pruning", 0.99, 1.0, 3.6), run("lenet_300_100/pruning", 0.9, 10.0, 2.9)]
     said = verdict.markdown(made).splitlines()
-    assert said[0].endswith("a factor of 1.3 of the penalty form's: 1 of 2.")
+    assert said[0].endswith("a factor of 1.3 of the penalty form's: 1 of 2 (8 more are not run or out of reach).")
     # halfway lies 4 for the penalty form and 6 for the mask form: at 10 % non-zero 2.34 against 2.68, at 2 % 3.5 against 3.68
     assert cells(tables.levels(made), "LogSum(2)", "90")[:4] == ["2.34", "2.68", "+0.34", "no"]
     assert cells(tables.levels(made), "LogSum(2)", "98")[:4] == ["3.50", "3.68", "+0.18", "yes"]
-    assert said[1].endswith("3 of 4.")
-    assert said[2].endswith(
-        "2 of 4."
-    )  # 3.48 at 1.5 % and 3.39 at 2 %, below 3.71 and 3.50; 3.11 at 5 % and 2.90 at 10 %, above 2.84 and 2.34
+    assert said[1].endswith("3 of 4 (4 more are not run or out of reach).")
+    assert said[2].endswith("2 of 4 (4 more are not run or out of reach).")
+    # 3.48 at 1.5 % and 3.39 at 2 %, below 3.71 and 3.50; 3.11 at 5 % and 2.90 at 10 %, above 2.84 and 2.34
     assert verdict.markdown([]).count("not run yet") == 3
 
 
@@ -141,6 +140,17 @@ def test_a_study_stands_beside_the_defaults() -> None:
     assert cells(text, "as elsewhere", "AdaptiveMask", "0.001") == ["3.00", "1.50", "3.10", "2.60", ""]
     assert cells(text, "ceiling 3", "AdaptiveMask", "0.001") == ["2.40", "1.20", "3.20", "2.70", ""]
     assert "(default: Gaussian, on the outputs). Not run yet." in text
+
+
+def test_a_change_of_both_forms_is_compared_with_the_penalty_form_that_has_it_too() -> None:
+    made = [run("lenet_300_100/logsum/penalty", 1e-3, 4.0, 2.5), run("lenet_300_100/logsum/mask", 1e-3, 3.0, 2.6)]
+    made += [run(f"study/freeze/{form}/freeze_0.25", 1e-3, share, 2.4) for form, share in (("penalty", 2.0), ("mask", 3.0))]
+    made += [run("study/mask/mask/decay_0.99_tol_0.05", 1e-3, 1.0, 2.9)]
+    text = study_table.markdown(made)
+    assert cells(text, "freeze 0.25", "ReweightedPenalty", "0.001")[:2] == ["2.00", ""]
+    assert cells(text, "freeze 0.25", "AdaptiveMask", "0.001")[:2] == ["3.00", "1.50"]
+    assert cells(text, "freeze 0.25, tol 0.01", "AdaptiveMask", "0.001")[:2] == ["3.00", "1.50"]
+    assert cells(text, "decay 0.99, tol 0.05", "AdaptiveMask", "0.001")[:2] == ["1.00", "0.50"]
 
 
 def test_other_networks_have_every_form_and_pruning() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from exchange.grid import GAP_SAMPLES, MASK, PLAIN, Arm, Words, arm
@@ -54,7 +55,7 @@ _OF_BOTH = ("freeze", "rate", "warm-up")
 STUDIES = tuple(_VARIANTS)
 ABOUT = {
     "mask": "how long H is averaged (decay, the weight of the past in its mean, a step; elsewhere 0.999) and where a weight counts as "
-    "zero (alpha < tol; elsewhere 0.01), with freeze 0.25 as in that line of the study freeze",
+    "zero (alpha < tol; elsewhere 0.01), all with freeze 0.25",
     "curvature": "the estimate of H (elsewhere: EmpiricalFisher, every 10 steps)",
     "ceiling": "the largest lam / H (default 10)",
     "alpha_min": "the smallest keep probability that noise is drawn with (default 1e-3)",
@@ -79,6 +80,18 @@ def study(name: str) -> list[Arm]:
     if name in _OF_BOTH:
         arms += [_varied(arm(net, "logsum", "penalty"), name, variant, words) for variant, words in _VARIANTS[name].items()]
     return arms
+
+
+def references(made: Sequence[Arm]) -> tuple[str, str, str]:
+    """What a study's arms stand beside: a word for it, and the arms of the penalty and of the mask form."""
+    if made[0].study == "mask":
+        return "freeze 0.25, tol 0.01", "study/freeze/penalty/freeze_0.25", "study/freeze/mask/freeze_0.25"
+    return "as elsewhere", f"{made[0].net}/logsum/penalty", f"{made[0].net}/logsum/mask"
+
+
+def same_schedule(made: Arm, penalty: str) -> str:
+    """The arm of the penalty form under the schedule of this one; ``penalty`` is that of its study's references."""
+    return made.name.replace("/mask/", "/penalty/") if made.study in _OF_BOTH else penalty
 
 
 def _varied(base: Arm, name: str, variant: str, words: Words) -> Arm:

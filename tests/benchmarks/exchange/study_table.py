@@ -1,4 +1,4 @@
-"""The table of the studies: each change beside the two forms as they are in the grid, at the same lam."""
+"""The table of the studies: each change beside the two forms without it, at the same lam."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from exchange.frontier import Runs, error_at, points
 from exchange.grid import Arm
-from exchange.studies import ABOUT, STUDIES, study
+from exchange.studies import ABOUT, STUDIES, references, same_schedule, study
 from exchange.tables import MISSING, figures, mean_share, of_arm, ratio, table
 from lightning_sparse.reproduction.table import spread
 
@@ -14,7 +14,7 @@ _HEAD = ("variant", "form", "lam", "non-zero %", "to the penalty form's", "val e
 
 
 def markdown(runs: Runs) -> str:
-    """One table a study, each begun by the penalty form and the mask form as they are in the grid."""
+    """One table a study, each begun by the penalty form and the mask form that it starts from."""
     return "\n\n".join(f"**{name}**: {ABOUT[name]}.{_table(study(name), runs)}" for name in STUDIES)
 
 
@@ -24,19 +24,20 @@ def _table(arms: Sequence[Arm], runs: Runs) -> str:
 
 
 def _rows(arms: Sequence[Arm], runs: Runs) -> Iterator[Sequence[str]]:
-    net = arms[0].net
+    word, penalty, mask = references(arms)
     for lam in sorted({run["lam"] for arm in arms for run in of_arm(runs, arm.name)}):
-        for variant, name in (("as elsewhere", f"{net}/logsum/penalty"), ("as elsewhere", f"{net}/logsum/mask")):
-            yield _row(variant, "AdaptiveMask" if name.endswith("mask") else "ReweightedPenalty", name, net, lam, runs)
+        base = at(runs, penalty, lam)
+        yield _row((word, "ReweightedPenalty"), lam, base, [], runs)
+        yield _row((word, "AdaptiveMask"), lam, at(runs, mask, lam), base, runs)
         for arm in (arm for arm in arms if at(runs, arm.name, lam) or not of_arm(runs, arm.name)):
-            yield _row(arm.variant, arm.form, arm.name, net, lam, runs)
+            beside = same_schedule(arm, penalty)
+            yield _row((arm.variant, arm.form), lam, at(runs, arm.name, lam), [] if beside == arm.name else at(runs, beside, lam), runs)
 
 
-def _row(variant: str, form: str, name: str, net: str, lam: float, runs: Runs) -> Sequence[str]:
-    own, base = (at(runs, arm, lam) for arm in (name, f"{net}/logsum/penalty"))
+def _row(what: tuple[str, str], lam: float, own: Runs, base: Runs, runs: Runs) -> Sequence[str]:
     share, error = figures(own)
     val = spread([run["val_error"] for run in own]) or MISSING
-    return variant, form, f"{lam:g}", share, ratio(own, [] if own == base else base)[0], val, error, _pruned(runs, net, own)
+    return *what, f"{lam:g}", share, ratio(own, base)[0], val, error, _pruned(runs, own)
 
 
 def at(runs: Runs, name: str, lam: float) -> Runs:
@@ -44,6 +45,6 @@ def at(runs: Runs, name: str, lam: float) -> Runs:
     return [run for run in of_arm(runs, name) if run["lam"] == lam]
 
 
-def _pruned(runs: Runs, net: str, own: Runs) -> str:
-    error = error_at(points(of_arm(runs, f"{net}/pruning")), mean_share(own)) if own else None
+def _pruned(runs: Runs, own: Runs) -> str:
+    error = error_at(points(of_arm(runs, f"{own[0]['net']}/pruning")), mean_share(own)) if own else None
     return "" if error is None else f"{error:.2f}"

@@ -23,13 +23,18 @@ def markdown(runs: Runs) -> str:
 
 def _count(rows: Sequence[Sequence[str]], column: int) -> str:
     said = [row[column] for row in rows if row[column]]
-    return f"{said.count('yes')} of {len(said)}" if said else MISSING
+    return f"{said.count('yes')} of {len(said)}{_left_out(len(rows) - len(said))}" if said else MISSING
+
+
+def _left_out(count: int) -> str:
+    return f" ({count} more are not run or out of reach)" if count else ""
 
 
 def pruning_wins(rows: Sequence[Sequence[str]]) -> str:
     """Among the rows of the table at equal sparsity in which all three frontiers reach the share."""
     errors = [[float(row[column]) for column in _ERRORS] for row in rows if all(_is_number(row[column]) for column in _ERRORS)]
-    return f"{sum(pruned < min(others) for *others, pruned in errors)} of {len(errors)}" if errors else MISSING
+    won = sum(pruned < min(others) for *others, pruned in errors)
+    return f"{won} of {len(errors)}{_left_out(len(rows) - len(errors))}" if errors else MISSING
 
 
 def _is_number(text: str) -> bool:
