@@ -32,10 +32,13 @@ def describe(value: Any) -> Any:
 
 
 @torch.no_grad()
-def figures(callback: Form) -> dict[str, float]:
-    """``sparsity/...`` of what is evaluated: zeros after the threshold, in total and per parameter, and the form's state."""
+def figures(callback: Form, pruned: bool = False) -> dict[str, float]:
+    """``sparsity/...`` of what is evaluated: zeros after the threshold, in total and per parameter, and the form's state.
+
+    ``pruned``: what is evaluated already holds its zeros.
+    """
     shown = {name: callback.evaluated(name) for name in callback.parameters}
-    zeros = {name: callback.zeros(name, w) for name, w in shown.items()}
+    zeros = {name: w == 0 if pruned else callback.zeros(name, w) for name, w in shown.items()}
     weights = [w.masked_fill(zeros[name], 0.0) for name, w in shown.items()]
     return counts.figures(counts.count_zeros(callback.parameters, zeros)) | {
         "sparsity/keep_probability": counts.mean(callback.keep_probability(name) for name in callback.parameters),
@@ -51,7 +54,7 @@ def peers_of(trainer: Trainer) -> list[Form]:
 
 def of_run(callback: Form, trainer: Trainer, final: bool = False) -> dict[str, float]:
     """A callback's share of the run's figures: each its parameters; the first, finally the last, the totals of all."""
-    values, peers = figures(callback), peers_of(trainer)
+    values, peers = figures(callback, pruned=final), peers_of(trainer)
     if len(peers) < 2:
         return values
     shown = {key: values[key] for key in (f"sparsity/{name}" for name in callback.parameters)}

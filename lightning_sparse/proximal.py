@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from lightning_sparse import _rates, numeric
 from lightning_sparse._pieces import mapped
 from lightning_sparse.duality import Penalty
+
+_FIRST = -400  # in quarter octaves: steps from 2^-100 to 2^100
 
 
 def step_size(optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, Any], metric: str) -> Tensor | float:
@@ -53,11 +56,10 @@ def rests(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float, steps: f
     A gradient step cannot land there: it carries the weight back and forth over the zero, as far as momentum remembers.
     """
     step, size = torch.as_tensor(steps * rho * lam, device=w.device), w.abs()
-    nodes = _nodes(step) if step.dim() else step.double()[None]
-    edges = _edges(penalty, nodes)
     if not step.dim():
-        return size <= torch.where(step > 0, edges[0], 0.0).to(w.dtype)
-    return mapped(lambda size, step: size <= _between(step, nodes, edges).to(w.dtype), size, step.expand_as(w))
+        return size <= torch.where(step > 0, _edges(penalty, step.double()[None])[0], 0.0).to(w.dtype)
+    lines = [column.to(step.device) for column in (_known_lines if _is_value(penalty) else _lines)(penalty)]
+    return mapped(lambda size, step: size <= _between(step, *lines).to(w.dtype), size, step.expand_as(w))
 
 
 def _edges(penalty: Penalty, steps: Tensor) -> Tensor:
@@ -66,19 +68,25 @@ def _edges(penalty: Penalty, steps: Tensor) -> Tensor:
     return (x / 2 + steps[:, None] * (penalty.omega(x) / x)).amin(1)
 
 
-def _between(step: Tensor, nodes: Tensor, edges: Tensor) -> Tensor:
-    """``edges``, which belong to ``nodes``, interpolated at each step; 0 at step 0."""
-    slopes = (edges[1:] - edges[:-1]) / (nodes[1:] - nodes[:-1])
-    starts = edges[:-1] - slopes * nodes[:-1]
-    step, first = step.float(), int((nodes[0].log2() * 4).round())
-    index = step.log2().mul_(4).floor_().sub_(first).clamp_(0, len(slopes) - 1).int()  # the quarter octave that it lies in
-    return starts.float()[index].addcmul(slopes.float()[index], step).masked_fill(step <= 0, 0.0)
+def _lines(penalty: Penalty) -> tuple[Tensor, Tensor]:
+    """In each quarter octave of steps the line between its ends' edges: values at step 0, and slopes."""
+    nodes = torch.arange(_FIRST, -_FIRST + 1, dtype=torch.float64).div(4).exp2()
+    edges = _edges(penalty, nodes)
+    slopes = edges.diff() / nodes.diff()
+    return (edges[:-1] - slopes * nodes[:-1]).float(), slopes.float()
 
 
-def _nodes(step: Tensor) -> Tensor:
-    """Quarter octaves around the positive steps, the same whatever else a tensor holds: a part of it gives what the whole gives."""
-    if not step.numel():
-        return step.new_tensor([1.0, 2.0])
-    ends = torch.stack([step.masked_fill(step <= 0, torch.inf).min(), step.max()])
-    first, last = (ends.clamp(1e-30, 1e30).log2() * 4).floor().int().tolist() if ends[1] > 0 else (0, 0)
-    return torch.arange(first, last + 2, dtype=torch.float64, device=step.device).div(4).exp2()
+_known_lines = lru_cache(maxsize=64)(_lines)
+
+
+def _is_value(penalty: Penalty) -> bool:
+    """What it is never changes and equals what has the same fields: a frozen dataclass, not a class made out of one."""
+    settings = vars(type(penalty)).get("__dataclass_params__")
+    return settings is not None and settings.frozen and settings.eq
+
+
+def _between(step: Tensor, starts: Tensor, slopes: Tensor) -> Tensor:
+    """The edge at each step, on the line of its quarter octave; 0 at step 0."""
+    step = step.float()
+    index = step.log2().mul_(4).floor_().sub_(_FIRST).clamp_(0, len(slopes) - 1).int()
+    return starts[index].addcmul_(slopes[index], step).masked_fill_(step <= 0, 0.0)

@@ -186,3 +186,17 @@ def test_a_state_of_garbage_is_taken_or_refused_in_words(entry: str, value: obje
     else:
         assert not whole or isinstance(value, dict)
     form.check_state(STATE)
+
+
+@pytest.mark.parametrize("penalty", [penalties.L1(), penalties.LogSum(2.0), penalties.MCP(1.0)], ids=repr)
+def test_a_weight_rests_alone_as_it_does_among_others(penalty: penalties.L1) -> None:
+    """Whatever other weights and steps a tensor holds; also where they lie in memory in another order, or alone."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(40, 30, generator=generator) * torch.logspace(-4, 1, 30)
+    rate = torch.rand(40, 30, generator=generator) * torch.logspace(-3, 2, 40)[:, None]
+    whole = proximal.rests(penalty, w, rate, 0.1, 10.0)
+    assert 0.1 < whole.double().mean() < 0.9
+    assert torch.equal(proximal.rests(penalty, w.T, rate.T, 0.1, 10.0), whole.T)
+    alone = [proximal.rests(penalty, one, step, 0.1, 10.0) for one, step in zip(w.view(-1, 1), rate.view(-1, 1), strict=True)]
+    assert torch.equal(torch.cat(alone), whole.view(-1))
+    assert proximal.rests(penalty, w[0, 0], rate[0, 0].expand_as(w[0, 0]), 0.1, 10.0) == whole[0, 0]
