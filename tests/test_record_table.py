@@ -19,11 +19,14 @@ from lightning_sparse.cli import recipes
 @pytest.mark.parametrize("goal", GOALS, ids=lambda goal: goal.recipe)
 def test_a_recipe_and_its_baseline_aim_at_the_compression_and_share_their_length(goal: Goal) -> None:
     ours, baseline = (recipes.content(recipes.find(name)) for name in (goal.recipe, f"{goal.recipe}_pruning"))
-    wanted = ours["sparsify"]["init_args"]["target_sparsity"]
+    wanted = baseline["sparsify"]["init_args"]["sparsity"]
     assert goal.times <= 1 / (1 - wanted) < 1.01 * goal.times
-    assert baseline["sparsify"]["init_args"]["sparsity"] == wanted
+    strength = ours["sparsify"]["init_args"]
+    assert strength.get("target_sparsity", wanted) == wanted
+    assert ("target_sparsity" in strength) != ("kl_weight" in strength)  # else it is a weight that was chosen on held out images
     assert ours["trainer"]["max_epochs"] == baseline["trainer"]["max_epochs"] == record_table.EPOCHS[goal.net]
     assert ours["model"] == baseline["model"]
+    assert ours["data"] == baseline["data"]
     assert goal.recipe in record_table.command(goal.net)
 
 
@@ -44,3 +47,16 @@ def test_the_goal_is_judged_by_the_means_over_the_seeds() -> None:
     assert cells(text, "mnist/lenet_300_100_19x")[6] == "no, too dense"  # however good
     assert cells(text, "mnist/lenet_300_100_100x")[6] == "no, +0.15 points"
     assert cells(text, "mnist/lenet_5_280x")[3] == "not run yet"
+
+
+def test_trials_stand_best_first_and_hold_no_test_error(tmp_path: Path) -> None:
+    assert record_table.tried(tmp_path) == "Not run yet."
+    (tmp_path / "lenet_5").mkdir()
+    names = "recipe,epochs,val_error,nonzero_file,seconds,overrides"
+    lines = ["a,8,2.0,1.5,90,--model.lr 1e-3 --sparsify.freeze 0.3", "a,8,1.9,1.6,60,--data.batch_size 8"]
+    (tmp_path / "lenet_5" / record_table.CHOICE).write_text("\n".join([names, *lines]), encoding="utf-8")
+    first, second = record_table.tried(tmp_path).splitlines()[2:]
+    assert [cell.strip() for cell in first.strip("|").split("|")] == ["`a`", "`batch_size 8`", "8", "1.60", "1.90", "1.0"]
+    assert "`lr 1e-3 freeze 0.3`" in second
+    for file in (Path(__file__).resolve().parent.parent / "docs" / "records").glob(f"*/{record_table.CHOICE}"):
+        assert "test_error" not in file.read_text(encoding="utf-8")

@@ -41,6 +41,7 @@ def page(folder: Path = FOLDER) -> str:
         "studies": study_table.markdown(runs),
         "networks": tables.networks(runs),
         "target": target(folder / "target.md"),
+        "tried": record_table.tried(folder.parent / "records"),
         "records": record_table.markdown(record_table.recorded(folder.parent / "records")),
     }
     return Template(Path(__file__).with_name("exchange_page.md").read_text(encoding="utf-8")).substitute(parts)

@@ -38,6 +38,8 @@ GOALS = (
 EPOCHS = {"lenet_300_100": 100, "lenet_5": 60}
 SEEDS = {"lenet_300_100": "0 1 2 3 4", "lenet_5": "0 1"}
 TITLES = {"lenet_300_100": "LeNet-300-100", "lenet_5": "LeNet-5 (20-50-500)"}
+CHOICE = "choice.csv"
+_TRIED = ("recipe", "beside it", "epochs", "non-zero %", "validation error %", "minutes")
 _HEAD = ("network", "goal", "recipe", "compression", "non-zero %", "test error %", "goal met", "minutes a run", "seeds")
 
 
@@ -45,6 +47,20 @@ def recorded(folder: Path) -> Runs:
     """The runs of every network's CSV in ``folder``; none where it is missing."""
     files = [folder / net / RUNS for net in EPOCHS]
     return [run for file in files if file.is_file() for run in read_runs(file)]
+
+
+def tried(folder: Path) -> str:
+    """What was tried on the held out images, best first, from every network's ``choice.csv``, in which no test error stands."""
+    files = [folder / net / CHOICE for net in EPOCHS]
+    runs = [run for file in files if file.is_file() for run in read_runs(file)]
+    runs.sort(key=lambda run: (run["recipe"], run["val_error"]))
+    return table(_TRIED, (_trial(run) for run in runs)) if runs else f"{MISSING.capitalize()}."
+
+
+def _trial(run: dict[str, Any]) -> Sequence[str]:
+    words = str(run["overrides"]).replace("--sparsify.", "").replace("--model.", "").replace("--data.", "")
+    figures = (f"{run[name]:.2f}" for name in ("nonzero_file", "val_error"))
+    return f"`{run['recipe']}`", f"`{words}`", f"{run['epochs']}", *figures, f"{run['seconds'] / 60:.1f}"
 
 
 def markdown(runs: Runs) -> str:
