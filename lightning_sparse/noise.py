@@ -67,7 +67,7 @@ class Gaussian(Noise):
     local: bool = False
 
     def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return mapped(_gaussian, alpha, torch.empty_like(alpha).normal_(generator=generator))
+        return mapped(_gaussian, alpha, normal_like(alpha, generator))
 
 
 def _gaussian(alpha: Tensor, draw: Tensor) -> Tensor:
@@ -110,8 +110,15 @@ class _Spread(torch.autograd.Function):
 def additive_output_noise(layer: Any, x: Tensor, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Noise of variance ``weight`` (x^2) for the output of a Linear or ConvNd ``layer``: its weights have those variances."""
     square = functional.linear(x * x, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(x * x, weight, None)
-    draw = torch.empty_like(square).normal_(generator=generator)
-    return draw * square.clamp(min=1e-16).sqrt()  # the root's slope is infinite at 0
+    return normal_like(square, generator) * square.clamp(min=1e-16).sqrt()  # the root's slope is infinite at 0
+
+
+def normal_like(tensor: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """N(0, 1) in the shape of ``tensor`` and in its order in memory: torch draws in any other order at a fraction of the speed."""
+    if tensor.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return torch.empty_like(tensor).normal_(generator=generator)
+    drawn = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device).normal_(generator=generator)
+    return drawn.as_strided(tensor.shape, tensor.stride())
 
 
 def stream(device: torch.device, *key: int) -> torch.Generator:

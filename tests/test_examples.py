@@ -113,6 +113,15 @@ def test_calibration_sees_every_matrix_at_its_layer(monkeypatch: pytest.MonkeyPa
         seen.clear()
 
 
+def test_lenet5_computes_what_its_layers_compute_in_the_usual_memory_order() -> None:
+    module, x = LeNet5(), torch.rand(5, 1, 28, 28)
+    scores = module(x)
+    assert module.layers[2].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr, operator]
+    plain = module.layers.to(memory_format=torch.contiguous_format)
+    assert not plain[2].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr, operator]
+    torch.testing.assert_close(plain(x), scores)
+
+
 def test_a_restarted_rate_falls_twice_and_ends_at_zero() -> None:
     rates = [cosines(step, total=100, restart=0.75) for step in range(101)]
     assert rates[0] == rates[75] == 1.0

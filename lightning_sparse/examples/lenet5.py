@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from lightning_sparse.examples.classifier import Classifier
@@ -18,4 +19,5 @@ class LeNet5(Classifier):
         super().__init__(lr, decay, fused, restart)
         self.save_hyperparameters()
         features = (nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.Flatten())
-        self.layers = nn.Sequential(*features, nn.Linear(50 * 4 * 4, 500), nn.ReLU(), nn.Linear(500, 10))
+        layers = nn.Sequential(*features, nn.Linear(50 * 4 * 4, 500), nn.ReLU(), nn.Linear(500, 10))
+        self.layers = layers.to(memory_format=torch.channels_last)  # nearly twice as fast on a CPU
