@@ -35,7 +35,7 @@ GOALS = (
     Goal("lenet_5", 150, 0.75),
     Goal("lenet_5", 280, 0.9),
 )
-EPOCHS = {"lenet_300_100": 100, "lenet_5": 60}
+EPOCHS = {"lenet_300_100": 80, "lenet_5": 60}
 SEEDS = {"lenet_300_100": "0 1 2 3 4", "lenet_5": "0 1"}
 TITLES = {"lenet_300_100": "LeNet-300-100", "lenet_5": "LeNet-5 (20-50-500)"}
 CHOICE = "choice.csv"
