@@ -53,10 +53,10 @@ def test_trials_stand_best_first_and_hold_no_test_error(tmp_path: Path) -> None:
     assert record_table.tried(tmp_path) == "Not run yet."
     (tmp_path / "lenet_5").mkdir()
     names = "recipe,epochs,val_error,nonzero_file,seconds,overrides"
-    lines = ["a,8,2.0,1.5,90,--model.lr 1e-3 --sparsify.freeze 0.3", "a,8,1.9,1.6,60,--data.batch_size 8"]
+    lines = ["a,8,2.0,1.5,90,--model.lr 1e-3 --sparsify.freeze 0.3", "a,9,1.9,1.6,60,--data.batch_size 8"]
     (tmp_path / "lenet_5" / record_table.CHOICE).write_text("\n".join([names, *lines]), encoding="utf-8")
     first, second = record_table.tried(tmp_path).splitlines()[2:]
-    assert [cell.strip() for cell in first.strip("|").split("|")] == ["`a`", "`batch_size 8`", "8", "1.60", "1.90", "1.0"]
+    assert [cell.strip() for cell in first.strip("|").split("|")] == ["`a`", "`batch_size 8`", "9", "1.60", "1.90", "1.0"]
     assert "`lr 1e-3 freeze 0.3`" in second
     for file in (Path(__file__).resolve().parent.parent / "docs" / "records").glob(f"*/{record_table.CHOICE}"):
         assert "test_error" not in file.read_text(encoding="utf-8")

@@ -80,12 +80,17 @@ def draw(runs: Runs, trajectories: Trajectories, folder: Path) -> list[Path]:
 
 def read_runs(file: Path) -> list[dict[str, Any]]:
     """The lines of ``runs.csv`` as they were written; ValueError, naming the file, for runs of different lengths."""
-    with file.open(newline="", encoding="utf-8") as text:
-        found = [{name: _value(name, value) for name, value in line.items()} for line in csv.DictReader(text)]
+    found = read_lines(file)
     lengths = sorted({run["epochs"] for run in found})
     if len(lengths) > 1:
         raise ValueError(f"{file} mixes runs of {lengths} epochs; their figures are not one table")
     return found
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a CSV of runs as they were written, of whatever lengths."""
+    with file.open(newline="", encoding="utf-8") as text:
+        return [{name: _value(name, value) for name, value in line.items()} for line in csv.DictReader(text)]
 
 
 def _value(name: str, text: str) -> Any:

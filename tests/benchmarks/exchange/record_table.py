@@ -11,7 +11,7 @@ from typing import Any
 from exchange.frontier import Runs
 from exchange.tables import MISSING, table
 from lightning_sparse.reproduction.table import spread
-from lightning_sparse.reproduction.written import RUNS, read_runs
+from lightning_sparse.reproduction.written import RUNS, read_lines, read_runs
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def recorded(folder: Path) -> Runs:
 def tried(folder: Path) -> str:
     """What was tried on the held out images, best first, from every network's ``choice.csv``, in which no test error stands."""
     files = [folder / net / CHOICE for net in EPOCHS]
-    runs = [run for file in files if file.is_file() for run in read_runs(file)]
+    runs = [run for file in files if file.is_file() for run in read_lines(file)]
     runs.sort(key=lambda run: (run["recipe"], run["val_error"]))
     return table(_TRIED, (_trial(run) for run in runs)) if runs else f"{MISSING.capitalize()}."
 
