@@ -115,7 +115,8 @@ def additive_output_noise(layer: Any, x: Tensor, weight: Tensor, generator: torc
 
 def normal_like(tensor: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """N(0, 1) in the shape of ``tensor`` and in its order in memory: torch draws in any other order at a fraction of the speed."""
-    if tensor.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+    usual = tensor.is_contiguous() or type(tensor) not in (Tensor, nn.Parameter)
+    if usual or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return torch.empty_like(tensor).normal_(generator=generator)
     drawn = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device).normal_(generator=generator)
     return drawn.as_strided(tensor.shape, tensor.stride())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -58,7 +59,7 @@ def rests(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float, steps: f
     step, size = torch.as_tensor(steps * rho * lam, device=w.device), w.abs()
     if not step.dim():
         return size <= torch.where(step > 0, _edges(penalty, step.double()[None])[0], 0.0).to(w.dtype)
-    lines = [column.to(step.device) for column in (_known_lines if _is_value(penalty) else _lines)(penalty)]
+    lines = [column.to(step.device) for column in (_known_lines(penalty) if _is_value(penalty) else _lines(penalty, step.device))]
     return mapped(lambda size, step: size <= _between(step, *lines).to(w.dtype), size, step.expand_as(w))
 
 
@@ -68,25 +69,32 @@ def _edges(penalty: Penalty, steps: Tensor) -> Tensor:
     return (x / 2 + steps[:, None] * (penalty.omega(x) / x)).amin(1)
 
 
-def _lines(penalty: Penalty) -> tuple[Tensor, Tensor]:
+def _lines(penalty: Penalty, device: torch.device) -> tuple[Tensor, Tensor]:
     """In each quarter octave of steps the line between its ends' edges: values at step 0, and slopes."""
-    nodes = torch.arange(_FIRST, -_FIRST + 1, dtype=torch.float64).div(4).exp2()
+    nodes = torch.arange(_FIRST, -_FIRST + 1, dtype=torch.float64, device=device).div(4).exp2()
     edges = _edges(penalty, nodes)
     slopes = edges.diff() / nodes.diff()
     return (edges[:-1] - slopes * nodes[:-1]).float(), slopes.float()
 
 
-_known_lines = lru_cache(maxsize=64)(_lines)
+@lru_cache(maxsize=64)
+def _known_lines(penalty: Penalty) -> tuple[Tensor, Tensor]:
+    """The same, kept for every penalty that equals this one."""
+    return _lines(penalty, torch.device("cpu"))
 
 
-def _is_value(penalty: Penalty) -> bool:
-    """What it is never changes and equals what has the same fields: a frozen dataclass, not a class made out of one."""
+def _is_value(penalty: Any) -> bool:
+    """It is what its fields say, for ever: a frozen dataclass, not a class made out of one, of numbers, words and its like."""
     settings = vars(type(penalty)).get("__dataclass_params__")
-    return settings is not None and settings.frozen and settings.eq
+    if settings is None or not (settings.frozen and settings.eq):
+        return False
+    plain = (bool, int, float, str, type(None))
+    values = [(field.compare, getattr(penalty, field.name)) for field in dataclasses.fields(penalty)]
+    return all(compared and (type(value) in plain or _is_value(value)) for compared, value in values)
 
 
 def _between(step: Tensor, starts: Tensor, slopes: Tensor) -> Tensor:
     """The edge at each step, on the line of its quarter octave; 0 at step 0."""
     step = step.float()
-    index = step.log2().mul_(4).floor_().sub_(_FIRST).clamp_(0, len(slopes) - 1).int()
-    return starts[index].addcmul_(slopes[index], step).masked_fill_(step <= 0, 0.0)
+    index = step.log2().mul_(4).floor_().sub_(_FIRST).nan_to_num_(0.0).clamp_(0, len(slopes) - 1).int()
+    return starts[index].addcmul_(slopes[index], step).masked_fill_(~(step > 0), 0.0)

@@ -6,6 +6,8 @@ Two run through all of them: what is not touched keeps its bits, and NaN never b
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_sparse import _finite, attach, counts, curvature, mask_rules, noise, penalties, proximal
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
+from lightning_sparse.duality import Penalty
 
 pytestmark = pytest.mark.slow
 BITS = st.integers(-(2**31), 2**31 - 1)
@@ -199,7 +202,52 @@ def test_a_weight_rests_alone_as_it_does_among_others(penalty: penalties.L1) -> 
     assert torch.equal(proximal.rests(penalty, w.T, rate.T, 0.1, 10.0), whole.T)
     alone = [proximal.rests(penalty, one, step, 0.1, 10.0) for one, step in zip(w.view(-1, 1), rate.view(-1, 1), strict=True)]
     assert torch.equal(torch.cat(alone), whole.view(-1))
-    assert proximal.rests(penalty, w[0, 0], rate[0, 0].expand_as(w[0, 0]), 0.1, 10.0) == whole[0, 0]
+
+
+@dataclass(frozen=True)
+class Knots(Penalty):
+    """LogSum with its eps in whatever the caller likes."""
+
+    eps: Any
+
+    def omega(self, w: Tensor) -> Tensor:
+        return penalties.LogSum(float(self.eps[0])).omega(w)
+
+    def eta_hat(self, w: Tensor) -> Tensor:
+        return penalties.LogSum(float(self.eps[0])).eta_hat(w)
+
+
+class Louder(penalties.LogSum):
+    """Not a dataclass of its own: equal to each LogSum of its eps, whatever its factor."""
+
+    factor = 1.0
+
+    def omega(self, w: Tensor) -> Tensor:
+        return self.factor * super().omega(w)
+
+
+def test_penalties_that_differ_or_change_rest_apart() -> None:
+    """Against the exact prox of each; what is remembered of one penalty is not another's, nor that of its former self."""
+    w, rate = torch.linspace(0, 1, 400), torch.full((400,), 0.01)
+    held = lambda penalty: int(proximal.rests(penalty, w, rate, 1.0, 10.0).sum())  # noqa: E731
+    wanted = {eps: int((penalties.LogSum(eps).prox(w, 0.1) == 0).sum()) for eps in (2.0, 0.5, 0.1)}
+    assert len(set(wanted.values())) == 3
+    for eps, count in wanted.items():
+        assert held(penalties.LogSum(eps)) == pytest.approx(count, abs=2)
+        assert held(Knots([eps])) == pytest.approx(count, abs=2)
+    changing = torch.tensor([2.0])
+    before = held(Knots(changing))
+    changing.fill_(0.1)
+    assert (before, held(Knots(changing))) == pytest.approx((wanted[2.0], wanted[0.1]), abs=2)
+    loud = Louder(2.0)
+    before = held(loud)
+    object.__setattr__(loud, "factor", 4.0)
+    assert held(loud) > before + 50
+
+
+def test_a_step_that_is_no_number_holds_nothing() -> None:
+    steps = torch.tensor([torch.nan, -1.0, 0.0, 1.0])
+    assert proximal.rests(penalties.L1(), torch.full((4,), 1e-3), steps, 1.0, 1.0).tolist() == [False, False, False, True]
 
 
 def test_draws_follow_the_order_in_memory_and_leave_gaps_alone() -> None:

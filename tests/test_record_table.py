@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 from exchange import record_table
 from exchange.record_table import GOALS, Goal
 
-from lightning_sparse.cli import recipes
+from lightning_sparse.cli import main, recipes
+from lightning_sparse.reproduction.written import read_lines
+
+CHOICES = sorted((Path(__file__).resolve().parent.parent / "docs" / "records").glob(f"*/{record_table.CHOICE}"))
 
 
 @pytest.mark.parametrize("goal", GOALS, ids=lambda goal: goal.recipe)
@@ -58,5 +62,14 @@ def test_trials_stand_best_first_and_hold_no_test_error(tmp_path: Path) -> None:
     first, second = record_table.tried(tmp_path).splitlines()[2:]
     assert [cell.strip() for cell in first.strip("|").split("|")] == ["`a`", "`batch_size 8`", "9", "1.60", "1.90", "1.0"]
     assert "`lr 1e-3 freeze 0.3`" in second
-    for file in (Path(__file__).resolve().parent.parent / "docs" / "records").glob(f"*/{record_table.CHOICE}"):
+    assert CHOICES
+    for file in CHOICES:
         assert "test_error" not in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", CHOICES, ids=lambda file: file.parent.name)
+def test_every_trial_can_be_run_again_as_it_is_printed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for run in read_lines(file):
+        assert main(["check", run["recipe"], *shlex.split(run["overrides"])]) == 0
+        capsys.readouterr()

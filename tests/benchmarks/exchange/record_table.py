@@ -50,7 +50,7 @@ def recorded(folder: Path) -> Runs:
 
 
 def tried(folder: Path) -> str:
-    """What was tried on the held out images, best first, from every network's ``choice.csv``, in which no test error stands."""
+    """What was tried on held out images, each recipe's best first, from every network's ``choice.csv``, in which no test error stands."""
     files = [folder / net / CHOICE for net in EPOCHS]
     runs = [run for file in files if file.is_file() for run in read_lines(file)]
     runs.sort(key=lambda run: (run["recipe"], run["val_error"]))
