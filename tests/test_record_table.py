@@ -67,6 +67,15 @@ def test_trials_stand_best_first_and_hold_no_test_error(tmp_path: Path) -> None:
         assert "test_error" not in file.read_text(encoding="utf-8")
 
 
+def test_the_readme_shows_what_the_records_hold() -> None:
+    root = Path(__file__).resolve().parent.parent
+    shown = (root / "README.md").read_text(encoding="utf-8").partition("<!-- records: begin -->")[2].partition("<!-- records: end -->")[0]
+    runs = record_table.recorded(root / "docs" / "records")
+    assert shown.strip() == record_table.reached(runs)
+    assert all(f"`{run['recipe']}`" in shown for run in runs)
+    assert "not run yet" not in shown
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", CHOICES, ids=lambda file: file.parent.name)
 def test_every_trial_can_be_run_again_as_it_is_printed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

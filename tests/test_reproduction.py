@@ -195,3 +195,13 @@ def test_figure_2_draws_the_published_points_beside_runs_of_their_length_alone()
         shares, errors = figures.trajectories(ROWS, found).axes
         assert len(shares.lines) == len(errors.lines) == count
     assert list(shares.lines[0].get_ydata()) == 20 * [50.0]
+
+
+def test_figure_2_of_runs_on_all_images_says_that_none_are_held_out(tmp_path: Path) -> None:
+    lines = [dict.fromkeys(FIELDS, 0.5) | {"epoch": epoch, "val_error": float("nan")} for epoch in (1, 2)]
+    figure = figures.trajectories(ROWS, {"paper/log_sum": {0: lines}})
+    shares, errors = figure.axes
+    assert "no images held out" in errors.get_title()
+    assert (shares.get_title(), shares.get_yscale(), errors.get_yscale()) == ("non-zero weights %", "log", "linear")
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

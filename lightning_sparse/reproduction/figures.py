@@ -73,14 +73,23 @@ def trajectories(rows: Sequence[Row], found: Trajectories) -> Figure:
     axes = figure.subplots(1, 2)
     handles = [_draw_row(axes, row, found[row.recipe], _style(place)) for place, row in enumerate(rows) if row.recipe in found]
     for axis, title in zip(axes, ("non-zero weights %", "validation error %"), strict=True):
-        axis.set(title=title, xlabel="epoch", yscale="log")
-        _plain_numbers(axis)
+        _label(axis, title)
     if any(handle.get_marker() != "None" for handle in handles):
         handles.append(Line2D([], [], linestyle="", marker="o", markerfacecolor="white", color="gray", label="published, one run"))
     if any(len(seeds) > 1 for seeds in found.values()):
         handles.append(Line2D([], [], color="gray", alpha=0.3, linewidth=8, label="least to most of the seeds"))
     _finish(figure, axes, handles, 4)
     return figure
+
+
+def _label(axis: Axes, title: str) -> None:
+    """On a logarithmic scale, unless nothing was measured: runs on all images have no validation error."""
+    measured = any(np.isfinite(np.asarray(line.get_ydata(), float)).any() for line in axis.lines)
+    if not measured:
+        axis.set(title=f"{title}: no images held out", xticks=[], yticks=[])
+        return
+    axis.set(title=title, xlabel="epoch", yscale="log")
+    _plain_numbers(axis)
 
 
 def _draw_row(axes: Sequence[Axes], row: Row, seeds: dict[int, list[dict[str, float]]], style: dict[str, str]) -> Line2D:

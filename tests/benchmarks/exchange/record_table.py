@@ -77,6 +77,11 @@ def command(net: str) -> str:
     return f"lightning-sparse reproduce --root data --out docs/records/{net} --rows {rows} {given}"
 
 
+def reached(runs: Runs) -> str:
+    """The rows of the table that have runs."""
+    return table(_HEAD, (row for row in _rows(runs) if row[3] != MISSING))
+
+
 def _rows(runs: Runs) -> Iterator[Sequence[str]]:
     for goal in GOALS:
         for recipe in (goal.recipe, f"{goal.recipe}_pruning"):
