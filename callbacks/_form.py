@@ -163,7 +163,7 @@ class Form(Callback):
         """
         w = self._live(name) if w is None else w
         if self.support is not None:
-            return ~self.support[name].to(w.device) | (w == 0)
+            return ~self.support[name].to(w.device)
         below = (self.keep_probability(name, w) < self.tol) | (w == 0)
         if name in self._places and self.lam > 0 and self.penalty.separable:
             below |= shards.elementwise(partial(self.at_rest, name), w)

@@ -58,22 +58,22 @@ def of_run(callback: Form, trainer: Trainer, final: bool = False) -> dict[str, f
     if len(peers) < 2:
         return values
     shown = {key: values[key] for key in (f"sparsity/{name}" for name in callback.parameters)}
-    return shown if callback is not peers[-1 if final else 0] else shown | _joint(peers) | {"sparsity/lam": peers[0].lam}
+    return shown if callback is not peers[-1 if final else 0] else shown | _joint(peers, final) | {"sparsity/lam": peers[0].lam}
 
 
-def total(peers: Iterable[Form], weights_only: bool = False) -> float:
+def total(peers: Iterable[Form], weights_only: bool = False, pruned: bool = False) -> float:
     """The share of zeros of several callbacks' parameters in a file, whose weights-only kind never holds an average."""
     of_file = {name: peer._live(name) if weights_only else peer.evaluated(name) for peer in peers for name in peer.parameters}
-    zeros = {name: peer.zeros(name, of_file[name]) for peer in peers for name in peer.parameters}
+    zeros = {name: w == 0 if pruned else peer.zeros(name, w) for peer in peers for name, w in of_file.items() if name in peer.parameters}
     return counts.share(counts.count_zeros({name: weight for peer in peers for name, weight in peer.parameters.items()}, zeros))
 
 
-def _joint(peers: list[Form]) -> dict[str, float]:
+def _joint(peers: list[Form], pruned: bool) -> dict[str, float]:
     """Totals over several callbacks on disjoint parameters."""
     return {
-        "sparsity/total": total(peers),
+        "sparsity/total": total(peers, pruned=pruned),
         "sparsity/keep_probability": counts.mean(peer.keep_probability(name) for peer in peers for name in peer.parameters),
-        "sparsity/penalty": sum(figures(peer)["sparsity/penalty"] for peer in peers),
+        "sparsity/penalty": sum(figures(peer, pruned)["sparsity/penalty"] for peer in peers),
     }
 
 
