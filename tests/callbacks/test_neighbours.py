@@ -129,21 +129,6 @@ def test_the_total_of_two_callbacks_is_their_joint_count():
     assert float(run.callback_metrics["sparsity/total"]) == pytest.approx((128 * zeros[0] + 48 * zeros[1]) / 176, abs=1e-6)
 
 
-@pytest.mark.parametrize("patterns", [[None], [["network.0.*"], ["network.2.*"]]], ids=["one", "two"])
-def test_zeros_that_the_user_makes_within_a_frozen_support_are_counted_at_the_end(patterns):
-    class Clearing(Toy):
-        def on_train_batch_end(self, *_):
-            with torch.no_grad():
-                self.network[0].weight[:4] = 0
-
-    callbacks = [ReweightedPenalty(LOG_SUM, 1e-6, select, freeze=0.5) for select in patterns]
-    module, run = Clearing(optimizer=sgd(0.1)), trainer(*callbacks, epochs=4)
-    run.fit(module, data())
-    cleared = 4 * 8 / 176
-    assert sum(int((w == 0).sum()) for w in weights(module).values()) / 176 == pytest.approx(cleared)
-    assert float(run.callback_metrics["sparsity/total"]) == pytest.approx(cleared)
-
-
 def test_measuring_the_gap_leaves_the_users_metrics_alone():
     values = []
 
