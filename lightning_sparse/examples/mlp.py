@@ -26,8 +26,9 @@ class MLP(Classifier):
         fused: bool = False,
         init_std: float | None = None,
         restart: float | None = None,
+        input_dropout: float = 0.0,
     ) -> None:
-        super().__init__(lr, decay, fused, restart)
+        super().__init__(lr, decay, fused, restart, input_dropout)
         if len(sizes) < 2:
             raise ValueError(f"sizes must name at least the inputs and the classes, got {sizes!r}")
         for size in sizes:
