@@ -7,6 +7,7 @@ step may mend its gradients there: then the gradients are left to them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,8 @@ def check_loss(callback: Form, trainer: Trainer, loss: Tensor) -> None:
     Under a GradScaler inf is what a scale too large gives, and the step will be skipped: only NaN raises. Beside other
     ranks, none of which may be left waiting, it is seen in the averaged gradients; where those are left alone, all are asked.
     """
-    bad = bool((torch.isnan(loss) if _scaled(trainer) else ~torch.isfinite(loss)).any())
+    fits = _is_number if _scaled(trainer) else math.isfinite
+    bad = not all(map(fits, loss.detach().reshape(-1).tolist()))  # of one value: read at once, where each operation costs more
     if trainer.world_size > 1:
         bad = _left_alone(trainer) and trainer.strategy.reduce_boolean_decision(bad, all=False)
     if bad:
@@ -38,6 +40,10 @@ def check_loss(callback: Form, trainer: Trainer, loss: Tensor) -> None:
         harmed = unfit({name: callback._live(name) for name in callback.parameters})
         state = f"{_listed(harmed)} since an earlier step; files written before that are whole" if harmed else _WHOLE
         raise FloatingPointError(f"the loss is {value} at optimiser step {step}; {state}. {_REMEDY}")
+
+
+def _is_number(value: float) -> bool:
+    return not math.isnan(value)
 
 
 _WHOLE = "the weights are those before this batch"

@@ -20,18 +20,21 @@ def unfit(tensors: Mapping[str, Tensor], nan_only: bool = False) -> dict[str, tu
     """
     parts = {name: _values(tensor) for name, tensor in tensors.items()}
     sums = [part.sum(dtype=torch.promote_types(part.dtype, torch.float32)) for part in parts.values()]
-    if not sums or not _anywhere(torch.stack([total.to(sums[0]) for total in sums]), tensors):
+    if not sums or not _anywhere(sums, tensors):
         return {}
     counted = {name: (_total(part.isnan(), tensors[name]), _total(part.isinf(), tensors[name])) for name, part in parts.items()}
     return {name: (nan, inf) for name, (nan, inf) in counted.items() if nan or (inf and not nan_only)}
 
 
-def _anywhere(sums: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+def _anywhere(sums: list[Tensor], tensors: Mapping[str, Tensor]) -> bool:
     """One of ``sums`` is not finite, on this process or, where a tensor is split, on another."""
     split = next((tensor for tensor in tensors.values() if shards.is_sharded(tensor)), None)
+    if split is None and all(total.is_cpu for total in sums):  # an operation on them costs more than reading them
+        return not math.isfinite(math.fsum(map(float, sums)))
+    together = torch.stack([total.to(sums[0]) for total in sums])
     if split is None:
-        return not math.isfinite(float(sums.sum()))
-    return bool(shards.largest((~sums.isfinite()).any().int(), split))
+        return not math.isfinite(float(together.sum()))
+    return bool(shards.largest((~together.isfinite()).any().int(), split))
 
 
 def _total(marks: Tensor, of: Tensor) -> int:
