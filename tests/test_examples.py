@@ -143,33 +143,3 @@ def test_the_restart_is_in_the_optimiser_and_needs_a_cosine() -> None:
         MLP([4, 3], decay="linear", restart=0.5)
     with pytest.raises(ValueError, match="restart"):
         MLP([4, 3], restart=1.5)
-
-
-def test_inputs_are_dropped_from_the_restart_on_in_training_alone() -> None:
-    class Recorder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shares: list[tuple[bool, float]] = []
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.shares.append((self.training, float((x == 0).float().mean())))
-            assert set(x.unique().tolist()) <= {0.0, 1.0}  # those that stay are not rescaled
-            return x
-
-    model, recorder = MLP([400, 3], lr=0.1, restart=0.5, input_dropout=0.3), Recorder()
-    model.layers = nn.Sequential(recorder, *model.layers)
-    data = ShuffledBatches(torch.ones(80, 400), torch.randint(3, (80,)), 20, 0)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(max_epochs=2, accelerator="cpu", num_sanity_val_steps=0, **quiet).fit(model, data, data)
-    shares = [share for training, share in recorder.shares if training]
-    assert shares[:4] == [0.0] * 4
-    assert all(0.27 < share < 0.33 for share in shares[4:])
-    assert len(shares) == 8
-    assert {share for training, share in recorder.shares if not training} == {0.0}
-
-
-def test_dropping_inputs_needs_a_restart_and_a_share() -> None:
-    with pytest.raises(ValueError, match=r"input_dropout=0\.1 begins at restart"):
-        MLP([4, 3], input_dropout=0.1)
-    with pytest.raises(ValueError, match=r"input_dropout must lie in \[0, 1\), got 1"):
-        LeNet5(restart=0.5, input_dropout=1)

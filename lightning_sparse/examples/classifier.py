@@ -21,27 +21,20 @@ class Classifier(LightningModule):
 
     The learning rate falls from ``lr`` to 0: along half a cosine, counted in optimiser steps, or linearly, once an epoch. With
     ``restart``, a share of the run, half a cosine ends there and another begins, for the fine-tuning of a frozen support: weights
-    come to rest at zero as the steps shrink, and what is left is trained from a full rate again. From there on, too, a share
-    ``input_dropout`` of the inputs is set to 0 at random, not rescaled: the few weights left are fine-tuned on more than one pixel.
+    come to rest at zero as the steps shrink, and what is left is trained from a full rate again.
     ``fused`` is Adam's own switch, about 1.5 times faster per epoch on a CPU. Logs ``{train,val,test}/loss`` and
-    ``{val,test}/accuracy``. Raises ValueError for an unknown ``decay``, for a ``restart`` outside (0, 1) or of a linear one, and
-    for an ``input_dropout`` outside [0, 1) or without a ``restart``.
+    ``{val,test}/accuracy``. Raises ValueError for an unknown ``decay``, and for a ``restart`` outside (0, 1) or of a linear one.
     """
 
     layers: nn.Module
 
-    def __init__(
-        self, lr: float, decay: str = "cosine", fused: bool = False, restart: float | None = None, input_dropout: float = 0.0
-    ) -> None:
+    def __init__(self, lr: float, decay: str = "cosine", fused: bool = False, restart: float | None = None) -> None:
         super().__init__()
         if decay not in _DECAYS:
             raise ValueError(f"decay must be one of {list(_DECAYS)}, got {decay!r}")
         if restart is not None and decay != "cosine":
             raise ValueError(f"restart={restart!r} is for decay='cosine', got decay={decay!r}")
         self.restart = None if restart is None else _checks.between("restart", restart, 0, 1)
-        self.input_dropout = _checks.between("input_dropout", input_dropout, 0, 1, closed="l")
-        if self.input_dropout and restart is None:
-            raise ValueError(f"input_dropout={input_dropout!r} begins at restart: give restart, a share of the run in (0, 1)")
         self.lr, self.decay, self.fused = _checks.positive("lr", lr), decay, _checks.truth("fused", fused)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -56,15 +49,10 @@ class Classifier(LightningModule):
         return scores
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        loss = nn.functional.cross_entropy(self(self._thinned(batch[0])), batch[1])
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
         if self._is_logged():
             self.log("train/loss", loss)
         return loss
-
-    def _thinned(self, x: Tensor) -> Tensor:
-        if not self.input_dropout or self.trainer.global_step < _turn(self.restart, int(self.trainer.estimated_stepping_batches)):
-            return x
-        return x.masked_fill(torch.rand_like(x) < self.input_dropout, 0.0)
 
     def _is_logged(self) -> bool:
         """At the steps that loggers take and at an epoch's end: ``log`` at each one is a good part of LeNet-300-100's step."""
@@ -103,13 +91,8 @@ class Classifier(LightningModule):
         return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(cosines, total=steps, restart=self.restart))
 
 
-def _turn(restart: float | None, total: int) -> int:
-    """The step at which the fine-tuning begins."""
-    return total if restart is None else round(restart * total)
-
-
 def cosines(step: int, total: int, restart: float) -> float:
     """Half a cosine from 1 to 0 over the first ``restart`` of ``total`` steps, another over the rest; 0 from ``total`` on."""
-    turn = _turn(restart, total)
+    turn = round(restart * total)
     begin, end = (0, turn) if step < turn or turn == total else (turn, total)
     return (1 + math.cos(math.pi * min((step - begin) / max(end - begin, 1), 1.0))) / 2

@@ -15,10 +15,8 @@ class LeNet5(Classifier):
     left out, are 500 + 25,000 + 400,000 + 5,000 = 430,500. The arguments are Classifier's.
     """
 
-    def __init__(
-        self, lr: float = 1e-3, decay: str = "cosine", fused: bool = False, restart: float | None = None, input_dropout: float = 0.0
-    ) -> None:
-        super().__init__(lr, decay, fused, restart, input_dropout)
+    def __init__(self, lr: float = 1e-3, decay: str = "cosine", fused: bool = False, restart: float | None = None) -> None:
+        super().__init__(lr, decay, fused, restart)
         self.save_hyperparameters()
         features = (nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.Flatten())
         layers = nn.Sequential(*features, nn.Linear(50 * 4 * 4, 500), nn.ReLU(), nn.Linear(500, 10))

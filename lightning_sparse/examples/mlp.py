@@ -26,9 +26,8 @@ class MLP(Classifier):
         fused: bool = False,
         init_std: float | None = None,
         restart: float | None = None,
-        input_dropout: float = 0.0,
     ) -> None:
-        super().__init__(lr, decay, fused, restart, input_dropout)
+        super().__init__(lr, decay, fused, restart)
         if len(sizes) < 2:
             raise ValueError(f"sizes must name at least the inputs and the classes, got {sizes!r}")
         for size in sizes:

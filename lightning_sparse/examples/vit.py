@@ -41,9 +41,8 @@ class ViT(Classifier):
         decay: str = "cosine",
         fused: bool = False,
         restart: float | None = None,
-        input_dropout: float = 0.0,
     ) -> None:
-        super().__init__(lr, decay, fused, restart, input_dropout)
+        super().__init__(lr, decay, fused, restart)
         sizes = {"image": image, "patch": patch, "width": width, "depth": depth, "heads": heads, "ratio": ratio, "classes": classes}
         for name, size in sizes.items():
             _checks.whole(name, size, 1)
