@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from torchvision import datasets
 
+from lightning_sparse.examples.batches import moved
 from lightning_sparse.examples.mlp import MLP
 from lightning_sparse.examples.mnist import MNIST
 
@@ -67,6 +68,39 @@ def test_without_validation_all_images_are_trained_on(root: Path) -> None:
     trainer.fit(MLP([784, 4, 10], fused=True), datamodule=data)
     assert trainer.global_step == 5
     assert not [name for name in trainer.callback_metrics if name.startswith("val")]
+
+
+def test_training_images_alone_are_moved_anew_each_epoch_and_black_comes_in(root: Path) -> None:
+    data, still = ready(root, validation=12, shift=2, batch_size=50), ready(root, validation=12, batch_size=50)
+    torch.manual_seed(3)
+    loader, (whole, labels) = data.train_dataloader(), next(iter(still.train_dataloader()))
+    (x, y), (again, _) = next(iter(loader)), next(iter(loader))
+    loader.set_epoch(1)
+    later = next(iter(loader))[0]
+    assert torch.equal(y, labels)
+    assert torch.equal(x, again)
+    assert not torch.equal(x, later)
+    black = (0 - 0.1307) / 0.3081
+    moves = set()
+    for image, original in zip(x[:, 0], whole[:, 0], strict=True):
+        inside = (image - black).abs() > 1e-4  # each image is filled with one number
+        rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+        if float(original[0, 0]) - black > 1e-4:
+            assert torch.equal(image[inside].unique(), original.unique())
+            assert int(inside.sum()) == len(rows) * len(columns)
+            moves.add((int(rows[0] - (27 - rows[-1])), int(columns[0] - (27 - columns[-1]))))
+    assert {way for move in moves for way in move} == {-2, -1, 0, 1, 2}
+    assert torch.equal(next(iter(data.val_dataloader()))[0], still.parts["validation"][0])  # type: ignore[call-overload]
+
+
+def test_a_move_shifts_what_an_image_shows() -> None:
+    x = torch.zeros(3, 1, 5, 4)
+    x[:, 0, 2, 1] = torch.tensor([1.0, 2.0, 3.0])
+    found = moved(x, torch.tensor([0, 1, 2]), torch.tensor([2, 1, 1]), most=1, fill=9.0)
+    assert [(found[i, 0] == i + 1).nonzero().tolist() for i in range(3)] == [[[3, 0]], [[2, 1]], [[1, 1]]]
+    assert [(found[i] == 9).sum().item() for i in range(3)] == [8, 0, 4]
+    with pytest.raises(ValueError, match="shift must be a whole number >= 0, got -1"):
+        MNIST(shift=-1)
 
 
 def test_a_split_that_leaves_no_training_image_is_refused(root: Path) -> None:

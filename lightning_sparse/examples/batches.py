@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
 
@@ -32,19 +32,38 @@ class Batches:
 
 
 class ShuffledBatches(Batches):
-    """Batches in an order that depends on the seed and the epoch alone, so that a resumed run repeats it."""
+    """Batches in an order that depends on the seed and the epoch alone, so that a resumed run repeats it.
+
+    ``shift``: each image of an x of shape (count, channels, height, width) is moved by up to that many pixels each way, anew in
+    each epoch, by the same seed; ``fill`` is the value of what comes into it.
+    """
 
     batch_sampler = None
 
-    def __init__(self, x: Tensor, y: Tensor, batch_size: int, seed: int) -> None:
+    def __init__(self, x: Tensor, y: Tensor, batch_size: int, seed: int, shift: int = 0, fill: float = 0.0) -> None:
         super().__init__(x, y, batch_size)
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.shift, self.fill = seed, 0, shift, fill
         self.sampler = self  # where the Trainer looks for set_epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch."""
         self.epoch = epoch
 
+    def __iter__(self) -> Iterator[Batch]:
+        offsets = torch.randint(2 * self.shift + 1, (len(self.x), 2), generator=self._generator(2**40)) if self.shift else None
+        for part in self.order().split(self.batch_size):
+            x = self.x[part]
+            yield x if offsets is None else moved(x, *offsets[part].T, self.shift, self.fill), self.y[part]
+
     def order(self) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        return torch.randperm(len(self.x), generator=generator)
+        return torch.randperm(len(self.x), generator=self._generator(0))
+
+    def _generator(self, apart: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch + apart) % 2**63)
+
+
+def moved(x: Tensor, down: Tensor, right: Tensor, most: int, fill: float) -> Tensor:
+    """Images (count, channels, height, width), each moved up by ``down - most`` and left by ``right - most`` pixels."""
+    height, width = x.shape[-2:]
+    windows = nn.functional.pad(x, [most] * 4, value=fill).unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(len(x)), :, down, right]

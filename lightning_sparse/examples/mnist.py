@@ -12,6 +12,7 @@ from lightning_sparse import _checks
 from lightning_sparse.examples.batches import Batch, Batches, ShuffledBatches
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels, in [0, 1]
+BLACK = float(torch.zeros(()).sub_(MEAN).div_(STD))  # what a pixel of 0 is normalised to
 
 
 class MNIST(LightningDataModule):
@@ -22,18 +23,26 @@ class MNIST(LightningDataModule):
             is on, torchvision downloads them into it.
         validation: how many of the 60,000 are for validation, at random by ``split_seed``; 0 trains on all of them.
         download: whether to try the network.
+        shift: training images are moved by up to that many pixels each way, at random, by the run's seed and the epoch.
 
     The run's own seed (``seed_everything``) gives the order of the batches. Raises ValueError for a share that leaves no
     training image, FileNotFoundError, naming the folder and what to put there, where the files cannot be had.
     """
 
     def __init__(
-        self, root: str = "data", batch_size: int = 128, validation: int = 12_000, split_seed: int = 0, download: bool = True
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        validation: int = 12_000,
+        split_seed: int = 0,
+        download: bool = True,
+        shift: int = 0,
     ) -> None:
         super().__init__()
         _checks.between("validation", validation, 0, 60_000, closed="l")
         _checks.positive("batch_size", batch_size)
         self.root, self.batch_size, self.validation = Path(root).expanduser(), batch_size, int(validation)
+        self.shift = _checks.whole("shift", shift, 0)
         self.split_seed, self.download = split_seed, _checks.truth("download", download)
         self.parts: dict[str, Batch] = {}
 
@@ -52,7 +61,7 @@ class MNIST(LightningDataModule):
         self.parts["test"] = read(self.root, train=False, download=self.download)
 
     def train_dataloader(self) -> ShuffledBatches:
-        return ShuffledBatches(*self.parts["training"], self.batch_size, torch.initial_seed() % 2**31)
+        return ShuffledBatches(*self.parts["training"], self.batch_size, torch.initial_seed() % 2**31, self.shift, BLACK)
 
     def val_dataloader(self) -> Batches | list[Batches]:
         return self._large("validation") if self.validation else []
