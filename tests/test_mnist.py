@@ -96,7 +96,7 @@ def test_training_images_alone_are_moved_anew_each_epoch_and_black_comes_in(root
 def test_a_move_shifts_what_an_image_shows() -> None:
     x = torch.zeros(3, 1, 5, 4)
     x[:, 0, 2, 1] = torch.tensor([1.0, 2.0, 3.0])
-    found = moved(x, torch.tensor([0, 1, 2]), torch.tensor([2, 1, 1]), most=1, fill=9.0)
+    found = moved(x, torch.tensor([[0, 2], [1, 1], [2, 1]]), most=1, fill=9.0)
     assert [(found[i, 0] == i + 1).nonzero().tolist() for i in range(3)] == [[[3, 0]], [[2, 1]], [[1, 1]]]
     assert [(found[i] == 9).sum().item() for i in range(3)] == [8, 0, 4]
     with pytest.raises(ValueError, match="shift must be a whole number >= 0, got -1"):

@@ -53,7 +53,7 @@ class ShuffledBatches(Batches):
         offsets = torch.randint(2 * self.shift + 1, (len(self.x), 2), generator=self._generator(2**40)) if self.shift else None
         for part in self.order().split(self.batch_size):
             x = self.x[part]
-            yield x if offsets is None else moved(x, *offsets[part].T, self.shift, self.fill), self.y[part]
+            yield x if offsets is None else moved(x, offsets[part], self.shift, self.fill), self.y[part]
 
     def order(self) -> Tensor:
         return torch.randperm(len(self.x), generator=self._generator(0))
@@ -62,8 +62,8 @@ class ShuffledBatches(Batches):
         return torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch + apart) % 2**63)
 
 
-def moved(x: Tensor, down: Tensor, right: Tensor, most: int, fill: float) -> Tensor:
-    """Images (count, channels, height, width), each moved up by ``down - most`` and left by ``right - most`` pixels."""
+def moved(x: Tensor, by: Tensor, most: int, fill: float) -> Tensor:
+    """Images (count, channels, height, width), moved up and left by as many pixels as ``by``, of shape (count, 2), less ``most``."""
     height, width = x.shape[-2:]
     windows = nn.functional.pad(x, [most] * 4, value=fill).unfold(2, height, 1).unfold(3, width, 1)
-    return windows[torch.arange(len(x)), :, down, right]
+    return windows[torch.arange(len(x)), :, by[:, 0], by[:, 1]]
