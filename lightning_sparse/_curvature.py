@@ -166,4 +166,4 @@ def calibrated(eta: Tensor, curvature: Tensor, lam: float, ceiling: float) -> Te
     ``ceiling`` bounds lam / H_jj: where the loss hardly curves, the noise stays below that of an uncalibrated mask of
     that strength.
     """
-    return eta * curvature.clamp(min=lam / ceiling)
+    return curvature.clamp(min=lam / ceiling).mul_(eta)

@@ -52,3 +52,8 @@ def mapped(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     for target, part in zip(targets[1:], cut[1:], strict=True):
         target.copy_(function(*part))
     return result
+
+
+def over(number: float, tensor: Tensor) -> Tensor:
+    """number / tensor in one pass and of one rounding: of a plain number torch takes the reciprocal first, then the product."""
+    return torch.div(torch.tensor(number, dtype=torch.float64), tensor)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import _checks, numeric, shards
+from lightning_sparse._pieces import over
 
 Examples = tuple[dict[str, Any], ...]
 
@@ -31,7 +32,7 @@ def keep_probability(eta: Tensor, lam: float) -> Tensor:
 
     Raises ValueError unless ``lam`` is a finite number > 0.
     """
-    return (_checks.positive("lam", lam) / eta).add_(1).reciprocal_()
+    return over(_checks.positive("lam", lam), eta).add_(1).reciprocal_()
 
 
 def eta(alpha: Tensor, lam: float) -> Tensor:

@@ -12,7 +12,7 @@ from numpy.random import SFC64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_sparse._pieces import mapped
+from lightning_sparse._pieces import mapped, over
 
 
 class Noise(ABC):
@@ -81,7 +81,7 @@ def variance(alpha: Tensor) -> Tensor:
 
 def bounded_variance(eta: Tensor, lam: float, alpha_min: float) -> Tensor:
     """Var s = lam / eta of the keep probability 1 / (1 + lam / eta), and at most that of ``alpha_min``."""
-    return (lam / eta).clamp_(max=1 / alpha_min - 1) if lam > 0 else torch.zeros_like(eta)
+    return over(lam, eta).clamp_(max=1 / alpha_min - 1) if lam > 0 else torch.zeros_like(eta)
 
 
 def output_noise(layer: Any, x: Tensor, spread: Tensor, generator: torch.Generator | None = None) -> Tensor:
