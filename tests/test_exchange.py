@@ -32,8 +32,8 @@ SHORT = ("--trainer.check_val_every_n_epoch", "1", "--report.dense_twin", "false
 def test_the_grid_is_what_was_asked_for() -> None:
     lenet = [made for made in grid() if made.net == "lenet_300_100" and made.penalty]
     assert len(lenet) == 2 * 3  # penalties, forms
-    assert all(len(made.strengths) == (2 if made.calibrated == "no" else 5) for made in lenet)
-    assert arm("lenet_300_100", "mcp", "mask_uncalibrated").strengths == (1.5e-4, 5e-4)
+    assert all(len(made.strengths) == (1 if made.calibrated == "no" else 5) for made in lenet)
+    assert arm("lenet_300_100", "mcp", "mask_uncalibrated").strengths == (5e-4,)
     assert arm("vit", "logsum", "mask_uncalibrated").strengths == NETS["vit"].lams
     assert arm("lenet_300_100", "logsum", "mask").strengths == (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
     assert arm("lenet_300_100", "mcp", "penalty").strengths == (5e-5, 1.5e-4, 5e-4, 1e-3, 2e-3)

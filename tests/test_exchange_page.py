@@ -101,7 +101,7 @@ def test_the_table_at_equal_lambda_says_how_far_the_forms_are_apart() -> None:
     row = cells(text, "LogSum(2)", "0.001")
     assert row[:6] == ["2.50 (0.71)", "2.60 (0.14)", "3.25", "3.00", "1.30", "yes"]
     assert row[6:] == ["not run yet", "not run yet", "3.00"]  # 2.5 lies half way from 1 to 6.25 in logarithms
-    assert cells(text, "LogSum(2)", "0.0003")[4:6] == ["1.33", "no"]
+    assert cells(text, "LogSum(2)", "0.0003")[4:8] == ["1.33", "no", "", ""]  # uncalibrated masks are of one lam
     assert cells(text, "MCP(1)", "0.0005")[:6] == ["not run yet", "not run yet", "not run yet", "not run yet", "", ""]
 
 
@@ -112,6 +112,8 @@ def test_the_table_at_equal_sparsity_reads_the_frontiers() -> None:
     at_98 = cells(text, "MCP(1)", "98")  # half way from 1 to 4, a quarter of the way from 1 to 16
     assert at_98 == ["3.50", "3.80", "+0.30", "yes", "not run yet", "not run yet"]
     assert cells(text, "MCP(1)", "90")[1:4] == ["spans 96.0 to 99.0 % zeros", "", ""]
+    alone = tables.levels([run("lenet_300_100/mcp/mask_uncalibrated", 5e-4, 99.9, 1.6)])
+    assert cells(alone, "MCP(1)", "98")[4] == "0.1 % zeros alone"
 
 
 def test_the_verdict_counts_what_the_tables_say() -> None:

@@ -17,7 +17,8 @@ from exchange.record_table import GOALS, Goal
 from lightning_sparse.cli import main, recipes
 from lightning_sparse.reproduction.written import read_lines
 
-CHOICES = sorted((Path(__file__).resolve().parent.parent / "docs" / "records").glob(f"*/{record_table.CHOICE}"))
+RECORDS = Path(__file__).resolve().parent.parent / "docs" / "records"
+CHOICES, UNMOVED = (sorted(RECORDS.glob(f"*/{name}")) for name in (record_table.CHOICE, record_table.UNMOVED))
 
 
 @pytest.mark.parametrize("goal", GOALS, ids=lambda goal: goal.recipe)
@@ -68,16 +69,27 @@ def test_trials_stand_best_first_and_hold_no_test_error(tmp_path: Path) -> None:
 
 
 def test_the_readme_shows_what_the_records_hold() -> None:
-    root = Path(__file__).resolve().parent.parent
-    shown = (root / "README.md").read_text(encoding="utf-8").partition("<!-- records: begin -->")[2].partition("<!-- records: end -->")[0]
-    runs = record_table.recorded(root / "docs" / "records")
+    shown = (
+        (RECORDS.parent.parent / "README.md")
+        .read_text(encoding="utf-8")
+        .partition("<!-- records: begin -->")[2]
+        .partition("<!-- records: end -->")[0]
+    )
+    runs = record_table.recorded(RECORDS)
     assert shown.strip() == record_table.reached(runs)
     assert all(f"`{run['recipe']}`" in shown for run in runs)
     assert "not run yet" not in shown
 
 
+def test_runs_on_images_that_stay_are_told_with_the_words_that_make_them() -> None:
+    text = record_table.unmoved(RECORDS)
+    assert all(run["overrides"].startswith("--data.shift 0 ") for file in UNMOVED for run in read_lines(file))
+    for run in read_lines(UNMOVED[0]):
+        assert f"- `{run['recipe']}`: `{run['overrides']}`" in text
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("file", CHOICES, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", CHOICES + UNMOVED, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_trial_can_be_run_again_as_it_is_printed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for run in read_lines(file):
         assert main(["check", run["recipe"], *shlex.split(run["overrides"])]) == 0

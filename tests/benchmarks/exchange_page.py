@@ -42,6 +42,7 @@ def page(folder: Path = FOLDER) -> str:
         "networks": tables.networks(runs),
         "target": target(folder / "target.md"),
         "tried": record_table.tried(folder.parent / "records"),
+        "unmoved": record_table.unmoved(folder.parent / "records"),
         "records": record_table.markdown(record_table.recorded(folder.parent / "records")),
     }
     return Template(Path(__file__).with_name("exchange_page.md").read_text(encoding="utf-8")).substitute(parts)

@@ -35,10 +35,10 @@ GOALS = (
     Goal("lenet_5", 150, 0.75),
     Goal("lenet_5", 280, 0.9),
 )
-EPOCHS = {"lenet_300_100": 80, "lenet_5": 60}
+EPOCHS = {"lenet_300_100": 80, "lenet_5": 30}
 SEEDS = {"lenet_300_100": "0 1 2 3 4", "lenet_5": "0 1"}
 TITLES = {"lenet_300_100": "LeNet-300-100", "lenet_5": "LeNet-5 (20-50-500)"}
-CHOICE = "choice.csv"
+CHOICE, UNMOVED = "choice.csv", "unmoved.csv"
 _TRIED = ("recipe", "beside it", "epochs", "non-zero %", "validation error %", "minutes")
 _HEAD = ("network", "goal", "recipe", "compression", "non-zero %", "test error %", "goal met", "minutes a run", "seeds")
 
@@ -61,6 +61,16 @@ def _trial(run: dict[str, Any]) -> Sequence[str]:
     words = str(run["overrides"]).replace("--sparsify.", "").replace("--model.", "").replace("--data.", "")
     figures = (f"{run[name]:.2f}" for name in ("nonzero_file", "val_error"))
     return f"`{run['recipe']}`", f"`{words}`", f"{run['epochs']}", *figures, f"{run['seconds'] / 60:.1f}"
+
+
+def unmoved(folder: Path) -> str:
+    """The table of the same recipes trained on images that stay where they are, and the words that make it so."""
+    file = folder / "lenet_300_100" / UNMOVED
+    if not file.is_file():
+        return f"{MISSING.capitalize()}."
+    runs = read_runs(file)
+    words = "\n".join(f"- `{recipe}`: `{given}`" for recipe, given in sorted({(run["recipe"], run["overrides"]) for run in runs}))
+    return f"{reached(runs)}\n\n{words}"
 
 
 def markdown(runs: Runs) -> str:

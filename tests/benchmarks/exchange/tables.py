@@ -37,6 +37,7 @@ def equal_lambda_rows(runs: Runs) -> Iterator[Sequence[str]]:
         for lam in arm("lenet_300_100", penalty, "penalty").strengths:
             forms = [[run for run in of_arm(runs, f"lenet_300_100/{penalty}/{form}") if run["lam"] == lam] for form in _FORMS]
             ours, masked, plain = (figures(form) for form in forms)
+            plain = plain if lam in arm("lenet_300_100", penalty, "mask_uncalibrated").strengths else ("", "")
             yield title, f"{lam:g}", *ours, *masked, *ratio(forms[1], forms[0]), *plain, _read(pruned, forms[0])
 
 
@@ -71,8 +72,8 @@ def _read(found: Sequence[Point], at: Runs) -> str:
 
 
 def _outside(found: Sequence[Point]) -> str:
-    shares = [frontier(found)[0].share, max(point.share for point in found)]
-    return f"spans {100 - shares[1]:.1f} to {100 - shares[0]:.1f} % zeros"
+    sparsest, densest = (f"{100 - share:.1f}" for share in (frontier(found)[0].share, max(point.share for point in found)))
+    return f"{sparsest} % zeros alone" if sparsest == densest else f"spans {densest} to {sparsest} % zeros"
 
 
 def levels(runs: Runs) -> str:
