@@ -32,7 +32,8 @@ def check_loss(callback: Form, trainer: Trainer, loss: Tensor) -> None:
     ranks, none of which may be left waiting, it is seen in the averaged gradients; where those are left alone, all are asked.
     """
     fits = _is_number if _scaled(trainer) else math.isfinite
-    bad = not all(map(fits, loss.detach().reshape(-1).tolist()))  # of one value: read at once, where each operation costs more
+    values = [loss.item()] if loss.numel() == 1 else loss.detach().flatten().tolist()  # one is read at once: no operation on it
+    bad = not all(map(fits, values))
     if trainer.world_size > 1:
         bad = _left_alone(trainer) and trainer.strategy.reduce_boolean_decision(bad, all=False)
     if bad:

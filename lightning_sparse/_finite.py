@@ -30,7 +30,7 @@ def _anywhere(sums: list[Tensor], tensors: Mapping[str, Tensor]) -> bool:
     """One of ``sums`` is not finite, on this process or, where a tensor is split, on another."""
     split = next((tensor for tensor in tensors.values() if shards.is_sharded(tensor)), None)
     if split is None and all(total.is_cpu for total in sums):  # an operation on them costs more than reading them
-        return not math.isfinite(math.fsum(map(float, sums)))
+        return not all(math.isfinite(float(total)) for total in sums)
     together = torch.stack([total.to(sums[0]) for total in sums])
     if split is None:
         return not math.isfinite(float(together.sum()))

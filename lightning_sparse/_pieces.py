@@ -55,5 +55,5 @@ def mapped(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def over(number: float, tensor: Tensor) -> Tensor:
-    """number / tensor in one pass and of one rounding: of a plain number torch takes the reciprocal first, then the product."""
-    return torch.div(torch.tensor(number, dtype=torch.float64), tensor)
+    """number / tensor in one pass; of a plain number torch takes the reciprocal first, then the product."""
+    return torch.div(torch.tensor(number, dtype=torch.result_type(tensor, 1.0), device="cpu"), tensor)

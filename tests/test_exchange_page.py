@@ -113,7 +113,7 @@ def test_the_table_at_equal_sparsity_reads_the_frontiers() -> None:
     assert at_98 == ["3.50", "3.80", "+0.30", "yes", "not run yet", "not run yet"]
     assert cells(text, "MCP(1)", "90")[1:4] == ["spans 96.0 to 99.0 % zeros", "", ""]
     alone = tables.levels([run("lenet_300_100/mcp/mask_uncalibrated", 5e-4, 99.9, 1.6)])
-    assert cells(alone, "MCP(1)", "98")[4] == "0.1 % zeros alone"
+    assert cells(alone, "MCP(1)", "98")[4] == "only at 0.1 % zeros"
 
 
 def test_the_verdict_counts_what_the_tables_say() -> None:

@@ -72,25 +72,36 @@ def test_without_validation_all_images_are_trained_on(root: Path) -> None:
 
 def test_training_images_alone_are_moved_anew_each_epoch_and_black_comes_in(root: Path) -> None:
     data, still = ready(root, validation=12, shift=2, batch_size=50), ready(root, validation=12, batch_size=50)
-    torch.manual_seed(3)
-    loader, (whole, labels) = data.train_dataloader(), next(iter(still.train_dataloader()))
-    (x, y), (again, _) = next(iter(loader)), next(iter(loader))
-    loader.set_epoch(1)
-    later = next(iter(loader))[0]
-    assert torch.equal(y, labels)
-    assert torch.equal(x, again)
-    assert not torch.equal(x, later)
-    black = (0 - 0.1307) / 0.3081
-    moves = set()
-    for image, original in zip(x[:, 0], whole[:, 0], strict=True):
-        inside = (image - black).abs() > 1e-4  # each image is filled with one number
+    found = []
+    for seed, epoch in ((3, 0), (3, 0), (3, 1), (4, 0)):
+        torch.manual_seed(seed)
+        loader, plain = data.train_dataloader(), still.train_dataloader()
+        loader.set_epoch(epoch)
+        plain.set_epoch(epoch)
+        (x, y), (original, labels) = next(iter(loader)), next(iter(plain))
+        assert torch.equal(y, labels)
+        found.append(moves(x, original))
+    first, again, later, other = found
+    assert first == again
+    assert first not in (later, other)
+    both = {*first.values(), *later.values()}
+    assert {down for down, _ in both} == {right for _, right in both} == {-2, -1, 0, 1, 2}
+    assert any(down != right for down, right in both)
+    for name, batches in {"validation": data.val_dataloader(), "test": data.test_dataloader()}.items():
+        assert torch.equal(next(iter(batches))[0], still.parts[name][0])  # type: ignore[call-overload]
+
+
+def moves(x: torch.Tensor, originals: torch.Tensor) -> dict[int, tuple[int, int]]:
+    """How far each image, filled with its number, was moved down and right, by its number; black has come in."""
+    found = {}
+    for image, original in zip(x[:, 0], originals[:, 0], strict=True):
+        inside = (image - (0 - 0.1307) / 0.3081).abs() > 1e-4
         rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
-        if float(original[0, 0]) - black > 1e-4:
+        if len(rows):  # the image of number 0 is black itself
             assert torch.equal(image[inside].unique(), original.unique())
             assert int(inside.sum()) == len(rows) * len(columns)
-            moves.add((int(rows[0] - (27 - rows[-1])), int(columns[0] - (27 - columns[-1]))))
-    assert {way for move in moves for way in move} == {-2, -1, 0, 1, 2}
-    assert torch.equal(next(iter(data.val_dataloader()))[0], still.parts["validation"][0])  # type: ignore[call-overload]
+            found[int(number(original[None, None]))] = int(rows[0] - (27 - rows[-1])), int(columns[0] - (27 - columns[-1]))
+    return found
 
 
 def test_a_move_shifts_what_an_image_shows() -> None:

@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_sparse import _finite, attach, counts, curvature, mask_rules, noise, penalties, proximal
+from lightning_sparse import _finite, attach, counts, curvature, duality, mask_rules, noise, penalties, proximal
+from lightning_sparse._pieces import over
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
 
 pytestmark = pytest.mark.slow
@@ -163,6 +164,19 @@ def test_a_sum_that_overflows_is_no_fault_and_sparse_gradients_are_looked_throug
     assert _finite.unfit({"large": large, "half": torch.full((9,), 6e4, dtype=torch.float16)}) == {}
     rows = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([[float("nan"), 1.0]]), (3, 2), check_invariants=True)
     assert _finite.unfit({"rows": rows, "none": torch.zeros(0)}) == {"rows": (1, 0)}
+    wide = torch.full((2,), 8e307, dtype=torch.float64)
+    assert _finite.unfit({"one": wide, "other": wide}) == {}
+    inf = torch.tensor([1.0, float("inf")])
+    assert _finite.unfit({"up": inf, "down": -inf}) == {"up": (0, 1), "down": (0, 1)}  # their sum is no number
+
+
+@pytest.mark.parametrize("eta", [torch.tensor(1.0), torch.tensor([1.0, 3.0]), torch.tensor([1.0]).bfloat16(), torch.tensor([1.0]).double()])
+def test_a_number_over_a_tensor_keeps_its_type(eta: Tensor) -> None:
+    assert over(0.3, eta).dtype == eta.dtype == duality.keep_probability(eta, 0.3).dtype
+    torch.testing.assert_close(over(0.3, eta), 0.3 / eta)
+    assert over(0.3, torch.tensor([3])).dtype == torch.float32
+    with torch.device("meta"):
+        torch.testing.assert_close(over(0.3, eta), 0.3 / eta)
 
 
 GARBAGE = st.recursive(

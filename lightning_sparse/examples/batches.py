@@ -34,8 +34,8 @@ class Batches:
 class ShuffledBatches(Batches):
     """Batches in an order that depends on the seed and the epoch alone, so that a resumed run repeats it.
 
-    ``shift``: each image of an x of shape (count, channels, height, width) is moved by up to that many pixels each way, anew in
-    each epoch, by the same seed; ``fill`` is the value of what comes into it.
+    ``shift``: each image of an x of shape (count, channels, height, width) is moved by up to ``shift`` pixels in each direction,
+    anew in each epoch, by the same seed; ``fill`` is the value of what comes into it.
     """
 
     batch_sampler = None

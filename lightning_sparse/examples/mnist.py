@@ -23,10 +23,11 @@ class MNIST(LightningDataModule):
             is on, torchvision downloads them into it.
         validation: how many of the 60,000 are for validation, at random by ``split_seed``; 0 trains on all of them.
         download: whether to try the network.
-        shift: training images are moved by up to that many pixels each way, at random, by the run's seed and the epoch.
+        shift: training images are moved by up to ``shift`` pixels in each direction, anew in each epoch, by the run's seed.
 
     The run's own seed (``seed_everything``) gives the order of the batches. Raises ValueError for a share that leaves no
-    training image, FileNotFoundError, naming the folder and what to put there, where the files cannot be had.
+    training image and for a ``shift`` that is not a whole number >= 0, FileNotFoundError, naming the folder and what to put
+    there, where the files cannot be had.
     """
 
     def __init__(

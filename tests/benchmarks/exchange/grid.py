@@ -57,7 +57,7 @@ PLAIN: Words = ("--sparsify", "AdaptiveMask", "--sparsify.gap_samples", str(GAP_
 # H averaged over a thousand steps, and a weight gone only where its noise is ten times as large as it is (study "mask")
 MASK: Words = (*PLAIN, "--sparsify.curvature", "EmpiricalFisher", "--sparsify.curvature.decay", "0.999", "--sparsify.tol", "0.01")
 UNCALIBRATED: Words = (*PLAIN, "--sparsify.curvature", "null")
-UNCALIBRATED_LAMS = (1e-3,)  # it removes next to nothing at any lam
+UNCALIBRATED_LAMS = (1e-3,)  # one is enough to see that next to nothing is removed
 FORMS: dict[str, tuple[str, str, Words]] = {
     "penalty": ("ReweightedPenalty", "", ()),
     "mask": ("AdaptiveMask", "yes", MASK),

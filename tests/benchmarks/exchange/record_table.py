@@ -64,7 +64,7 @@ def _trial(run: dict[str, Any]) -> Sequence[str]:
 
 
 def unmoved(folder: Path) -> str:
-    """The table of the same recipes trained on images that stay where they are, and the words that make it so."""
+    """The table of the recipes trained on images that stay where they are, and the words that make it so, a KL weight with them."""
     file = folder / "lenet_300_100" / UNMOVED
     if not file.is_file():
         return f"{MISSING.capitalize()}."

@@ -73,7 +73,7 @@ def _read(found: Sequence[Point], at: Runs) -> str:
 
 def _outside(found: Sequence[Point]) -> str:
     sparsest, densest = (f"{100 - share:.1f}" for share in (frontier(found)[0].share, max(point.share for point in found)))
-    return f"{sparsest} % zeros alone" if sparsest == densest else f"spans {densest} to {sparsest} % zeros"
+    return f"only at {sparsest} % zeros" if sparsest == densest else f"spans {densest} to {sparsest} % zeros"
 
 
 def levels(runs: Runs) -> str:
