@@ -79,6 +79,8 @@ def test_the_readme_shows_what_the_records_hold() -> None:
     assert shown.strip() == record_table.reached(runs)
     assert all(f"`{run['recipe']}`" in shown for run in runs)
     assert "not run yet" not in shown
+    met = [goal for goal in GOALS if f"`{goal.recipe}`" in shown and cells(shown, goal.recipe)[6] == "yes"]
+    assert f"{('None', 'One', 'Two', 'Three', 'Four', 'All')[len(met)]} of the five goals are met" in readme
 
 
 def test_runs_on_images_that_stay_have_a_table_and_the_words_that_make_them(tmp_path: Path) -> None:
