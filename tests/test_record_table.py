@@ -69,12 +69,8 @@ def test_trials_stand_best_first_and_hold_no_test_error(tmp_path: Path) -> None:
 
 
 def test_the_readme_shows_what_the_records_hold() -> None:
-    shown = (
-        (RECORDS.parent.parent / "README.md")
-        .read_text(encoding="utf-8")
-        .partition("<!-- records: begin -->")[2]
-        .partition("<!-- records: end -->")[0]
-    )
+    readme = (RECORDS.parent.parent / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("<!-- records: begin -->")[2].partition("<!-- records: end -->")[0]
     runs = record_table.recorded(RECORDS)
     assert shown.strip() == record_table.reached(runs)
     assert all(f"`{run['recipe']}`" in shown for run in runs)
