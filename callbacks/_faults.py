@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
@@ -35,7 +35,7 @@ def check_loss(callback: Form, trainer: Trainer, loss: Tensor) -> None:
     values = [loss.item()] if loss.numel() == 1 else loss.detach().flatten().tolist()  # one is read at once: no operation on it
     bad = not all(map(fits, values))
     if trainer.world_size > 1:
-        bad = _left_alone(trainer) and trainer.strategy.reduce_boolean_decision(bad, all=False)
+        bad = _left_alone(callback, trainer) and trainer.strategy.reduce_boolean_decision(bad, all=False)
     if bad:
         value, step = float(loss.detach().sum()), callback.step
         harmed = unfit({name: callback._live(name) for name in callback.parameters})
@@ -52,7 +52,7 @@ _WHOLE = "the weights are those before this batch"
 
 def check_gradients(callback: Form, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
     """Gradients of selected weights that are not finite, of a loss that is, raise FloatingPointError before the step."""
-    if _left_alone(trainer):
+    if _left_alone(callback, trainer):
         return
     clipped = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm == "value"
     grads = {name: p.grad for name, p, _ in callback._owned(optimizer) if p.grad is not None}
@@ -83,9 +83,14 @@ def _listed(found: Mapping[str, tuple[int, int]]) -> str:
     return ", ".join(first) + (f" and {len(found) - 3} more parameters hold such values" if len(found) > 3 else "")
 
 
-def _left_alone(trainer: Trainer) -> bool:
+def own_hooks(module: LightningModule) -> frozenset[str]:
+    """The hooks of ``module``'s own that come between a backward and its step; looked up once a fit, since it takes long."""
+    return frozenset(hook for hook in _MENDERS if is_overridden(hook, module))
+
+
+def _left_alone(callback: Form, trainer: Trainer) -> bool:
     """A GradScaler skips what is not finite, or the module may mend it."""
-    return _scaled(trainer) or any(is_overridden(hook, trainer.lightning_module) for hook in _MENDERS)
+    return bool(callback._own_hooks) or _scaled(trainer)
 
 
 def _scaled(trainer: Trainer) -> bool:

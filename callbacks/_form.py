@@ -84,6 +84,7 @@ class Form(Callback):
         self._restored: dict[str, Any] | None = None
         self._batch: tuple[Any, int] | None = None  # the last one trained on, for the duality gap
         self._closures, self._manual, self._offset, self._whole = 0, False, 0, math.inf
+        self._own_hooks: frozenset[str] = frozenset()  # of the module, that may mend or clip gradients
         self._begun, self._applied = False, False  # training has started; the restored state is in place
         self._averages: Averages | None = None
         self._clipping = Clipping()

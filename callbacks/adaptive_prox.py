@@ -65,11 +65,17 @@ class AdaptiveProx(Sparsifier):
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         lam = self.lam * self._clipping.last  # a clipped step has that much less of a prox, too
-        step = proximal.exact_step if self.exact else proximal.reweighted_step
         for _, parameter, group in self._owned(optimizer):
             if parameter.grad is not None:
                 state = optimizer.state.get(parameter, {})
                 moments = _rates.moments(state, parameter)
                 for w, *held in _steps.parts(self.penalty, parameter, *moments.values()):
-                    rho = proximal.rate(state | dict(zip(moments, held, strict=True)), group, self.metric)
-                    w.copy_(step(self.penalty, w, _rates.gain(group) * rho, lam))
+                    own = state | dict(zip(moments, held, strict=True))
+                    self._shrink(w, proximal.rate(own, group, self.metric, _rates.gain(group) * lam))
+
+    def _shrink(self, w: Tensor, step: Tensor | float) -> None:
+        """The prox of step * omega, in place."""
+        if self.exact:
+            w.copy_(self.penalty.prox(w, step))
+        else:
+            proximal.reweighted_step(self.penalty, w, step, out=w)

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_sparse import attach
+from lightning_sparse import _memory, attach
 from lightning_sparse.callbacks import _averages, _faults, _joining, _ranks, _refusals, _report, _strengths
 from lightning_sparse.callbacks._shown import Shown
 
@@ -41,7 +40,8 @@ class Sparsifier(Shown):
         _refusals.say_left_out(self, pl_module)
         self.check_form(trainer, pl_module)
         _ranks.check_start(self, trainer)
-        self._manual = not pl_module.automatic_optimization
+        self._manual, self._own_hooks = not pl_module.automatic_optimization, _faults.own_hooks(pl_module)
+        _memory.keep_freed()
         self._attach(trainer, pl_module)
         self._hold_zeros(self.parameters)
         if self._restored is not None:
@@ -112,8 +112,12 @@ class Sparsifier(Shown):
         _faults.check_gradients(self, trainer, optimizer)
         if not self.frozen:
             self.before_step(trainer, optimizer)
-        if clips(trainer, pl_module):
+        if self._clips(trainer):
             self._clipping.before(parameter.grad for _, parameter, _ in self._owned(optimizer))
+
+    def _clips(self, trainer: Trainer) -> bool:
+        """Gradients are clipped after the callbacks' hook: not in a manual loop, which clips before anything was added."""
+        return not self._manual and bool(trainer.gradient_clip_val or "configure_gradient_clipping" in self._own_hooks)
 
     def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """What a form does to the gradients before they are clipped and the optimiser steps; nothing by default."""
@@ -189,8 +193,3 @@ def is_idle(optimizer: torch.optim.Optimizer) -> bool:
 def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
     """A fused optimiser is called for a step that its GradScaler skips, too, and told so by ``found_inf``."""
     return float(getattr(optimizer, "found_inf", None) or 0) > 0
-
-
-def clips(trainer: Trainer, module: LightningModule) -> bool:
-    """Gradients are clipped after the callbacks' hook: not in a manual loop, which clips before anything was added."""
-    return module.automatic_optimization and bool(trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", module))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import _checks
+from lightning_sparse._finite import unfit
 from lightning_sparse.attach import Attachment
 from lightning_sparse.sample_gradients import Reduction
 
@@ -86,7 +87,7 @@ class Curvature(ABC):
         keep = self.decay**self.every
         for name, value in found:
             self._done.add(name)
-            if not bool(value.isfinite().all()):  # of a step that is skipped, or that ends the run
+            if unfit({name: value}):  # of a step that is skipped, or that ends the run
                 continue
             old = self.mean.get(name)
             self.mean[name] = value * (1 - keep) if old is None else old.mul_(keep).add_(value, alpha=1 - keep)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lightning_sparse import shards
+from lightning_sparse._pieces import over
 
 
-def adaptive(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | None:
-    """The rate of each weight, of the part that this process holds; None where the optimiser has one rate for all.
+def adaptive(state: Mapping[str, Any], group: Mapping[str, Any], factor: float = 1.0) -> Tensor | None:
+    """``factor`` times the rate of each weight, of the part that this process holds; None where there is one rate for all.
 
     Adam and its kin divide by sqrt(v_hat) + eps, RMSprop by sqrt(v) + eps, Adagrad by sqrt(sum) + eps, Adamax by a running
     maximum, Adadelta by the ratio of two running means.
     """
     parts = {name: shards.local(value) for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
-    lr = float(group["lr"])
+    lr = factor * float(group["lr"])
     rate: Tensor | None = None
     if "exp_avg_sq" in parts:
         moment = parts.get("max_exp_avg_sq", parts["exp_avg_sq"])  # amsgrad divides by the maximum
-        correction = 1 - group["betas"][1] ** float(state["step"])
-        rate = (moment / correction).sqrt_().add_(group["eps"]).reciprocal_().mul_(lr)
+        root = math.sqrt(1 - group["betas"][1] ** float(state["step"]))  # of the correction: taken out of the tensor's root
+        rate = over(lr * root, moment.sqrt().add_(group["eps"] * root))
     elif "acc_delta" in parts:
         rate = lr * ((parts["acc_delta"] + group["eps"]) / (parts["square_avg"] + group["eps"])).sqrt()
     elif "square_avg" in parts:

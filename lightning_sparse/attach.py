@@ -43,6 +43,7 @@ class Attachment:
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], view: View) -> None:
         self.parameters, self.view = dict(parameters), view
         self._live: dict[str, Tensor] = {}
+        self._aside: set[str] = set()  # of the live weights, those whose own memory was set aside
         self._backward: dict[str, Callable[[Tensor], Tensor]] = {}
         self._handles: list[Any] = []
         self._units = shards.units(module)
@@ -65,20 +66,19 @@ class Attachment:
     @torch.no_grad()
     def substitute(self, name: str, value: Tensor, backward: Callable[[Tensor], Tensor] | None = None) -> None:
         """Put ``value`` into the parameter's data until :meth:`restore`; ``backward`` turns its gradient into the live weights'."""
-        self._keep(name, backward)
-        self.parameters[name].data.copy_(value)
+        self._set_aside(name, value, backward)
 
     @torch.no_grad()
     def multiply(self, name: str, mask: Tensor) -> None:
         """Put ``live * mask`` into the parameter's data and ``mask`` before its gradient, until :meth:`restore`."""
-        self._keep(name, lambda grad: grad * mask)
-        self.parameters[name].data.mul_(mask)
+        self._set_aside(name, self.live(name) * mask, lambda grad: grad * mask)
 
-    def _keep(self, name: str, backward: Callable[[Tensor], Tensor] | None) -> None:
-        """The live weights aside, and in the parameter's data."""
-        if name in self._live:  # a batch that was skipped left its mask behind
-            self.parameters[name].data.copy_(self._live[name])
-        self._live[name] = self.parameters[name].detach().clone()
+    def _set_aside(self, name: str, value: Tensor, backward: Callable[[Tensor], Tensor] | None) -> None:
+        """``value``, in the live weights' type and order in memory, becomes the parameter's data, with no copy of them."""
+        live = self._live.setdefault(name, self.parameters[name].detach())  # a batch that was skipped left its mask behind
+        alike = value.dtype == live.dtype and value.stride() == live.stride() and value.device == live.device
+        self.parameters[name].data = value if alike else torch.empty_like(live).copy_(value)
+        self._aside.add(name)
         if backward is not None:
             self._backward[name] = backward
 
@@ -101,10 +101,14 @@ class Attachment:
     def restore(self) -> None:
         """Put the live weights back, bit for bit."""
         for name, live in self._live.items():
-            self.parameters[name].data.copy_(live)
+            if name in self._aside:
+                self.parameters[name].data = live
+            else:
+                self.parameters[name].data.copy_(live)
         if self._live:
             self.renew()
         self._live.clear()
+        self._aside.clear()
         self._backward.clear()
 
     def renew(self) -> None:

@@ -43,17 +43,17 @@ def _scaled_bernoulli(alpha: Tensor, draw: Tensor) -> Tensor:
     """1/alpha where the word ``draw`` is among the alpha * _LEVELS lowest, else 0; by arithmetic, since a select costs far more."""
     wide = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
     levels = (wide * _LEVELS).ceil_()  # at least one where alpha is not 0
-    kept = (levels - draw.to(levels.dtype)).clamp_(_LEVELS // 2, _LEVELS // 2 + 1).sub_(_LEVELS // 2)  # 1 or 0; NaN stays NaN
-    return kept.mul_(_LEVELS).div_(levels.clamp_(min=1)).to(alpha.dtype)
+    kept = (levels - draw.to(levels.dtype)).clamp_(0, 1)  # whole numbers, so 1 or 0; NaN stays NaN
+    return torch.addcdiv(levels.new_zeros(()), kept, levels.clamp_(min=1), value=_LEVELS).to(alpha.dtype)
 
 
 def words(count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Random int16, each of the 65,536 with equal chance: a quarter of a 64-bit draw, which costs far less than a float does."""
+    """Random uint16, each of the 65,536 with equal chance: a quarter of a 64-bit draw, which costs far less than a float does."""
     size = -(-count // 4)
     if device.type != "cpu":
-        return torch.empty(size, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator).view(torch.int16)[:count]
+        return torch.empty(size, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator).view(torch.uint16)[:count]
     seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
-    return torch.from_numpy(SFC64(seed).random_raw(size).view("int16"))[:count]
+    return torch.from_numpy(SFC64(seed).random_raw(size).view("uint16"))[:count]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         w, spread = ctx.saved_tensors
         in_spread = mapped(lambda w, grad: (w * w).mul_(grad), w, grads[0]) if ctx.needs_input_grad[1] else None
-        return mapped(lambda w, spread, grad: (w * spread).mul_(grad).mul_(2), w, spread, grads[0]), in_spread
+        return mapped(lambda w, spread, grad: torch.addcmul(w.new_zeros(()), w * spread, grad, value=2), w, spread, grads[0]), in_spread
 
 
 def additive_output_noise(layer: Any, x: Tensor, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -25,24 +25,22 @@ def step_size(optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[s
     return rate(optimizer.state.get(parameter, {}), group, metric)
 
 
-def rate(state: Mapping[str, Any], group: dict[str, Any], metric: str) -> Tensor | float:
-    """The same from the optimiser's ``state`` of a parameter, or of some of its weights."""
+def rate(state: Mapping[str, Any], group: dict[str, Any], metric: str, factor: float = 1.0) -> Tensor | float:
+    """``factor`` times the same from the optimiser's ``state`` of a parameter, or of some of its weights; a tensor of its own."""
     if metric == "adam" and "exp_avg_sq" not in state:
         raise ValueError("metric='adam' needs second moments, which this optimizer does not keep; use metric='plain'")
-    own = None if metric == "plain" else _rates.adaptive(state, group)
-    return float(group["lr"]) if own is None else own
+    own = None if metric == "plain" else _rates.adaptive(state, group, factor)
+    return factor * float(group["lr"]) if own is None else own
 
 
-def reweighted_step(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float) -> Tensor:
-    """w / (1 + rho lam / eta_hat(w)): one majorise-minimise step of the prox, never an exact zero by itself."""
-    pull = torch.as_tensor(rho * lam, dtype=w.dtype, device=w.device)
+def reweighted_step(penalty: Penalty, w: Tensor, step: Tensor | float, out: Tensor | None = None) -> Tensor:
+    """w / (1 + step / eta_hat(w)), step = rho lam: one majorise-minimise step of the prox, never an exact zero by itself.
+
+    Into ``out`` where it is given, which may be ``w``.
+    """
     eta = penalty.eta_hat(w).clamp(min=torch.finfo(w.dtype).tiny)  # no pull, no move: also where eta_hat is 0
-    return w / (pull / eta).add_(1)
-
-
-def exact_step(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float) -> Tensor:
-    """argmin_x (x - w)^2 / 2 + rho lam omega(x)."""
-    return penalty.prox(w, rho * lam)
+    pull = torch.div(torch.as_tensor(step, dtype=w.dtype, device=w.device), eta, out=eta)
+    return torch.div(w, pull.add_(1), out=out)
 
 
 def memory(group: dict[str, Any]) -> float:

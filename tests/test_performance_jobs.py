@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import peers
 import time_to_quality
-from performance import arms, floor, jobs, options, quality, recipes
+from performance import arms, floor, jobs, options, quality, recipes, runs
+from performance.peers import OURS
 
 
 @pytest.mark.parametrize(("epochs", "begin", "end"), [(10, 0.0, 0.5), (7, 0.1, 0.6), (40, 0.0, 0.75)])
@@ -56,11 +58,20 @@ def test_a_standing_needs_more_than_the_plain_run_strays(ratio: float, said: str
 
 
 def test_every_peer_is_held_against_a_form_of_ours_and_says_how_to_get_it() -> None:
-    assert {peer.ours for peer in peers.PEERS} <= set(peers.OURS)
+    assert {peer.ours for peer in peers.PEERS} <= set(OURS)
     absent = [peer for peer in peers.PEERS if peer.install]
     assert absent
     made_up = peers.Peer("one", absent[0].ours, absent[0].prepare, "no_such_package", "pip install one")
     assert peers.obstacle(made_up, jobs.JOBS["lenet"]) == "not installed: pip install one"
+
+
+def test_arms_train_in_turn_in_processes_of_their_own() -> None:
+    setting = runs.Setting("lenet", steps=10, turns=2, threads=1)
+    with runs.calls(setting, arms.of, {"plain": "plain", "penalty": "penalty"}) as calls:
+        assert [calls[name]() > 0 for name in ("plain", "penalty", "penalty", "plain")] == [True] * 4
+    assert not multiprocessing.active_children()
+    with runs.calls(setting, arms.of, {"one": "no such arm"}) as calls, pytest.raises(RuntimeError, match=r"'one' failed(.|\n)*KeyError"):
+        calls["one"]()
 
 
 def run(recipe: str, minutes: float, zeros: float = 0.98, error: float = 0.019) -> dict[str, Any]:

@@ -99,8 +99,9 @@ def test_the_thresholded_view_zeroes_what_counts_as_zero_and_keeps_the_other_bit
 @given(w=weights(), rho=st.floats(1e-6, 10), lam=st.floats(1e-6, 10), each=st.booleans())
 def test_proximal_steps_shrink_and_keep_nan_inf_and_zero(penalty: penalties.L1, w: Tensor, rho: float, lam: float, each: bool) -> None:
     rate = torch.full_like(w, rho) if each else rho
-    for step in (proximal.reweighted_step, proximal.exact_step):
-        moved = step(penalty, w, rate, lam)
+    in_place = w.clone()
+    proximal.reweighted_step(penalty, in_place, rate * lam, out=in_place)
+    for moved in (proximal.reweighted_step(penalty, w, rate * lam), in_place, penalty.prox(w, rate * lam)):
         assert (moved.shape, moved.dtype) == (w.shape, w.dtype)
         assert torch.equal(moved.isnan(), w.isnan())
         assert (moved[w == 0] == 0).all()
@@ -110,6 +111,20 @@ def test_proximal_steps_shrink_and_keep_nan_inf_and_zero(penalty: penalties.L1, 
         rests = proximal.rests(penalty, w, rate, lam, 10.0)
         assert not (rests & (w.isnan() | w.isinf())).any()
         assert rests[w == 0].all()
+
+
+def test_live_weights_wait_in_their_own_memory_while_others_take_their_place() -> None:
+    layer = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+    w, place, order = layer.weight.detach().clone(), layer.weight.data_ptr(), layer.weight.stride()
+    attachment = attach.Attachment(layer, {"weight": layer.weight}, lambda name: attachment.live(name))
+    for value in (torch.ones(w.shape, dtype=torch.float64), torch.full_like(w, 2.0)):  # of another type and order, and alike
+        attachment.substitute("weight", value)
+        assert (layer.weight.dtype, layer.weight.stride()) == (w.dtype, order)
+        assert torch.equal(layer.weight, value.to(w.dtype))
+        assert torch.equal(attachment.live("weight"), w)
+    attachment.restore()
+    assert (layer.weight.data_ptr(), layer.weight.stride()) == (place, order)
+    assert torch.equal(layer.weight, w)
 
 
 @pytest.mark.parametrize("kind", [noise.ScaledBernoulli(), noise.Gaussian()])

@@ -3,7 +3,7 @@
     python tests/benchmarks/peers.py [--nets lenet resnet18 transformer] [--peers NAME ...] [--rounds 9] [--threads 2]
 
 Fixed masks: Lightning's ModelPruning, torch.nn.utils.prune, torch.nn.utils.parametrize. A penalty as a term of the loss.
-torchao's PruneOptimizer. KL-regularised layers of bayesian-torch. Jobs, rounds and clock are those of step_cost.py. The ratio
+torchao's PruneOptimizer. KL-regularised layers of bayesian-torch. Jobs, turns and clock are those of step_cost.py. The ratio
 is ours to the peer's, round by round: ahead where it is under 1 by more than the plain run beside itself (A/A) strays, behind
 where it is above 1 by more. What is not installed is a line that says how to get it.
 """
@@ -11,30 +11,27 @@ where it is above 1 by more. What is not installed is a line that says how to ge
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from typing import Any
 
-from performance import arguments, arms, jobs, options, record, rounds
-from performance.peers import OURS, PEERS, Peer, installed, obstacle
+from performance import arguments, arms, jobs, options, record, rounds, runs
+from performance.peers import PEERS, Peer, installed, obstacle, of
 
 
 def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """One network: a line for each peer, timed or with the reason why it is not."""
-    job, chosen = jobs.JOBS[name], [peer for peer in PEERS if peer.name in given.peers and name in peer.nets]
+    job, chosen = jobs.JOBS[name], [peer for peer in PEERS if peer.name in given.peers]
     absent = {peer.name: why for peer in chosen if (why := obstacle(peer, job))}
-    times = run(job, [peer for peer in chosen if peer.name not in absent], given)
+    times = run(name, [peer for peer in chosen if peer.name not in absent], given)
     stray = rounds.stray(rounds.ratios(times, arms.PLAIN))
     lines = [missing(peer, absent[peer.name]) if peer.name in absent else pair(peer, times, stray) for peer in chosen]
     return {"steps": given.steps or job.steps, "pairs": lines, "seconds": times}
 
 
-def run(job: jobs.Job, present: list[Peer], given: argparse.Namespace) -> rounds.Times:
+def run(name: str, present: list[Peer], given: argparse.Namespace) -> rounds.Times:
     """Seconds a step of the plain run, of each peer and of its counterpart, round by round."""
-    once = partial(jobs.seconds_per_step, job, job.batches(), steps=given.steps or job.steps, clock=given.clock)
-    calls = {arms.PLAIN: partial(once, jobs.plain)}
-    for peer in present:
-        calls |= {peer.ours: partial(once, OURS[peer.ours]), peer.name: partial(once, peer.prepare)}
-    return rounds.measure(calls, arms.PLAIN, given.rounds)
+    names = [arms.PLAIN, *(one for peer in present for one in (peer.ours, peer.name))]
+    with runs.calls(options.setting(name, given), of, {one: one for one in names} | {rounds.AGAIN: arms.PLAIN}) as calls:
+        return rounds.measure(calls, arms.PLAIN, given.rounds)
 
 
 def pair(peer: Peer, times: rounds.Times, stray: float) -> dict[str, Any]:
@@ -59,7 +56,7 @@ HEAD = f"{'peer':36} {'ours':40} {'peer ms':>9} {'our ms':>9} {'ratio':>6} {'qua
 
 def table(name: str, found: dict[str, Any]) -> str:
     """One network's lines."""
-    title = f"\n{jobs.JOBS[name].name}, {found['steps']} steps a round"
+    title = f"\n{jobs.JOBS[name].name}, {found['steps']} steps a turn"
     return "\n".join([title, HEAD, *map(_line, found["pairs"])])
 
 

@@ -21,7 +21,8 @@ from lightning.pytorch import Callback
 from performance import arguments, compared, per_weight, record, rounds, tables
 from performance.compared import above
 from performance.filled import Filled, seconds
-from performance.jobs import CLOCKS, be_quiet
+from performance.jobs import be_quiet
+from performance.runs import CLOCKS
 from torch import nn
 
 from lightning_sparse import noise, penalties

@@ -3,8 +3,8 @@
     python tests/benchmarks/step_cost.py [--nets lenet resnet18 transformer] [--arms penalty ...] [--rounds 9] [--threads 2]
 
 Three networks on data in memory: LeNet-300-100 (batch 128), ResNet-18 on 32x32 (batch 32), a transformer of 6 layers (width
-256, sequence 128, batch 16). A round fits each arm afresh, in turn: one epoch to warm up, then the timed one; the logging at
-an epoch's end is charged in proportion to an epoch of the usual length. The plain run stands in a round twice (A/A): a goal
+256, sequence 128, batch 16). Each arm is a run in a process of its own, and they take turns of an epoch of --steps steps; the
+logging at an epoch's end is charged in proportion to an epoch of the usual length. A second plain run is the A/A arm: a goal
 is met when the median ratio, less what the A/A arm strays, is under it. The floor is the extra bytes that must be read and
 written (performance/floor.py counts them) at the bandwidth of a copy of as many values as there are weights.
 """
@@ -12,23 +12,21 @@ written (performance/floor.py counts them) at the bandwidth of a copy of as many
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from typing import Any
 
-from performance import arguments, arms, floor, jobs, options, record, rounds
+from performance import arguments, arms, floor, jobs, options, record, rounds, runs
 
 
 def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """One network: the lines of its table, and what the floors are made of."""
-    job = jobs.JOBS[name]
-    batches, steps = job.batches(), given.steps or job.steps
+    job, setting = jobs.JOBS[name], options.setting(name, given)
     names = options.picked(given.arms, list(arms.ARMS), arms.PLAIN)
-    run = partial(jobs.seconds_per_step, job, batches, steps=steps, clock=given.clock)
-    times = rounds.measure({arm: partial(run, arms.ARMS[arm]) for arm in names}, arms.PLAIN, given.rounds)
+    with runs.calls(setting, arms.of, {arm: arm for arm in names} | {rounds.AGAIN: arms.PLAIN}) as calls:
+        times = rounds.measure(calls, arms.PLAIN, given.rounds)
     found, size = rounds.ratios(times, arms.PLAIN, arms.GOALS[name]), floor.size_of(job)
     rate = floor.bandwidth(size.weights)
     lines = [line | distance(line, found[0].value, size, rate, job) for line in rounds.lines(found)]
-    made = {"steps": steps, "weights": size.weights, "bytes_per_second": rate, "stray": rounds.stray(found)}
+    made = {"steps": setting.steps, "weights": size.weights, "bytes_per_second": rate, "stray": rounds.stray(found)}
     return made | {"arms": lines, "seconds": times}
 
 
@@ -46,7 +44,7 @@ HEAD = f"{'':20} {'ms a step':>9} {'ratio':>6} {'quartiles':>15} {'goal':>5} {'m
 
 def table(name: str, found: dict[str, Any]) -> str:
     """One network's lines."""
-    title = f"\n{jobs.JOBS[name].name}, batch {jobs.JOBS[name].batch}: {found['weights']:,} weights, {found['steps']} steps a round"
+    title = f"\n{jobs.JOBS[name].name}, batch {jobs.JOBS[name].batch}: {found['weights']:,} weights, {found['steps']} steps a turn"
     copy = f"copy of as many values: {found['bytes_per_second'] / 1e9:.1f} GB/s read and written; A/A strays {found['stray']:.3f}"
     return "\n".join([f"{title}; {copy}", HEAD, *map(_line, found["arms"])])
 

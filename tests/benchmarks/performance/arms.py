@@ -32,6 +32,12 @@ ARMS: dict[str, jobs.Prepare] = {
     "monitor": only(lambda: SparsityMonitor()),
 }
 
+
+def of(arm: str) -> jobs.Prepare:
+    """By name, for a process that is told no more."""
+    return ARMS[arm]
+
+
 _MONITOR = 1.01
 GOALS: dict[str, dict[str, float]] = {
     "lenet": {"penalty": 1.05, "prox": 1.08, "mask": 1.5, "mask local": 1.6, "monitor": _MONITOR},

@@ -1,21 +1,15 @@
-"""A job is a network, its batches and an epoch's length; an arm is what a run of it does beyond the plain one.
-
-A run is one ``Trainer.fit`` of two epochs: the first warms up, the second is timed.
-"""
+"""A job is a network, its batches and an epoch's length; an arm is what a run of it does beyond the plain one."""
 
 from __future__ import annotations
 
 import logging
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -23,8 +17,6 @@ from performance import networks
 
 Batch = tuple[Tensor, Tensor]
 Prepare = Callable[[LightningModule], list[Callback]]  # changes a fresh module where an arm must, and says its callbacks
-ClockName = Literal["wall", "cpu"]
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: of all threads together
 DISTINCT = 8  # batches that are made; an epoch goes round them
 ROUND = 10  # steps between two estimates of the curvature, by default: a window holds whole such rounds
 
@@ -38,7 +30,7 @@ class Job:
     inputs: Callable[[int], Tensor]
     batch: int
     samples: int
-    steps: int  # timed in a round, unless told otherwise
+    steps: int  # of a turn, unless told otherwise
 
     @property
     def epoch(self) -> int:
@@ -56,7 +48,7 @@ def _words(batch: int) -> Tensor:
 
 
 JOBS = {
-    "lenet": Job("LeNet-300-100", networks.lenet, lambda batch: torch.randn(batch, 1, 28, 28), 128, 60_000, 470),
+    "lenet": Job("LeNet-300-100", networks.lenet, lambda batch: torch.randn(batch, 1, 28, 28), 128, 60_000, 100),
     "resnet18": Job("ResNet-18, 32x32", networks.ResNet18, lambda batch: torch.randn(batch, 3, 32, 32), 32, 50_000, 10),
     "transformer": Job("transformer, 6 layers", networks.Transformer, _words, 16, 25_000, 10),
 }
@@ -73,42 +65,7 @@ class Rounds(DataLoader[Batch]):
         return (self.batches[step % len(self.batches)] for step in range(self.steps))
 
 
-class Clock(Callback):
-    """Seconds of the second epoch's steps, and of its end up to the third's start, where it stops the run.
-
-    From the start of the epoch to its last batch's end, hooks of the other callbacks and logging included; the end holds what
-    is logged once an epoch.
-    """
-
-    def __init__(self, read: Callable[[], float]) -> None:
-        self.read = read
-        self.steps = self.end = 0.0
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == 2:
-            self.end = self.read() - self.last
-            trainer.should_stop = True
-        self.began = self.read()
-
-    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        if trainer.current_epoch == 1 and trainer.is_last_batch:
-            self.last = self.read()
-            self.steps = self.last - self.began
-
-
-def seconds_per_step(job: Job, batches: list[Batch], prepare: Prepare, steps: int, clock: ClockName = "wall") -> float:
-    """Of one fresh run, its epoch's end included in proportion."""
-    torch.manual_seed(0)
-    module = job.build()
-    stop = Clock(CLOCKS[clock])
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(callbacks=[*prepare(module), stop], logger=CSVLogger(folder), **SETTINGS)
-        trainer.fit(module, Rounds(batches, steps))
-    return stop.steps / steps + stop.end / job.epoch
-
-
 SETTINGS: dict[str, Any] = {
-    "max_epochs": 3,  # of which the last does not begin
     "accelerator": "cpu",
     "devices": 1,
     "enable_checkpointing": False,

@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from performance import arguments, jobs
+from performance import arguments, jobs, rounds, runs
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     """The shared ones, and which networks, how long a round, by which clock."""
     made = arguments.parser(description, name)
     made.add_argument("--nets", nargs="+", choices=list(jobs.JOBS), default=list(jobs.JOBS), help="networks (default: all)")
-    made.add_argument("--steps", type=_steps, help=f"timed in a round, a multiple of {jobs.ROUND} (default: {_defaults()})")
-    made.add_argument("--clock", choices=list(jobs.CLOCKS), default="wall", help="wall, or cpu: of all threads (default: wall)")
+    made.add_argument("--steps", type=_steps, help=f"of a turn, a multiple of {jobs.ROUND} (default: {_defaults()})")
+    made.add_argument("--clock", choices=list(runs.CLOCKS), default="wall", help="wall, or cpu: of all threads (default: wall)")
     return made
+
+
+def setting(name: str, given: argparse.Namespace) -> runs.Setting:
+    """Of the job ``name``, with a turn for each round and the one that warms up."""
+    return runs.Setting(name, given.steps or jobs.JOBS[name].steps, given.rounds + rounds.WARM_UP, given.clock, given.threads)
 
 
 def _defaults() -> str:

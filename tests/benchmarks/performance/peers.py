@@ -8,27 +8,24 @@ from importlib.util import find_spec
 from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning, ReweightedPenalty, VariationalDropout
 from lightning_sparse.penalties import L1
 from performance import jobs, peers_masks, peers_penalties
-from performance.arms import KL_WEIGHT, LAM, PENALTY, only
+from performance.arms import KL_WEIGHT, LAM, PENALTY, PLAIN, only
 
 
 @dataclass(frozen=True)
 class Peer:
-    """``ours`` names one of OURS; ``package`` is what must be importable, ``nets`` where the pair does the same job."""
+    """``ours`` names one of OURS; ``package`` is what must be importable."""
 
     name: str
     ours: str
     prepare: jobs.Prepare
     package: str = "torch"
     install: str = ""
-    nets: tuple[str, ...] = tuple(jobs.JOBS)
 
 
-_EACH_EPOCH = jobs.JOBS["lenet"].epoch
 _L1_LAM = 1e-5  # a lasso in Adam's metric: at LAM next to nothing would be left after a hundred steps
 OURS: dict[str, jobs.Prepare] = {
-    # of three epochs the first holds the ramp and the second is timed
-    "MagnitudePruning after its ramp": only(lambda: MagnitudePruning(peers_masks.SHARE, begin=0.0, end=0.3)),
-    "MagnitudePruning, pruning once an epoch": only(lambda: MagnitudePruning(peers_masks.SHARE, begin=0.0, end=0.99, every=_EACH_EPOCH)),
+    # the ramp lies within the first turn, which warms up, of up to 48 rounds
+    "MagnitudePruning after its ramp": only(lambda: MagnitudePruning(peers_masks.SHARE, begin=0.0, end=0.02)),
     "ReweightedPenalty": only(lambda: ReweightedPenalty(PENALTY, LAM)),
     "AdaptiveProx, exact, L1": only(lambda: AdaptiveProx(L1(), _L1_LAM, exact=True)),
     "VariationalDropout, weight": only(lambda: VariationalDropout(KL_WEIGHT, noise="weight")),
@@ -37,12 +34,6 @@ OURS: dict[str, jobs.Prepare] = {
 TORCHAO, BAYESIAN = 'pip install "torchao>=0.18"', 'pip install "bayesian-torch>=0.5"'
 PEERS = (
     Peer("ModelPruning, masks attached", "MagnitudePruning after its ramp", peers_masks.model_pruning),
-    Peer(
-        "ModelPruning, pruning once an epoch",
-        "MagnitudePruning, pruning once an epoch",
-        peers_masks.model_pruning_each_epoch,
-        nets=("lenet",),  # where a window holds an epoch
-    ),
     Peer("torch.nn.utils.prune", "MagnitudePruning after its ramp", peers_masks.by_hand),
     Peer("parametrize, a multiplying mask", "MagnitudePruning after its ramp", peers_masks.parametrized),
     Peer("torchao PruneOptimizer, lasso", "AdaptiveProx, exact, L1", peers_penalties.prune_optimizer, "torchao", TORCHAO),
@@ -50,6 +41,12 @@ PEERS = (
     Peer("bayesian-torch, one draw", "VariationalDropout, weight", peers_penalties.reparametrised, "bayesian_torch", BAYESIAN),
     Peer("bayesian-torch, Flipout", "VariationalDropout, additive", peers_penalties.flipout, "bayesian_torch", BAYESIAN),
 )
+
+
+def of(arm: str) -> jobs.Prepare:
+    """A peer, a form of ours or the plain run, by its name, for a process that is told no more."""
+    theirs = {peer.name: peer.prepare for peer in PEERS}
+    return jobs.plain if arm == PLAIN else (OURS | theirs)[arm]
 
 
 def obstacle(peer: Peer, job: jobs.Job) -> str:

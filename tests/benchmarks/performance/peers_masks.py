@@ -19,18 +19,9 @@ def weights_of(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def model_pruning(module: LightningModule) -> list[Callback]:
-    """Prunes at the end of the first epoch alone: the masks are attached in the second, which is timed."""
-    return [_model_pruning(module, SHARE, lambda epoch: epoch == 0)]
-
-
-def model_pruning_each_epoch(module: LightningModule) -> list[Callback]:
-    """Prunes half of what is left at each epoch's end."""
-    return [_model_pruning(module, 0.5, lambda epoch: True)]
-
-
-def _model_pruning(module: LightningModule, amount: float, when: object) -> ModelPruning:
-    kept = {"use_lottery_ticket_hypothesis": False, "apply_pruning": when}
-    return ModelPruning("l1_unstructured", weights_of(module), amount=amount, **kept)  # type: ignore[arg-type]
+    """Prunes at the end of the first epoch alone, which warms up: in those that are timed the masks are attached."""
+    kept = {"use_lottery_ticket_hypothesis": False, "apply_pruning": lambda epoch: epoch == 0}
+    return [ModelPruning("l1_unstructured", weights_of(module), amount=SHARE, **kept)]  # type: ignore[arg-type]
 
 
 def by_hand(module: LightningModule) -> list[Callback]:

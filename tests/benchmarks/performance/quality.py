@@ -54,7 +54,7 @@ def measured(module: LightningModule, data: MNIST) -> dict[str, Any]:
 def fit(module: LightningModule, callbacks: list[Callback], epochs: int, data: MNIST) -> None:
     """With a logger and without validation, as every run here."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(callbacks=callbacks, logger=CSVLogger(folder), **(jobs.SETTINGS | {"max_epochs": epochs}))
+        trainer = Trainer(callbacks=callbacks, logger=CSVLogger(folder), max_epochs=epochs, **jobs.SETTINGS)
         trainer.fit(module, data.train_dataloader())
 
 

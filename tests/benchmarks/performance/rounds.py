@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 AGAIN = "A/A"  # the base once more
+WARM_UP = 1  # rounds that go first and are left out
 Times = dict[str, list[float]]
 
 
@@ -27,14 +28,14 @@ class Ratio:
         return None if self.goal is None else self.ratio - stray <= self.goal
 
 
-def measure(arms: Mapping[str, Callable[[], float]], base: str, rounds: int, warm_up: int = 1) -> Times:
-    """Each arm's value, round by round; ``warm_up`` more rounds go first and are left out.
+def measure(arms: Mapping[str, Callable[[], float]], base: str, rounds: int, warm_up: int = WARM_UP) -> Times:
+    """Each arm's value, round by round; ``warm_up`` more rounds go first and are left out. AGAIN is the base, unless given.
 
     An arm is called once a round and returns what it took, in a unit of its own choice. Every second round goes backwards,
     so that a machine that slows down for a while burdens no arm more than another.
     """
-    order = [base, *(name for name in arms if name != base), AGAIN]
-    calls = {**arms, AGAIN: arms[base]}
+    order = [base, *(name for name in arms if name not in (base, AGAIN)), AGAIN]
+    calls = {AGAIN: arms[base], **arms}
     times: Times = {name: [] for name in order}
     for turn in range(warm_up + rounds):
         for name in order if turn % 2 else reversed(order):

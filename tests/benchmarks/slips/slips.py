@@ -60,4 +60,4 @@ class SlippedAdaProx(AdaptiveProx):
         for _, parameter, group in self._owned(optimizer):
             rho = proximal.step_size(optimizer, parameter, group, self.metric)
             for _ in range(self.batches):  # the gradients are gone by now, Adam's moments are not
-                parameter.copy_(proximal.reweighted_step(self.penalty, parameter.detach(), rho, self.lam))
+                parameter.copy_(proximal.reweighted_step(self.penalty, parameter.detach(), rho * self.lam))
