@@ -7,11 +7,10 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, sys, torch
+import resource, torch
 from lightning_sparse._memory import keep_freed
 torch.set_num_threads(1)
-if sys.argv[1] == "keep":
-    keep_freed()
+keep_freed()
 
 def step():
     kept = [torch.ones(1 << 18) for _ in range(8)]
@@ -29,9 +28,6 @@ print(faults() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is known to return freed memory")
-def test_intermediate_results_cause_no_page_faults_once_freed_memory_is_kept():
-    usual, kept = (
-        int(subprocess.run([sys.executable, "-c", FAULTS, word], check=True, capture_output=True, text=True).stdout)
-        for word in ("usual", "keep")
-    )
-    assert kept < usual / 10, (usual, kept)
+def test_intermediate_results_cause_no_page_faults() -> None:
+    """8 MB a step are 2,000 pages; without ``keep_freed`` most processes fault some 40,000 times, by how their heap lies."""
+    assert int(subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True).stdout) < 100
