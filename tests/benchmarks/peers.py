@@ -75,12 +75,12 @@ def main() -> None:
     given = parser.parse_args()
     jobs.be_quiet(given.threads)
     print(f"{given.threads} threads, {given.rounds} rounds, {given.clock} clock")
+    kept = {"rounds": given.rounds, "clock": given.clock} | jobs.settings()
     found = {}
     for name in given.nets:
         found[name] = measure(name, given)
         print(table(name, found[name]), flush=True)
-    kept = {"rounds": given.rounds, "clock": given.clock} | jobs.settings()
-    print(f"\nwritten: {record.write(given.out, arguments.command(), kept, found, ['torchvision', *installed()])}")
+        print(f"written: {record.write(given.out, arguments.command(), kept, found, ['torchvision', *installed()])}")
 
 
 if __name__ == "__main__":

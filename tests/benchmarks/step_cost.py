@@ -65,12 +65,12 @@ def main() -> None:
     jobs.be_quiet(given.threads)
     large = floor.bandwidth()
     print(f"{given.threads} threads, {given.rounds} rounds, {given.clock} clock; a copy beyond the caches: {large / 1e9:.1f} GB/s")
+    kept = {"rounds": given.rounds, "clock": given.clock, "large_copy_bytes_per_second": large} | jobs.settings()
     found = {}
     for name in given.nets:
         found[name] = measure(name, given)
         print(table(name, found[name]), flush=True)
-    kept = {"rounds": given.rounds, "clock": given.clock, "large_copy_bytes_per_second": large} | jobs.settings()
-    print(f"\nwritten: {record.write(given.out, arguments.command(), kept, found, ['torchvision'])}")
+        print(f"written: {record.write(given.out, arguments.command(), kept, found, ['torchvision'])}")
 
 
 if __name__ == "__main__":
