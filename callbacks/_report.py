@@ -115,7 +115,7 @@ def duality_gap(callback: Form, module: LightningModule) -> float:
     keep = {name: callback.keep_probability(name).clamp(min=getattr(callback, "alpha_min", _SMALLEST_KEEP)) for name in weights}
     noise, generator = Gaussian(), torch.Generator(module.device).manual_seed(callback.step)
     with attach.quiet(module):
-        loss = attach.loss_of_weights(module, callback._batch)
+        loss = masked_loss.loss_of_weights(module, callback._batch)
         return masked_loss.duality_gap(loss, weights, callback.penalty, callback.lam, noise, callback.gap_samples, generator, keep)
 
 

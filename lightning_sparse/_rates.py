@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from lightning_sparse import shards
-from lightning_sparse._pieces import over
 
 
 def adaptive(state: Mapping[str, Any], group: Mapping[str, Any], factor: float = 1.0) -> Tensor | None:
@@ -24,7 +23,7 @@ def adaptive(state: Mapping[str, Any], group: Mapping[str, Any], factor: float =
     if "exp_avg_sq" in parts:
         moment = parts.get("max_exp_avg_sq", parts["exp_avg_sq"])  # amsgrad divides by the maximum
         root = math.sqrt(1 - group["betas"][1] ** float(state["step"]))  # of the correction: taken out of the tensor's root
-        rate = over(lr * root, moment.sqrt().add_(group["eps"] * root))
+        rate = moment.sqrt().add_(group["eps"] * root).reciprocal_().mul_(lr * root)  # a product: a small lr is no half float
     elif "acc_delta" in parts:
         rate = lr * ((parts["acc_delta"] + group["eps"]) / (parts["square_avg"] + group["eps"])).sqrt()
     elif "square_avg" in parts:

@@ -198,26 +198,3 @@ def quiet(module: nn.Module) -> Iterator[None]:
             metric.__dict__.update(state)
         for part in training:
             part.training = True
-
-
-def loss_of_weights(module: Any, batch: tuple[Any, int]) -> Callable[[dict[str, Tensor]], Tensor]:
-    """The loss of ``module.training_step`` on one batch as a function of some of its weights, by name."""
-
-    def loss(weights: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad():
-            result = torch.func.functional_call(_Step(module), {f"module.{name}": w for name, w in weights.items()}, batch)
-        value: Tensor = torch.zeros(()) if result is None else result["loss"] if isinstance(result, dict) else result
-        return value
-
-    return loss
-
-
-class _Step(nn.Module):
-    """A module whose forward is another's training step, so that its weights can be given as arguments."""
-
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, batch: Any, index: int) -> Any:
-        return self.module.training_step(batch, index)

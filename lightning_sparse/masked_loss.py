@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sparse import _checks, duality
 from lightning_sparse.counts import wide
@@ -74,3 +75,26 @@ def duality_gap(
 def penalised(penalty: Penalty, weights: Weights, lam: float) -> float:
     """(lam / 2) sum w^2 / eta_hat(w), the price that unit-curvature masks put on the weights; 0 for a weight at 0."""
     return lam / 2 * sum(float((w * penalty.gradient(w)).sum(dtype=wide(w))) for w in weights.values())
+
+
+def loss_of_weights(module: Any, batch: tuple[Any, int]) -> Loss:
+    """The loss of ``module.training_step`` on one batch as a function of some of its weights, by name."""
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            result = torch.func.functional_call(_Step(module), {f"module.{name}": w for name, w in weights.items()}, batch)
+        value: Tensor = torch.zeros(()) if result is None else result["loss"] if isinstance(result, dict) else result
+        return value
+
+    return loss
+
+
+class _Step(nn.Module):
+    """A module whose forward is another's training step, so that its weights can be given as arguments."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Any, index: int) -> Any:
+        return self.module.training_step(batch, index)

@@ -221,6 +221,16 @@ def test_a_step_is_as_long_as_the_rate_says_in_every_optimiser(kind, options):
     torch.testing.assert_close(before - rho * gradient, w.detach(), rtol=0, atol=0.05 * float((w.detach() - before).abs().min()))
 
 
+def test_a_weak_pull_is_not_lost_in_half_floats():
+    """lr times lam of the first step is below the smallest float16, what it comes to is not."""
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+    exact, half = (
+        proximal.rate({"step": 1, "exp_avg_sq": torch.full((3,), 1e-6, dtype=dtype)}, group, "adam", 1e-5)
+        for dtype in (torch.float64, torch.float16)
+    )
+    torch.testing.assert_close(half.double(), exact, rtol=0.1, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "lr"), [("SGD, momentum", 0.01), ("RMSprop, momentum", 0.002), ("Adagrad", 0.1)])
 def test_the_prox_is_as_strong_as_the_penalty_under_any_optimiser(name, lr):
