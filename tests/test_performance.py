@@ -31,6 +31,11 @@ def test_every_second_round_goes_backwards_and_the_base_stands_in_it_twice() -> 
     assert times[rounds.AGAIN] == [8.0, 9.0, 16.0]
 
 
+def test_a_second_base_of_its_own_is_the_one_that_stands_in_for_it() -> None:
+    times = rounds.measure({rounds.AGAIN: lambda: 3.0, "plain": lambda: 1.0, "own": lambda: 2.0}, "plain", rounds=2)
+    assert times == {"plain": [1.0] * 2, "own": [2.0] * 2, rounds.AGAIN: [3.0] * 2}
+
+
 def test_ratios_are_medians_over_rounds_with_quartiles() -> None:
     times = {"plain": [1.0, 2.0, 4.0], "own": [2.0, 2.0, 6.0], rounds.AGAIN: [1.1, 2.0, 3.6]}
     plain, own, again = rounds.ratios(times, "plain", {"own": 1.35})
