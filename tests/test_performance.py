@@ -24,11 +24,11 @@ def test_every_second_round_goes_backwards_and_the_base_stands_in_it_twice() -> 
     arms = {name: lambda name=name: float(called.append(name) or len(called)) for name in ("plain", "own", "other")}
     times = rounds.measure(arms, "plain", rounds=3, warm_up=1)
     turns = [called[start : start + 4] for start in range(0, 16, 4)]
-    assert turns[1] == turns[3] == ["plain", "own", "other", "plain"]
-    assert turns[0] == turns[2] == ["plain", "other", "own", "plain"]
+    assert turns[1] == turns[3] == ["plain", "own", "plain", "other"]
+    assert turns[0] == turns[2] == ["other", "plain", "own", "plain"]
     assert list(times) == ["plain", "own", "other", rounds.AGAIN]
     assert times["plain"] == [5.0, 12.0, 13.0]  # the first in its round, the last, the first
-    assert times[rounds.AGAIN] == [8.0, 9.0, 16.0]
+    assert times[rounds.AGAIN] == [7.0, 10.0, 15.0]  # in the middle of the others
 
 
 def test_a_second_base_of_its_own_is_the_one_that_stands_in_for_it() -> None:

@@ -32,11 +32,14 @@ def measure(arms: Mapping[str, Callable[[], float]], base: str, rounds: int, war
     """Each arm's value, round by round; ``warm_up`` more rounds go first and are left out. AGAIN is the base, unless given.
 
     An arm is called once a round and returns what it took, in a unit of its own choice. Every second round goes backwards,
-    so that a machine that slows down for a while burdens no arm more than another.
+    so that a machine that slows down for a while burdens no arm more than another. AGAIN stands in the middle of the others,
+    as far from the base as they are on average.
     """
-    order = [base, *(name for name in arms if name not in (base, AGAIN)), AGAIN]
+    others = [name for name in arms if name not in (base, AGAIN)]
+    half = len(others) // 2
+    order = [base, *others[:half], AGAIN, *others[half:]]
     calls = {AGAIN: arms[base], **arms}
-    times: Times = {name: [] for name in order}
+    times: Times = {name: [] for name in (base, *others, AGAIN)}
     for turn in range(warm_up + rounds):
         for name in order if turn % 2 else reversed(order):
             taken = calls[name]()
