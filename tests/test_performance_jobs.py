@@ -95,3 +95,10 @@ def test_runs_are_found_again_in_the_file(tmp_path: Path) -> None:
     again = quality.Kept(tmp_path / "runs.jsonl")
     assert again.find({"variant": "fast", "seed": 0}) == run("fast", 2.0)
     assert again.find({"variant": "fast", "seed": 1}) is None
+
+
+def test_runs_on_images_that_move_are_others(tmp_path: Path) -> None:
+    kept, recipe = quality.Kept(tmp_path / "runs.jsonl"), recipes.RECIPES[0]
+    kept.add(quality.key(recipe, 1e-3, 5, 0, shift=0))
+    assert kept.find(quality.key(recipe, 1e-3, 5, 0, shift=0)) is not None
+    assert kept.find(quality.key(recipe, 1e-3, 5, 0, shift=1)) is None

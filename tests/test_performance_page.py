@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import performance_page
+import time_to_quality
 from performance import record, rounds, sections, tables
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -26,7 +27,10 @@ def test_the_page_is_up_to_date() -> None:
 def test_a_page_without_records_names_the_commands(tmp_path: Path) -> None:
     text = performance_page.page(tmp_path)
     for name in (*performance_page.NAMES, "profiles"):
-        assert f"Not run yet: `python tests/benchmarks/{name}.py`." in text
+        assert f"Not run yet: `{performance_page.command(name)}`." in text
+    commands = [line.partition("`")[2].rstrip("`.").split() for line in text.splitlines() if line.startswith("Not run yet: ")]
+    assert all((PAGE.parent.parent / script).is_file() for _, script, *_ in commands)
+    assert [time_to_quality.options().parse_args(words).shift for _, _, *words in commands if words] == [1]
     assert "![" not in text
 
 

@@ -17,7 +17,7 @@ from performance import per_weight, record, sections, tables
 from performance.jobs import JOBS
 from performance.per_weight import ITEMS
 
-NAMES = ("step_cost", "peers", "time_to_quality", "scaling", "start_end", "memory", "ways")
+NAMES = ("step_cost", "peers", "time_to_quality", "time_to_quality_moved", "scaling", "start_end", "memory", "ways")
 TITLES = {name: job.name for name, job in JOBS.items()} | {
     "sizes": "By the number of weights",
     "slopes": "Nanoseconds a weight, from a million on",
@@ -31,7 +31,8 @@ LARGEST = 3  # operators and functions that the page names for each form
 
 
 def command(name: str) -> str:
-    return f"python tests/benchmarks/{name}.py"
+    script, moved, _ = name.partition("_moved")
+    return f"python tests/benchmarks/{script}.py{' --shift 1' if moved else ''}"
 
 
 def page(folder: Path = record.FOLDER) -> str:

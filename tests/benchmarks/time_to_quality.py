@@ -1,6 +1,6 @@
 """Minutes of training to 98 % zeros at no more than 2 % error, LeNet-300-100 on MNIST, ours beside what others offer:
 
-    python tests/benchmarks/time_to_quality.py --root data [--methods NAME ...] [--epochs 5 10 15 20 30 40] [--seeds 1]
+    python tests/benchmarks/time_to_quality.py --root data [--methods NAME ...] [--epochs 5 10 15 20 30 40] [--seeds 1] [--shift 1]
 
 Each method is tuned over the settings in performance/recipes.py and over --lrs, at each length of the run from the shortest on.
 A method's time is that of its fastest recipe whose final network has 98 % zeros and at most 2 % error on the 12,000 validation
@@ -8,7 +8,8 @@ images, with every seed; lengths beyond the first that one recipe reaches with a
 validation; the test images are looked at once a run and decide nothing. Of the packages in peers.py bayesian-torch is left out,
 whose Gaussian prior leaves no zeros, and torch's own pruning is what ModelPruning and the loss term's threshold call. Runs
 follow one another and are kept in time_to_quality.jsonl in the folder --out, where a command that was stopped goes on; the
-table is written beside it.
+table is written beside it. --shift moves the training images by up to so many pixels, anew in each epoch, for every method; that
+table has a file of its own.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def run_seeds(recipe: Recipe, lr: float, epochs: int, given: argparse.Namespace,
     """One run a seed, the known ones from the file; none after a seed that missed."""
     runs: Runs = []
     for seed in range(given.seeds):
-        found = kept.find(quality.key(recipe, lr, epochs, seed))
+        found = kept.find(quality.key(recipe, lr, epochs, seed, data.shift))
         if found is None:
             found = quality.train(recipe, lr, epochs, seed, data)
             kept.add(found)
@@ -98,14 +99,16 @@ HEAD = f"{'':24} {'recipe':28} {'epochs':>6} {'minutes':>8} {'cpu min':>8} {'zer
 def main() -> None:
     given = options().parse_args()
     jobs.be_quiet(given.threads)
-    data, kept = MNIST(given.root), quality.Kept(given.out / "time_to_quality.jsonl")
+    data, kept = MNIST(given.root, shift=given.shift), quality.Kept(given.out / "time_to_quality.jsonl")
     data.setup("fit")
     found = [row(method, *search(method, given, data, kept), given.seeds) for method in given.methods]
     print("\n".join([HEAD, *map(line, found)]))
-    goals = {"zeros": SHARE, "val_error": quality.ERROR, "seeds": given.seeds, "epochs": given.epochs, "lrs": given.lrs}
+    goals = {"zeros": SHARE, "val_error": quality.ERROR}
+    tried = {name: getattr(given, name) for name in ("seeds", "epochs", "lrs", "shift")}
     kinds = {name: value for name, value in jobs.settings().items() if name != "trainer"}
     others = ["torchvision", *(name for name in ("torchao",) if find_spec(name))]
-    print(f"written: {record.write(given.out / 'time_to_quality.json', command(), goals | kinds, found, others)}")
+    file = given.out / f"time_to_quality{'_moved' if given.shift else ''}.json"
+    print(f"written: {record.write(file, command(), goals | tried | kinds, found, others)}")
 
 
 def command() -> str:
@@ -123,6 +126,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", nargs="+", type=arguments.whole(), default=[5, 10, 15, 20, 30, 40], help="lengths of the runs")
     parser.add_argument("--lrs", nargs="+", type=rate, default=[1e-3, 3e-3], help="learning rates, each for every method")
     parser.add_argument("--seeds", type=arguments.whole(), default=1, help="how many, from 0 on (default: 1)")
+    parser.add_argument("--shift", type=arguments.whole(0), default=0, help="pixels that training images are moved by (default: 0)")
     parser.add_argument("--threads", type=arguments.whole(), default=2, help="of torch (default: 2)")
     parser.add_argument("--out", type=Path, default=record.FOLDER, help="the folder of the two files")
     return parser

@@ -21,12 +21,12 @@ from performance import jobs
 from performance.recipes import SHARE, Recipe
 
 ERROR = 0.02  # at most, on the validation images
-KEY = ("method", "variant", "lr", "epochs", "seed", "threads")
+KEY = ("method", "variant", "lr", "epochs", "seed", "threads", "shift")
 
 
-def key(recipe: Recipe, lr: float, epochs: int, seed: int) -> dict[str, Any]:
-    """By which a run is found again."""
-    return dict(zip(KEY, (recipe.method, recipe.variant, lr, epochs, seed, torch.get_num_threads()), strict=True))
+def key(recipe: Recipe, lr: float, epochs: int, seed: int, shift: int) -> dict[str, Any]:
+    """By which a run is found again; ``shift`` is MNIST's."""
+    return dict(zip(KEY, (recipe.method, recipe.variant, lr, epochs, seed, torch.get_num_threads(), shift), strict=True))
 
 
 def train(recipe: Recipe, lr: float, epochs: int, seed: int, data: MNIST) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def train(recipe: Recipe, lr: float, epochs: int, seed: int, data: MNIST) -> dic
         failed = str(failure)
     spent = {"minutes": (time.perf_counter() - wall) / 60, "cpu_minutes": (time.process_time() - processor) / 60}
     reached = {"zeros": 0.0, "val_error": 1.0, "test_error": 1.0, "failed": failed} if failed else measured(module, data)
-    return key(recipe, lr, epochs, seed) | spent | reached
+    return key(recipe, lr, epochs, seed, data.shift) | spent | reached
 
 
 def measured(module: LightningModule, data: MNIST) -> dict[str, Any]:
