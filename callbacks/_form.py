@@ -1,133 +1,25 @@
-"""Form: the arguments that every sparsity callback shares, their conversion, and what a form says of a weight."""
+"""Form: what a way to train with one eta_hat says of a weight."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_sparse import _checks, attach, duality, proximal, shards
-from lightning_sparse._clipping import Clipping
-from lightning_sparse.callbacks import _groups, _refusals, _report, _strengths
-from lightning_sparse.callbacks._averages import Averages
-from lightning_sparse.callbacks._groups import Member, Members
-from lightning_sparse.duality import MaskRule, Penalty
-from lightning_sparse.schedules import Schedule, as_schedule
-
-Other = TypeVar("Other", bound="Form")
-FINE_TUNED = 0.25  # the share of a run to a target sparsity that is trained with its support frozen
+from lightning_sparse import duality, proximal, shards
+from lightning_sparse.callbacks import _groups, _report
+from lightning_sparse.callbacks._arguments import Arguments
+from lightning_sparse.callbacks._groups import Member
 
 
-class Form(Callback):
-    """A way to train with one eta_hat, and how another way is made of it.
+class Form(Arguments):
+    """A way to train with one eta_hat, and how another way is made of it; the arguments are Arguments'."""
 
-    Args:
-        penalty: a Penalty, or a MaskRule (whose penalty is then used).
-        lam: strength, a number or a Schedule; by default a MaskRule's own.
-        select: glob patterns on parameter names, a leading ``!`` excludes; by default every weight matrix.
-        tol: a weight counts as zero when its keep probability is below ``tol``.
-        freeze: the last share of the optimiser steps, trained without penalty or noise and with the support frozen.
-        threshold: also zero are weights of at most this magnitude; required by penalties that only shrink.
-        gap_samples: masks drawn at each epoch's end to log ``sparsity/duality_gap``; 0 does not measure it.
-        keep_zeros: weights that are zero when the fit starts stay zero (one byte a weight); else they may grow again.
-        target_sparsity: the share of zeros to reach, in place of a lam to guess: lam then starts at ``lam`` (1e-5 by default), rises
-            and falls as the zeros lag behind a ramp or run ahead of it, and the support is frozen as soon as the target is met, at
-            the latest at ``1 - freeze`` (``freeze`` is then 0.25 where it is 0).
-    """
-
-    needs_separable: ClassVar[bool] = True
-    takes_parts: ClassVar[bool] = True  # works on weights that FSDP2 splits over processes
-    whole_because: ClassVar[str] = ""  # why not
-
-    def __init__(
-        self,
-        penalty: Penalty | MaskRule,
-        lam: float | Schedule | None = None,
-        select: Sequence[str] | None = None,
-        tol: float = 0.05,
-        freeze: float = 0.0,
-        threshold: float | None = None,
-        gap_samples: int = 0,
-        keep_zeros: bool = False,
-        target_sparsity: float | None = None,
-    ) -> None:
-        self.given = penalty
-        self.penalty = _refusals.check_penalty(penalty, self.needs_separable, type(self).__name__)
-        self.schedule = as_schedule(_strengths.strength(penalty, lam, target_sparsity))
-        self.select = _refusals.check_patterns(select)
-        self.tol = _checks.between("tol", tol, 0, 1)
-        self.target_sparsity, self.ascent = target_sparsity, _strengths.ascent(self.penalty, self.schedule, target_sparsity)
-        self.freeze = _checks.between("freeze", freeze, 0, 1, closed="l") or (0.0 if self.ascent is None else FINE_TUNED)
-        self.threshold = None if threshold is None else _checks.between("threshold", threshold, 0, float("inf"), closed="l")
-        self.gap_samples = int(_checks.between("gap_samples", gap_samples, 0, 1e6, closed="l"))
-        self.keep_zeros = _checks.truth("keep_zeros", keep_zeros)
-        self._forget()
-
-    def _forget(self) -> None:
-        """The state of a callback that is not fitting."""
-        if self.ascent is not None:
-            self.ascent.reset()
-        self.parameters: dict[str, nn.Parameter] = {}
-        self.step, self.total = 0, math.inf
-        self.attachment: attach.Attachment | None = None
-        self.support: dict[str, Tensor] | None = None  # where weights may live, once frozen
-        self._compared = False  # the ranks' numbers of batches
-        self.held: dict[str, Tensor] = {}  # where weights may live by keep_zeros, or after pruning
-        self._handles: list[Any] = []
-        self._optimizers: list[torch.optim.Optimizer] = []
-        self._places: dict[str, tuple[torch.optim.Optimizer, int]] = {}  # optimiser and group of each parameter
-        self._restored: dict[str, Any] | None = None
-        self._batch: tuple[Any, int] | None = None  # the last one trained on, for the duality gap
-        self._closures, self._manual, self._offset, self._whole = 0, False, 0, math.inf
-        self._own_hooks: frozenset[str] = frozenset()  # of the module, that may mend or clip gradients
-        self._begun, self._applied = False, False  # training has started; the restored state is in place
-        self._averages: Averages | None = None
-        self._clipping = Clipping()
-        self._seen: tuple[int, ...] = ()  # what shows that parameters join
-        self._members: dict[int, Members] = {}  # of each optimiser
-
-    # -- conversion ---------------------------------------------------------------------------------------------------
-
-    def _shared(self) -> dict[str, Any]:
-        names = ("select", "tol", "freeze", "threshold", "gap_samples", "keep_zeros", "target_sparsity")
-        return {"penalty": self.given, "lam": self.schedule} | {name: getattr(self, name) for name in names}
-
-    def own_settings(self) -> dict[str, Any]:
-        """The arguments that this form has beyond the shared ones."""
-        return {}
-
-    def settings(self) -> dict[str, Any]:
-        """All arguments, by which the callback can be made again."""
-        return self._shared() | self.own_settings()
-
-    def to_mask(self, **changes: Any) -> Form:
-        """The AdaptiveMask with the same penalty, lam, selection and schedule."""
-        from lightning_sparse.callbacks.adaptive_mask import AdaptiveMask
-
-        return self._become(AdaptiveMask, changes)
-
-    def to_penalty(self, **changes: Any) -> Form:
-        """The ReweightedPenalty with the same penalty, lam, selection and schedule."""
-        from lightning_sparse.callbacks.reweighted_penalty import ReweightedPenalty
-
-        return self._become(ReweightedPenalty, changes)
-
-    def to_prox(self, **changes: Any) -> Form:
-        """The AdaptiveProx with the same penalty, lam, selection and schedule."""
-        from lightning_sparse.callbacks.adaptive_prox import AdaptiveProx
-
-        return self._become(AdaptiveProx, changes)
-
-    def _become(self, form: type[Other], changes: dict[str, Any]) -> Other:
-        own = self.own_settings() if type(self) is form else {}
-        return form(**(self._shared() | own | changes))
-
-    # -- what the form uses ---------------------------------------------------------------------------------------------
+    joins: ClassVar[bool] = False  # marks() says which weights are zero, of many parameters together, where the penalty is separable
 
     @property
     def lam(self) -> float:
@@ -150,7 +42,10 @@ class Form(Callback):
         return shards.elementwise(partial(self._alpha, name), self._live(name) if w is None else w)
 
     def _alpha(self, name: str, w: Tensor) -> Tensor:
-        return duality.keep_probability(self.eta(name, w), self.lam) if self.lam > 0 else torch.ones_like(w)
+        return self._alpha_of(self.eta(name, w))
+
+    def _alpha_of(self, eta: Tensor) -> Tensor:
+        return duality.keep_probability(eta, self.lam) if self.lam > 0 else torch.ones_like(eta)
 
     def cost(self, weights: list[Tensor]) -> float:
         """lam * Omega of ``weights``, which is logged as ``sparsity/penalty``."""
@@ -170,6 +65,22 @@ class Form(Callback):
             below |= shards.elementwise(partial(self.at_rest, name), w)
         return below if self.threshold is None else below | (w.abs() <= self.threshold)
 
+    def eta_terms(self, name: str, w: Tensor) -> tuple[Tensor, ...] | None:
+        """What eta is made of, weight by weight, of weights ``w`` of a parameter; None where it is not known yet."""
+        return (w,)
+
+    def eta_of(self, *terms: Tensor) -> Tensor:
+        """eta of :meth:`eta_terms`, element by element."""
+        return self.penalty.eta_hat(terms[0])
+
+    def marks(self, terms: Sequence[Tensor], group: dict[str, Any], state: Mapping[str, Any]) -> Tensor:
+        """:meth:`zeros` of weights by their :meth:`eta_terms`, element by element, under an optimiser's group and state."""
+        w = terms[0]
+        below = (self._alpha_of(self.eta_of(*terms)) < self.tol) | (w == 0)
+        if self.lam > 0 and self.oscillates:
+            below |= self._rests(w, proximal.rate(state, group, "auto"), group)
+        return below if self.threshold is None else below | (w.abs() <= self.threshold)
+
     def thresholded(self, name: str, w: Tensor | None = None) -> Tensor:
         """A parameter's weights (or other values ``w`` for it) with true zeros: what evaluation and files see."""
         w = self._live(name) if w is None else w
@@ -186,9 +97,18 @@ class Form(Callback):
 
     def at_rest(self, name: str, w: Tensor) -> Tensor:
         """Which weights of the part that this process holds only oscillate around a zero at which the penalty would hold them."""
+        if not self.oscillates:
+            return w == 0
         optimizer, number = self._places[name]
         group = optimizer.param_groups[number]
-        rho = proximal.step_size(optimizer, self.parameters[name], group, "auto")
+        return self._rests(w, proximal.step_size(optimizer, self.parameters[name], group, "auto"), group)
+
+    @property
+    def oscillates(self) -> bool:
+        """The form's pull carries weights over a zero that it would hold them at."""
+        return True
+
+    def _rests(self, w: Tensor, rho: Tensor | float, group: dict[str, Any]) -> Tensor:
         return proximal.rests(self.penalty, w, rho, self.lam * self._clipping.mean, proximal.memory(group))
 
     def _live(self, name: str) -> Tensor:
@@ -197,8 +117,3 @@ class Form(Callback):
     def figures(self) -> dict[str, float]:
         """The values that are logged, as fractions in [0, 1] where they are shares."""
         return _report.figures(self)
-
-    def recipe(self) -> dict[str, Any]:
-        """A JSON-able description of the callback."""
-        settings = self.settings()
-        return {"class_path": type(self).__name__, "init_args": {name: _report.describe(value) for name, value in settings.items()}}

@@ -52,6 +52,12 @@ class Noisy(Sparsifier):
     def begin_draw(self) -> None:
         """Before the noise of a batch is drawn; nothing by default."""
 
+    def draw_all(self, names: list[str], attachment: attach.Attachment) -> None:
+        """Put noisy weights into the data of these parameters, by default one after the other."""
+        numbers = {name: number for number, name in enumerate(self.parameters)}
+        for name in names:
+            self.draw_weights(name, attachment, self._stream(numbers[name], -1))
+
     def draw_weights(self, name: str, attachment: attach.Attachment, generator: torch.Generator) -> None:
         """Put noisy weights into a parameter's data."""
         raise NotImplementedError
@@ -112,11 +118,10 @@ class Noisy(Sparsifier):
         """New noise: on the weights at once, on the outputs of local layers as their forwards come."""
         self._draws, self._calls, self._loud = self._draws + 1, {}, True
         self.begin_draw()
-        for index, name in enumerate(self.parameters):
-            if name in self._trained and name in self._local:
+        for name in self._local:
+            if name in self._trained:
                 self.prepare_outputs(name)
-            elif name in self._trained:
-                self.draw_weights(name, attachment, self._stream(index, -1))
+        self.draw_all([name for name in self.parameters if name in self._trained and name not in self._local], attachment)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         super().on_before_backward(trainer, pl_module, loss)
@@ -165,3 +170,11 @@ class Noisy(Sparsifier):
         self._bypassed = set(state.get("bypassed", ()))
         self._local = {name: layer for name, layer in self._local.items() if name not in self._bypassed}
         super()._resume(state)
+
+
+def batch_size(batch: Any) -> int:
+    """Samples in a batch: the length of the first tensor found in it."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((size for size in map(batch_size, items) if size > 1), 1)

@@ -1,16 +1,16 @@
-"""Gradients that a form adds itself, before the optimiser steps."""
+"""What a form does to gradients and weights itself, around the optimiser's step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_sparse import shards
-from lightning_sparse._pieces import pieces
+from lightning_sparse import _rates, shards
+from lightning_sparse._joined import Row, joined
 from lightning_sparse.duality import Penalty
 
 if TYPE_CHECKING:
@@ -25,10 +25,44 @@ def scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
     return float(scaler.get_scale())
 
 
-def parts(penalty: Penalty, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The parts of ``tensors`` that this process holds, piece by piece where a weight's penalty does not depend on the others."""
-    held = [shards.local(tensor.detach()) for tensor in tensors]
-    return pieces(*held) if penalty.separable else [tuple(held)]
+def parts(penalty: Penalty, rows: Iterable[Row], written: int) -> Iterable[Row]:
+    """The parts of each row's tensors that this process holds, in pieces where a weight's penalty does not depend on the others.
+
+    What is written to the column ``written`` of one is in its tensors once the next is asked for.
+    """
+    held = [shards.held(row) for row in rows]
+    return joined(held, written) if penalty.separable else held
+
+
+class Alike(NamedTuple):
+    """Parameters whose weights one rule finds the optimiser's rate of.
+
+    ``state`` is what the optimiser keeps of one of them; ``numbers`` says which they are; each of ``rows`` ends with what is
+    kept for each weight, in the order of ``moments``.
+    """
+
+    group: dict[str, Any]
+    state: dict[str, Any]
+    moments: tuple[str, ...]
+    numbers: list[int]
+    rows: list[Row]
+
+    def rate_state(self, held: Sequence[Tensor]) -> dict[str, Any]:
+        """The state with the columns ``held`` of a piece of the rows in the place of its moments."""
+        return self.state | dict(zip(self.moments, held, strict=True))
+
+
+def alike(optimizer: torch.optim.Optimizer, members: Iterable[tuple[Tensor, dict[str, Any], Row]]) -> list[Alike]:
+    """``members``, each a parameter, its group of ``optimizer`` and the beginning of its row, by what their rates have in common."""
+    kinds: dict[object, Alike] = {}
+    for number, (parameter, group, row) in enumerate(members):
+        state = optimizer.state.get(parameter, {})
+        moments = _rates.moments(state, parameter)
+        key = (id(group), float(state.get("step", 0)), tuple(moments), len(row))
+        kind = kinds.setdefault(key, Alike(group, state, tuple(moments), [], []))
+        kind.numbers.append(number)
+        kind.rows.append((*row, *moments.values()))
+    return list(kinds.values())
 
 
 def check_hooked(callback: Sparsifier, optimizer: torch.optim.Optimizer) -> None:

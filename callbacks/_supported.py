@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_sparse import counts, shards
 from lightning_sparse.ascent import FAR, ROUNDS
+from lightning_sparse.callbacks import _together
 from lightning_sparse.callbacks._form import Form
 from lightning_sparse.mask_rules.ranked import shrunk
 
@@ -28,9 +29,13 @@ class Supported(Form):
             if name in support:
                 shards.hold(parameter, support[name])
 
+    def all_zeros(self) -> dict[str, Tensor]:
+        """:meth:`zeros` of every parameter."""
+        return _together.zeros(self, {name: self._live(name) for name in self.parameters})
+
     def share_of_zeros(self) -> float:
         """Of the selected weights, tied ones once, those that count as zero."""
-        return counts.share(counts.count_zeros(self.parameters, {name: self.zeros(name) for name in self.parameters}))
+        return counts.share(counts.count_zeros(self.parameters, self.all_zeros()))
 
     @torch.no_grad()
     def _climb(self) -> bool:
@@ -87,7 +92,8 @@ class Supported(Form):
         """Make the zeros of every selected parameter true, for good."""
         if self.attachment is not None:
             self.attachment.restore()
+        zeros = self.all_zeros()
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(self.thresholded(name))
+            parameter.data.copy_(parameter.detach().masked_fill(zeros[name], 0.0))
         if self.attachment is not None:
             self.attachment.renew()

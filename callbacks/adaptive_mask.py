@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_sparse import _checks, attach, duality
+from lightning_sparse import _checks, _joined, attach, duality
+from lightning_sparse._memory import Kept
 from lightning_sparse._pieces import mapped
-from lightning_sparse.callbacks._noisy import Noisy
+from lightning_sparse.callbacks._noisy import Noisy, batch_size
 from lightning_sparse.curvature import Curvature, EmpiricalFisher, calibrated
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.noise import Gaussian, Noise, bounded_variance, output_noise
@@ -38,6 +39,7 @@ class AdaptiveMask(Noisy):
     """
 
     needs_separable = False
+    joins = True
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class AdaptiveMask(Noisy):
 
     def _forget(self) -> None:
         super()._forget()
+        self._kept = Kept()
         self._spread: dict[str, Tensor] = {}  # Var s of each local layer's weights in this batch
 
     def own_settings(self) -> dict[str, Any]:
@@ -79,28 +82,36 @@ class AdaptiveMask(Noisy):
 
     def _of_eta(self, name: str, w: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function`` of :meth:`eta`, element by element."""
-        if not self.penalty.separable:  # a rule without a penalty acts as it is written
+        if not self.penalty.separable:
             return function(self.penalty.eta_hat(w))
-        if self.curvature is None:
-            return mapped(lambda w: function(self.penalty.eta_hat(w)), w)
-        estimate = self.curvature.estimate(name)
-        if estimate is None:
-            return function(torch.full_like(w, torch.inf))
-        return mapped(lambda w, h: function(calibrated(self.penalty.eta_hat(w), h.to(w), self.lam, self.ceiling)), w, estimate)
+        terms = self.eta_terms(name, w)
+        return function(torch.full_like(w, torch.inf)) if terms is None else mapped(lambda *terms: function(self.eta_of(*terms)), *terms)
 
-    def _noisy_alpha(self, name: str, w: Tensor) -> Tensor:
+    def eta_terms(self, name: str, w: Tensor) -> tuple[Tensor, ...] | None:
+        """w, and H_jj where it calibrates; None before its first estimate."""
+        if self.curvature is None or not self.penalty.separable:  # a rule without a penalty acts as it is written
+            return (w,)
+        estimate = self.curvature.estimate(name)
+        return None if estimate is None else (w, estimate)
+
+    def eta_of(self, *terms: Tensor) -> Tensor:
+        eta = self.penalty.eta_hat(terms[0])
+        return eta if len(terms) == 1 else calibrated(eta, terms[1].to(eta), self.lam, self.ceiling)
+
+    def _noisy_alpha(self, *terms: Tensor) -> Tensor:
         """alpha bounded from below, but for a rule that drops a weight for good (top-k), which keeps its 0."""
-        if self.lam == 0:
-            return torch.ones_like(w)
-        alpha = self._of_eta(name, w, self._bounded)
-        return alpha if self.penalty.separable else alpha.masked_fill(self.eta(name, w) == 0, 0.0)
+        if self.penalty.separable:
+            return mapped(lambda *terms: self._bounded(self.eta_of(*terms)), *terms)
+        eta = self.eta_of(*terms)
+        return self._bounded(eta).masked_fill(eta == 0, 0.0)
 
     def _bounded(self, eta: Tensor) -> Tensor:
         return duality.keep_probability(eta, self.lam).clamp_(min=self.alpha_min)
 
-    def at_rest(self, name: str, w: Tensor) -> Tensor:
+    @property
+    def oscillates(self) -> bool:
         """Uncalibrated noise pulls a weight by lam H_jj w / eta: how far that reaches is not known where H is not."""
-        return w == 0 if self.curvature is None else super().at_rest(name, w)
+        return self.curvature is not None
 
     # -- life cycle -------------------------------------------------------------------------------------------------------
 
@@ -120,7 +131,7 @@ class AdaptiveMask(Noisy):
 
     def begin_batch(self, batch: Any) -> None:
         if self.curvature is not None:
-            self.curvature.begin(self.step, _batch_size(batch))
+            self.curvature.begin(self.step, batch_size(batch))
 
     def begin_draw(self) -> None:
         if self.curvature is not None:
@@ -132,8 +143,14 @@ class AdaptiveMask(Noisy):
     def draw_outputs(self, name: str, layer: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
         return output_noise(layer, x, self._spread[name], generator)
 
-    def draw_weights(self, name: str, attachment: attach.Attachment, generator: torch.Generator) -> None:
-        attachment.multiply(name, self.noise.sample(self._noisy_alpha(name, self._live(name)), generator))
+    def draw_all(self, names: list[str], attachment: attach.Attachment) -> None:
+        """Small weights are drawn together; those whose H_jj is not known yet, and all at lam 0, have no noise."""
+        rows = {name: terms for name in names if (terms := self.eta_terms(name, self._live(name))) is not None and self.lam > 0}
+        known, generator = list(rows), self._stream(-1, -1)
+        draw = lambda *terms: self.noise.sample(self._noisy_alpha(*terms), generator)  # noqa: E731
+        kept = None if self._manual else self._kept  # there a graph of the masks before may still wait for its backward
+        for number, mask, product in _joined.masked(draw, list(rows.values()), not self.penalty.separable, kept):
+            attachment.multiply(known[number], mask, product)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         super().on_before_backward(trainer, pl_module, loss)
@@ -164,6 +181,7 @@ class AdaptiveMask(Noisy):
     def _release(self) -> None:
         super()._release()
         self._spread = {}
+        self._kept.clear()
 
     # -- state --------------------------------------------------------------------------------------------------------------
 
@@ -180,11 +198,3 @@ class AdaptiveMask(Noisy):
         if self.curvature is not None and "curvature" in state:
             self.curvature.load_state_dict(state["curvature"], self.parameters)
         super()._resume(state)
-
-
-def _batch_size(batch: Any) -> int:
-    """Samples in a batch: the length of the first tensor found in it."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 1
-    items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((size for size in map(_batch_size, items) if size > 1), 1)

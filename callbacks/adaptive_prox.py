@@ -29,6 +29,8 @@ class AdaptiveProx(Sparsifier):
     The other arguments are :class:`Sparsifier`'s.
     """
 
+    joins = True
+
     def __init__(
         self,
         penalty: Penalty | MaskRule,
@@ -51,9 +53,10 @@ class AdaptiveProx(Sparsifier):
     def own_settings(self) -> dict[str, Any]:
         return {"metric": self.metric, "exact": self.exact}
 
-    def at_rest(self, name: str, w: Tensor) -> Tensor:
+    @property
+    def oscillates(self) -> bool:
         """The exact prox lands on its zeros by itself."""
-        return w == 0 if self.exact else super().at_rest(name, w)
+        return not self.exact
 
     def check_form(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
@@ -65,13 +68,11 @@ class AdaptiveProx(Sparsifier):
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         lam = self.lam * self._clipping.last  # a clipped step has that much less of a prox, too
-        for _, parameter, group in self._owned(optimizer):
-            if parameter.grad is not None:
-                state = optimizer.state.get(parameter, {})
-                moments = _rates.moments(state, parameter)
-                for w, *held in _steps.parts(self.penalty, parameter, *moments.values()):
-                    own = state | dict(zip(moments, held, strict=True))
-                    self._shrink(w, proximal.rate(own, group, self.metric, _rates.gain(group) * lam))
+        stepped = [(parameter, group, (parameter,)) for _, parameter, group in self._owned(optimizer) if parameter.grad is not None]
+        for kind in _steps.alike(optimizer, stepped):
+            factor = _rates.gain(kind.group) * lam
+            for w, *held in _steps.parts(self.penalty, kind.rows, written=0):
+                self._shrink(w, proximal.rate(kind.rate_state(held), kind.group, self.metric, factor))
 
     def _shrink(self, w: Tensor, step: Tensor | float) -> None:
         """The prox of step * omega, in place."""

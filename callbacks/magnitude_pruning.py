@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sparse import _checks, counts, duality, shards
 from lightning_sparse.callbacks import _states
-from lightning_sparse.callbacks._form import Form
+from lightning_sparse.callbacks._arguments import Arguments
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.mask_rules.ranked import TopK, shrunk
 from lightning_sparse.schedules import Cubic
@@ -84,7 +84,7 @@ class MagnitudePruning(Sparsifier):
     def own_settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("sparsity", "begin", "end", "every", "scope", "start")}
 
-    def to_mask(self, **changes: Any) -> Form:
+    def to_mask(self, **changes: Any) -> Arguments:
         """The AdaptiveMask of TopK(1 - sparsity) on the same selection: the final density at once, in each parameter."""
         return super().to_mask(**({"penalty": self.given} | changes))
 

@@ -17,13 +17,18 @@ class ReweightedPenalty(Sparsifier):
     optimisation the optimisers of ``self.optimizers()`` are stepped; one stepped behind Lightning's back is refused.
     """
 
+    joins = True
+
+    @torch.no_grad()
     def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         strength = self.lam * _steps.scale(trainer, optimizer)
-        for name, parameter, group in self._owned(optimizer):
+        rows: dict[int, list[tuple[Tensor, Tensor]]] = {1: [], -1: []}
+        for _, parameter, group in self._owned(optimizer):
             if parameter.grad is not None:
-                sign = -1 if group.get("maximize") else 1
-                for w, grad in _steps.parts(self.penalty, self._live(name), parameter.grad):
-                    grad.add_(self.slope(w), alpha=sign * strength)
+                rows[-1 if group.get("maximize") else 1].append((parameter, parameter.grad))
+        for sign, signed in rows.items():
+            for w, grad in _steps.parts(self.penalty, signed, written=1):
+                grad.add_(self.slope(w), alpha=sign * strength)
 
     def slope(self, w: Tensor) -> Tensor:
         """What ``lam`` multiplies, of the weights that this process holds."""

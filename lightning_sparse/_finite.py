@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import shards
+from lightning_sparse._joined import flattened, grouped
 
 
 @torch.no_grad()
@@ -19,11 +20,18 @@ def unfit(tensors: Mapping[str, Tensor], nan_only: bool = False) -> dict[str, tu
     One sum settles it in the usual case: a value that is not finite cannot vanish in a sum, only seem to appear by overflow.
     """
     parts = {name: _values(tensor) for name, tensor in tensors.items()}
-    sums = [part.sum(dtype=torch.promote_types(part.dtype, torch.float32)) for part in parts.values()]
+    sums = _sums(list(parts.values()))
     if not sums or not _anywhere(sums, tensors):
         return {}
     counted = {name: (_total(part.isnan(), tensors[name]), _total(part.isinf(), tensors[name])) for name, part in parts.items()}
     return {name: (nan, inf) for name, (nan, inf) in counted.items() if nan or (inf and not nan_only)}
+
+
+def _sums(parts: list[Tensor]) -> list[Tensor]:
+    """One sum for each part, or for many small ones together."""
+    groups = grouped([(part,) for part in parts])
+    joint = (parts[group[0]] if len(group) == 1 else flattened([parts[number] for number in group]) for group in groups)
+    return [part.sum(dtype=torch.promote_types(part.dtype, torch.float32)) for part in joint]
 
 
 def _anywhere(sums: list[Tensor], tensors: Mapping[str, Tensor]) -> bool:
@@ -43,5 +51,5 @@ def _total(marks: Tensor, of: Tensor) -> int:
 
 def _values(tensor: Any) -> Tensor:
     """What a dense, sparse or split tensor holds here."""
-    part = shards.local(tensor.detach())
+    (part,) = shards.held((tensor,))
     return part._values() if part.is_sparse else part

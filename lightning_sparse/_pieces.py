@@ -14,13 +14,13 @@ from torch import Tensor
 SIZE = 1 << 18  # elements for each thread: a few float32 operands of that size fit the last-level cache, fewer cost more calls
 
 
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def pieces(*tensors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of one shape, cut alike into views of their elements in memory order; writing to a view writes to its tensor.
 
-    They come whole, in one piece, where they are small, on an accelerator (which has its own way with memory), or do not
-    lie in memory alike.
+    A piece has ``size`` elements, by default SIZE for each thread. They come whole, in one piece, where they are small, on an
+    accelerator (which has its own way with memory), or do not lie in memory alike.
     """
-    size = SIZE * torch.get_num_threads()
+    size = size or SIZE * torch.get_num_threads()
     if tensors[0].numel() <= size or not _alike(tensors):
         yield tensors
     else:

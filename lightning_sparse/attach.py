@@ -69,9 +69,9 @@ class Attachment:
         self._set_aside(name, value, backward)
 
     @torch.no_grad()
-    def multiply(self, name: str, mask: Tensor) -> None:
-        """Put ``live * mask`` into the parameter's data and ``mask`` before its gradient, until :meth:`restore`."""
-        self._set_aside(name, self.live(name) * mask, lambda grad: grad * mask)
+    def multiply(self, name: str, mask: Tensor, product: Tensor | None = None) -> None:
+        """Put ``live * mask`` (``product``, where it is known) into the parameter's data and ``mask`` before its gradient."""
+        self._set_aside(name, self.live(name) * mask if product is None else product, lambda grad: grad * mask)
 
     def _set_aside(self, name: str, value: Tensor, backward: Callable[[Tensor], Tensor] | None) -> None:
         """``value``, in the live weights' type and order in memory, becomes the parameter's data, with no copy of them."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PLAIN = (Tensor, nn.Parameter)
+
 
 def is_sharded(tensor: Any) -> bool:
     """``tensor`` is a DTensor, split or repeated over a mesh of processes."""
@@ -24,6 +26,11 @@ def local(tensor: Any) -> Tensor:
     """The part of a detached ``tensor`` that this process holds, in the same memory; the tensor itself if it is whole."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part
+
+
+def held(row: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The parts of a row of tensors that this process holds; the row itself, at once, where they are plain."""
+    return row if all(type(tensor) in PLAIN for tensor in row) else tuple(local(tensor.detach()) for tensor in row)
 
 
 def like(part: Tensor, whole: Any) -> Tensor:

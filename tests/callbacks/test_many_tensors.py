@@ -1,0 +1,137 @@
+"""A network of many small weights trains, and counts its zeros, as if each of them were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from toys import Spy, Toy, trainer, weights
+from toys import data as batches
+
+from lightning_sparse import _joined, _memory
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, PenaltyLoss, ReweightedPenalty, _together
+from lightning_sparse.conformance.loops import TwoOptimizers
+from lightning_sparse.curvature import EmpiricalFisher
+from lightning_sparse.noise import Gaussian, ScaledBernoulli
+from lightning_sparse.penalties import LogSum
+
+LOG_SUM, DEPTH, ALONE = LogSum(0.05), 10, 10**9
+
+
+def deep() -> nn.Sequential:
+    """Ten small weights of two shapes, and a larger one."""
+    torch.manual_seed(0)
+    small = [part for _ in range(DEPTH // 2) for part in (nn.Linear(8, 6), nn.Linear(6, 8), nn.Tanh())]
+    return nn.Sequential(nn.Linear(8, 40), nn.Linear(40, 8), *small, nn.Linear(8, 3))
+
+
+def groups(p: Any) -> list[dict[str, Any]]:
+    """Two groups of different rates, the odd weights in the second."""
+    listed = list(p)
+    return [{"params": listed[::2]}, {"params": listed[1::2], "lr": 5e-3}]
+
+
+OPTIMIZERS = {
+    "Adam": lambda p: torch.optim.Adam(groups(p), 1e-2),
+    "SGD": lambda p: torch.optim.SGD(groups(p), 0.05, momentum=0.8),
+    "climbing": lambda p: torch.optim.SGD([{"params": groups(p)[0]["params"], "maximize": True}, groups(p)[1]], 1e-3),
+}
+FORMS: dict[str, Callable[[], Any]] = {
+    "penalty": partial(ReweightedPenalty, LOG_SUM, 3e-3),
+    "loss": partial(PenaltyLoss, LOG_SUM, 3e-3),
+    "prox": partial(AdaptiveProx, LOG_SUM, 3e-3, threshold=1e-3),
+    "prox, exact": partial(AdaptiveProx, LOG_SUM, 3e-3, exact=True),
+    "mask": partial(AdaptiveMask, LOG_SUM, 3e-3, noise=Gaussian(local=True), curvature=EmpiricalFisher(every=1)),
+    "mask, uncalibrated": partial(AdaptiveMask, LOG_SUM, 3e-3, noise=Gaussian(local=True), curvature=None, threshold=0.02),
+}
+
+
+def trained(form: Any, optimizer: Any, few: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Toy, dict[str, float], int]:
+    """A run in which fewer than ``few`` small tensors stay alone; its logged figures, and how often tensors were joined."""
+    monkeypatch.setattr(_joined, "FEW", few)
+    count, flatten = [0], _joined.flattened
+    monkeypatch.setattr(_joined, "flattened", lambda tensors: (count.__setitem__(0, count[0] + 1), flatten(tensors))[1])
+    module = Toy(deep(), optimizer)
+    run = trainer(form, epochs=3)
+    run.fit(module, batches())
+    return module, {name: float(value) for name, value in run.callback_metrics.items()}, count[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_joining_changes_no_run(form: Any, optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, said_alone, none = trained(form(), optimizer, ALONE, monkeypatch)
+    joint, said, some = trained(form(), optimizer, 2, monkeypatch)
+    assert (none, some > 0) == (0, True)
+    before, after = weights(alone), weights(joint)
+    assert any(not torch.equal(after[name], value) for name, value in weights(Toy(deep())).items())
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=2e-5, atol=1e-6)
+        assert torch.equal(after[name] == 0, weight == 0)
+    assert said.keys() == said_alone.keys()
+    assert said == pytest.approx(said_alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_zeros_of_all_are_the_zeros_of_each(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback, seen = form(), []
+
+    def look(hook: str, module: Toy) -> None:
+        if hook == "batch end":
+            values = {name: callback._live(name) for name in callback.parameters}
+            asked: list[str] = []
+            with monkeypatch.context() as patch:
+                patch.setattr(callback, "zeros", lambda name, w, own=callback.zeros: (asked.append(name), own(name, w))[1])
+                found = _together.zeros(callback, values)
+            assert list(found) == list(values)
+            assert all(torch.equal(found[name], callback.zeros(name, w)) for name, w in values.items())
+            seen.append((len(asked), sum(int(marks.sum()) for marks in found.values())))
+
+    trainer(callback, Spy(look), epochs=8).fit(Toy(deep(), OPTIMIZERS["Adam"]), batches())
+    assert seen[-1][0] < len(callback.parameters) / 2  # the others were found together
+    assert seen[-1][1] > 0
+
+
+@pytest.mark.parametrize("noise", [ScaledBernoulli(), Gaussian()], ids=["Bernoulli", "Gaussian"])
+def test_each_gradient_is_multiplied_by_the_mask_of_its_own_weight(noise: Any) -> None:
+    """The loss is linear in the weights, so that the gradient before the mask is known: it is 1."""
+    module = Toy(deep(), lambda p: torch.optim.SGD(p, 1e-3), loss=lambda out, _: sum(p.sum() for p in module.network.parameters()))
+    callback, seen = AdaptiveMask(LOG_SUM, 3e-2, noise=noise, curvature=None), []
+
+    def look(hook: str, _: Toy) -> None:
+        if hook == "before backward":
+            seen.append({name: parameter.detach().clone() for name, parameter in callback.parameters.items()})
+        if hook == "after backward":
+            seen[-1] = {
+                name: (shown, callback.parameters[name].grad.clone(), callback._live(name).clone()) for name, shown in seen[-1].items()
+            }
+
+    trainer(callback, Spy(look), epochs=1).fit(module, batches())
+    for batch in seen:
+        for shown, mask, live in batch.values():
+            torch.testing.assert_close(shown, live * mask)
+            assert not torch.equal(mask, torch.ones_like(mask))
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_memory_of_masks_is_used_again_unless_a_graph_may_still_need_it(manual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_memory, "_BLOCK", 1)
+    monkeypatch.setattr(_joined, "DRAWN", 2)
+    callback, held = AdaptiveMask(LOG_SUM, 3e-2, noise=ScaledBernoulli(), curvature=None), []
+
+    def look(hook: str, module: Toy) -> None:
+        if hook == "batch start":
+            data = module.network[0].weight.data
+            held.append((data, data.clone()))
+
+    torch.manual_seed(0)
+    module = (TwoOptimizers if manual else Toy)(network=nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)))
+    trainer(callback, Spy(look), epochs=1).fit(module, batches())
+    assert len(held) > 2
+    assert all(torch.equal(memory, then) for memory, then in held) is manual
+    assert callback._kept._blocks == {}
