@@ -58,7 +58,9 @@ def alike(optimizer: torch.optim.Optimizer, members: Iterable[tuple[Tensor, dict
     for number, (parameter, group, row) in enumerate(members):
         state = optimizer.state.get(parameter, {})
         moments = _rates.moments(state, parameter)
-        key = (id(group), float(state.get("step", 0)), tuple(moments), len(row))
+        step = state.get("step", 0)
+        read = not isinstance(step, Tensor) or step.is_cpu  # on an accelerator that would wait for it
+        key = (id(group), float(step), tuple(moments), len(row)) if read else number
         kind = kinds.setdefault(key, Alike(group, state, tuple(moments), [], []))
         kind.numbers.append(number)
         kind.rows.append((*row, *moments.values()))

@@ -33,13 +33,13 @@ class AdaptiveMask(Noisy):
         ceiling: largest lam / H_jj that calibration uses; 10 agreed best with the penalty form on the digits.
         alpha_min: smallest keep probability that noise is drawn with; it bounds the noise's variance by 1 / alpha_min.
 
+    Noise on a weight of more than 32 MB keeps its mask's memory and that of the masked weight from batch to batch.
     In compiled modules and layers whose forward is bypassed, noise goes onto the weights whatever ``noise.local`` says.
 
     The other arguments are :class:`Sparsifier`'s.
     """
 
-    needs_separable = False
-    joins = True
+    needs_separable, joins = False, True
 
     def __init__(
         self,

@@ -96,7 +96,7 @@ def masked(draw: Callable[..., Tensor], rows: Sequence[Row], whole: bool = False
 
 
 def _masked(draw: Callable[..., Tensor], row: Row, whole: bool, kept: Kept, number: int) -> tuple[Tensor, Tensor]:
-    if whole or row[0].numel() <= DRAWN:
+    if whole or row[0].numel() <= DRAWN or not row[0].is_cpu:
         mask = draw(*row)
         return mask, row[0] * mask
     mask, value = (kept.empty_like(row[0], (number, what)) for what in ("mask", "product"))

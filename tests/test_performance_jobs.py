@@ -57,6 +57,13 @@ def test_a_standing_needs_more_than_the_plain_run_strays(ratio: float, said: str
     assert peers.standing(ratio, 0.05) == said
 
 
+@pytest.mark.parametrize(("strays", "kept", "tries"), [([0.05], 0.05, 1), ([0.4, 0.2, 0.09], 0.09, 3), ([0.4, 0.2, 0.3, 0.01], 0.2, 3)])
+def test_a_restless_network_is_measured_again_and_the_stillest_run_counts(strays: list[float], kept: float, tries: int) -> None:
+    runs = iter({"stray": stray, "number": number} for number, stray in enumerate(strays))
+    found = options.stillest(lambda: next(runs), argparse.Namespace(still=0.1, tries=3))
+    assert found == {"stray": kept, "number": strays.index(kept), "tries": tries}
+
+
 def test_every_peer_is_held_against_a_form_of_ours_and_says_how_to_get_it() -> None:
     assert {peer.ours for peer in peers.PEERS} <= set(OURS)
     absent = [peer for peer in peers.PEERS if peer.install]

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import performance_page
 import time_to_quality
-from performance import record, rounds, sections, tables
+from performance import options, record, rounds, sections, tables
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 COMMAND = "python tests/benchmarks/performance_page.py --write docs/performance.md"
@@ -26,11 +26,14 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_a_page_without_records_names_the_commands(tmp_path: Path) -> None:
     text = performance_page.page(tmp_path)
-    for name in (*performance_page.NAMES, "profiles"):
+    for name in (*performance_page.NAMES, *performance_page.APART, "profiles"):
         assert f"Not run yet: `{performance_page.command(name)}`." in text
     commands = [line.partition("`")[2].rstrip("`.").split() for line in text.splitlines() if line.startswith("Not run yet: ")]
     assert all((PAGE.parent.parent / script).is_file() for _, script, *_ in commands)
-    assert [time_to_quality.options().parse_args(words).shift for _, _, *words in commands if words] == [1]
+    further = {Path(script).stem: words for _, script, *words in commands if words}
+    assert time_to_quality.options().parse_args(further.pop("time_to_quality")).shift == 1
+    alone = [options.parser("", name).parse_args(words) for name, words in further.items()]
+    assert [(given.nets, given.out.stem) for given in alone] == [([net], name) for name, (_, net) in performance_page.APART.items()]
     assert "![" not in text
 
 
@@ -49,6 +52,16 @@ def test_a_record_becomes_a_table_with_verdicts_and_its_command(tmp_path: Path) 
     (made,) = [line for line in lines if line.startswith(f"`{command}`")]
     assert "torch " in made
     assert made.endswith("rounds 9, large values 100,000,000.")
+
+
+def test_a_network_that_was_measured_by_itself_counts_once(tmp_path: Path) -> None:
+    row = {"arm": "penalty", "value": 0.004, "ratio": 1.04, "low": 1.02, "high": 1.05, "goal": 1.05, "met": True}
+    both = {net: {"stray": 0.1, "arms": [row | {"value": value}]} for net, value in (("lenet", 0.123), ("transformer", 0.456))}
+    record.write(tmp_path / "step_cost.json", "python one", {}, both)
+    assert {"123", "456"} <= set(performance_page.page(tmp_path).replace("|", " ").split())
+    record.write(tmp_path / "step_cost_lenet.json", "python other", {}, {"lenet": {"stray": 0.1, "arms": [row | {"value": 0.789}]}})
+    cells = performance_page.page(tmp_path).replace("|", " ").split()
+    assert [cells.count(value) for value in ("123", "456", "789")] == [0, 1, 1]
 
 
 def test_verdicts_need_a_goal() -> None:

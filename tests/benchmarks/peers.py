@@ -5,12 +5,13 @@
 Fixed masks: Lightning's ModelPruning, torch.nn.utils.prune, torch.nn.utils.parametrize. A penalty as a term of the loss.
 torchao's PruneOptimizer. KL-regularised layers of bayesian-torch. Jobs, turns and clock are those of step_cost.py. The ratio
 is ours to the peer's, round by round: ahead where it is under 1 by more than the plain run beside itself (A/A) strays, behind
-where it is above 1 by more. What is not installed is a line that says how to get it.
+where it is above 1 by more. --still and --tries are as in step_cost.py. What is not installed is a line that says how to get it.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from performance import arguments, arms, jobs, options, record, rounds, runs
@@ -24,7 +25,7 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     times = run(name, [peer for peer in chosen if peer.name not in absent], given)
     stray = rounds.stray(rounds.ratios(times, arms.PLAIN))
     lines = [missing(peer, absent[peer.name]) if peer.name in absent else pair(peer, times, stray) for peer in chosen]
-    return {"steps": given.steps or job.steps, "pairs": lines, "seconds": times}
+    return {"steps": given.steps or job.steps, "stray": stray, "pairs": lines, "seconds": times}
 
 
 def run(name: str, present: list[Peer], given: argparse.Namespace) -> rounds.Times:
@@ -56,7 +57,7 @@ HEAD = f"{'peer':36} {'ours':40} {'peer ms':>9} {'our ms':>9} {'ratio':>6} {'qua
 
 def table(name: str, found: dict[str, Any]) -> str:
     """One network's lines."""
-    title = f"\n{jobs.JOBS[name].name}, {found['steps']} steps a turn"
+    title = f"\n{jobs.JOBS[name].name}, {found['steps']} steps a turn, try {found['tries']}"
     return "\n".join([title, HEAD, *map(_line, found["pairs"])])
 
 
@@ -75,10 +76,10 @@ def main() -> None:
     given = parser.parse_args()
     jobs.be_quiet(given.threads)
     print(f"{given.threads} threads, {given.rounds} rounds, {given.clock} clock")
-    kept = {"rounds": given.rounds, "clock": given.clock} | jobs.settings()
+    kept = {"rounds": given.rounds, "still": given.still, "tries": given.tries, "clock": given.clock} | jobs.settings()
     found = {}
     for name in given.nets:
-        found[name] = measure(name, given)
+        found[name] = options.stillest(partial(measure, name, given), given)
         print(table(name, found[name]), flush=True)
         print(f"written: {record.write(given.out, arguments.command(), kept, found, ['torchvision', *installed()])}")
 

@@ -18,6 +18,7 @@ from performance.jobs import JOBS
 from performance.per_weight import ITEMS
 
 NAMES = ("step_cost", "peers", "time_to_quality", "time_to_quality_moved", "scaling", "start_end", "memory", "ways")
+APART = {"step_cost_lenet": ("step_cost", "lenet"), "peers_resnet18": ("peers", "resnet18")}  # one network, measured by itself
 TITLES = {name: job.name for name, job in JOBS.items()} | {
     "sizes": "By the number of weights",
     "slopes": "Nanoseconds a weight, from a million on",
@@ -31,13 +32,20 @@ LARGEST = 3  # operators and functions that the page names for each form
 
 
 def command(name: str) -> str:
+    if name in APART:
+        script, net = APART[name]
+        return f"python tests/benchmarks/{script}.py --nets {net} --out docs/performance/{name}.json"
     script, moved, _ = name.partition("_moved")
     return f"python tests/benchmarks/{script}.py{' --shift 1' if moved else ''}"
 
 
 def page(folder: Path = record.FOLDER) -> str:
     """The whole page, from the JSON files in ``folder`` where they are."""
-    parts = {name: sections.section(record.read(name, folder), command(name), TITLES) for name in NAMES}
+    found = {name: record.read(name, folder) for name in (*NAMES, *APART)}
+    for name, (together, net) in APART.items():
+        if found[name] and found[together]:  # then that counts
+            found[together]["results"].pop(net, None)
+    parts = {name: sections.section(one, command(name), TITLES) for name, one in found.items()}
     parts |= {"floors": floors(), "profiles": profiles(record.read("profiles", folder), (folder / PICTURE).is_file())}
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(parts)
 

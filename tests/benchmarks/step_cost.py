@@ -5,13 +5,16 @@
 Three networks on data in memory: LeNet-300-100 (batch 128), ResNet-18 on 32x32 (batch 32), a transformer of 6 layers (width
 256, sequence 128, batch 16). Each arm is a run in a process of its own, and they take turns of an epoch of --steps steps; the
 logging at an epoch's end is charged in proportion to an epoch of the usual length. A second plain run is the A/A arm: a goal
-is met when the median ratio, less what the A/A arm strays, is under it. The floor is the extra bytes that must be read and
-written (performance/floor.py counts them) at the bandwidth of a copy of as many values as there are weights.
+is met when the median ratio, less what the A/A arm strays, is under it. A network whose A/A arm strays by more than --still is
+measured again, --tries times in all, and the run in which it strayed least counts, whatever the others show. The floor is the
+extra bytes that must be read and written (performance/floor.py counts them) at the bandwidth of a copy of as many values as
+there are weights.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from performance import arguments, arms, floor, jobs, options, record, rounds, runs
@@ -45,6 +48,7 @@ HEAD = f"{'':20} {'ms a step':>9} {'ratio':>6} {'quartiles':>15} {'goal':>5} {'m
 def table(name: str, found: dict[str, Any]) -> str:
     """One network's lines."""
     title = f"\n{jobs.JOBS[name].name}, batch {jobs.JOBS[name].batch}: {found['weights']:,} weights, {found['steps']} steps a turn"
+    title += f", try {found['tries']}"
     copy = f"copy of as many values: {found['bytes_per_second'] / 1e9:.1f} GB/s read and written; A/A strays {found['stray']:.3f}"
     return "\n".join([f"{title}; {copy}", HEAD, *map(_line, found["arms"])])
 
@@ -65,10 +69,16 @@ def main() -> None:
     jobs.be_quiet(given.threads)
     large = floor.bandwidth()
     print(f"{given.threads} threads, {given.rounds} rounds, {given.clock} clock; a copy beyond the caches: {large / 1e9:.1f} GB/s")
-    kept = {"rounds": given.rounds, "clock": given.clock, "large_copy_bytes_per_second": large} | jobs.settings()
+    kept = {
+        "rounds": given.rounds,
+        "still": given.still,
+        "tries": given.tries,
+        "clock": given.clock,
+        "large_copy_bytes_per_second": large,
+    } | jobs.settings()
     found = {}
     for name in given.nets:
-        found[name] = measure(name, given)
+        found[name] = options.stillest(partial(measure, name, given), given)
         print(table(name, found[name]), flush=True)
         print(f"written: {record.write(given.out, arguments.command(), kept, found, ['torchvision'])}")
 

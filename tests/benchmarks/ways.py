@@ -31,7 +31,10 @@ def updates(shape: tuple[int, int]) -> Iterator[tuple[str, str, Ways]]:
     w, g, h = torch.randn(shape) * 0.05, torch.randn(shape), torch.rand(shape)
     yield "penalty's gradient", USED, cut(each, lambda w, g: g.add_(PENALTY.gradient(w), alpha=LAM), w, g)
     draw = noise.words(w.numel(), w.device).view(shape)
-    yield "Bernoulli mask", USED, cut(_pieces.mapped, bernoulli, w, h, draw)
+    compiled = torch.compile(bernoulli, dynamic=True)
+    compiled(w, h, draw.float())
+    as_floats: Ways = {"torch.compile, of words made floats": lambda: compiled(w, h, draw.float())}
+    yield "Bernoulli mask", USED, cut(_pieces.mapped, bernoulli, w, h, draw) | as_floats
     where = torch.rand(shape) < 0.5
     zeroing: Ways = {
         "a product with 0 and 1": lambda: w * numeric.outside(where),

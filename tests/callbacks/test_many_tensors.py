@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,8 +13,8 @@ from torch import nn
 from toys import Spy, Toy, trainer, weights
 from toys import data as batches
 
-from lightning_sparse import _joined, _memory
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, PenaltyLoss, ReweightedPenalty, _together
+from lightning_sparse import _finite, _joined, _memory, proximal
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, PenaltyLoss, ReweightedPenalty, _steps, _together
 from lightning_sparse.conformance.loops import TwoOptimizers
 from lightning_sparse.curvature import EmpiricalFisher
 from lightning_sparse.noise import Gaussian, ScaledBernoulli
@@ -135,3 +136,35 @@ def test_memory_of_masks_is_used_again_unless_a_graph_may_still_need_it(manual: 
     assert len(held) > 2
     assert all(torch.equal(memory, then) for memory, then in held) is manual
     assert callback._kept._blocks == {}
+
+
+def test_a_rate_is_shared_by_weights_of_one_group_and_one_count_of_steps() -> None:
+    """A weight that joined later has other corrections of its means, and each group a rate of its own."""
+    own = [nn.Parameter(torch.zeros(2, 2)) for _ in range(6)]
+    optimizer = torch.optim.Adam([{"params": own[:4]}, {"params": own[4:], "lr": 0.1}])
+    for late in (1, 0):
+        for parameter in own[late:]:
+            parameter.grad = torch.ones(2, 2)
+        optimizer.step()
+    del optimizer.state[own[3]]
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    kinds = _steps.alike(optimizer, [(p, groups[id(p)], (p, p.grad)) for p in own])
+    assert [kind.numbers for kind in kinds] == [[0], [1, 2], [3], [4, 5]]
+    assert [kind.moments for kind in kinds] == [("exp_avg", "exp_avg_sq")] * 2 + [()] + [("exp_avg", "exp_avg_sq")]
+    for kind in kinds:
+        for number, row in zip(kind.numbers, kind.rows, strict=True):
+            assert row[0] is own[number]
+            held = kind.rate_state(row[2:])
+            assert all(held[name] is optimizer.state[own[number]][name] for name in kind.moments)
+            assert proximal.step_size(optimizer, own[number], kind.group, "auto") == pytest.approx(proximal.rate(held, kind.group, "auto"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_found_among_many(value: float) -> None:
+    tensors = {f"w{i}": torch.ones(3, 3) for i in range(20)}
+    assert _finite.unfit(tensors) == {}
+    tensors["w13"][1, 2] = value
+    assert _finite.unfit(tensors) == {"w13": (int(math.isnan(value)), int(math.isinf(value)))}
+    assert ("w13" in _finite.unfit(tensors, nan_only=True)) is math.isnan(value)
+    tensors["w13"][1, 2], tensors["w4"], tensors["w5"] = 1.0, torch.full((3, 3), 3e38), torch.full((3, 3), 3e38)
+    assert _finite.unfit(tensors) == {}  # a sum that overflows is no fault

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from performance import arguments, jobs, rounds, runs
 
@@ -14,7 +15,19 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     made.add_argument("--nets", nargs="+", choices=list(jobs.JOBS), default=list(jobs.JOBS), help="networks (default: all)")
     made.add_argument("--steps", type=_steps, help=f"of a turn, a multiple of {jobs.ROUND} (default: {_defaults()})")
     made.add_argument("--clock", choices=list(runs.CLOCKS), default="wall", help="wall, or cpu: of all threads (default: wall)")
+    made.add_argument(
+        "--still", type=float, default=0.1, help="an A/A arm that strays by more has its network measured again (default: 0.1)"
+    )
+    made.add_argument("--tries", type=arguments.whole(), default=3, help="at most so often; the stillest counts (default: 3)")
     return made
+
+
+def stillest(measure: Callable[[], dict[str, Any]], given: argparse.Namespace) -> dict[str, Any]:
+    """What ``measure`` finds, whose ``stray`` is the A/A arm's: the first that is still enough, or the one that strays least."""
+    tried: list[dict[str, Any]] = []
+    while not tried or (tried[-1]["stray"] > given.still and len(tried) < given.tries):
+        tried.append(measure())
+    return min(tried, key=lambda found: found["stray"]) | {"tries": len(tried)}
 
 
 def setting(name: str, given: argparse.Namespace) -> runs.Setting:
