@@ -150,12 +150,13 @@ def enumerated(kind):
     streams = lambda rank, draw, *place: noise.stream(torch.device("cpu"), SEED, rank, draw, *place)  # noqa: E731
     for draw, batches in enumerate(zip(data(48, seed=0), data(48, seed=1), strict=True), start=1):
         alpha = {name: duality.keep_probability(LOG_SUM.eta_hat(w.detach()), LAM).clamp(min=1e-3) for name, w in matrices.items()}
+        whole = torch.cat([value.flatten() for value in alpha.values()])  # one stream draws the masks of all weights
         losses = []
         for rank, (x, y) in enumerate(batches):
+            drawn = NOISES["Bernoulli"].sample(whole, streams(rank, draw, -1, -1)).split([w.numel() for w in matrices.values()])
             for index, (name, layer) in enumerate(zip(matrices, (module.network[0], module.network[2]), strict=True)):
                 if kind == "Bernoulli":
-                    w = layer.weight * NOISES[kind].sample(alpha[name], streams(rank, draw, index, -1))
-                    x = nn.functional.linear(x, w, layer.bias)
+                    x = nn.functional.linear(x, layer.weight * drawn[index].view_as(layer.weight), layer.bias)
                 else:
                     spread = (x**2 @ (layer.weight**2 * (1 - alpha[name]) / alpha[name]).T).sqrt()
                     x = layer(x) + spread * torch.randn(spread.shape, generator=streams(rank, draw, index, 0))
