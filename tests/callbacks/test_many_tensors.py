@@ -20,26 +20,27 @@ from lightning_sparse.curvature import EmpiricalFisher
 from lightning_sparse.noise import Gaussian, ScaledBernoulli
 from lightning_sparse.penalties import LogSum
 
-LOG_SUM, DEPTH, ALONE = LogSum(0.05), 10, 10**9
+LOG_SUM, DEPTH, ALONE = LogSum(0.05), 20, 10**9
 
 
 def deep() -> nn.Sequential:
-    """Ten small weights of two shapes, and a larger one."""
+    """Small weights of a few shapes, each group of the optimisers with enough of them to be joined."""
     torch.manual_seed(0)
     small = [part for _ in range(DEPTH // 2) for part in (nn.Linear(8, 6), nn.Linear(6, 8), nn.Tanh())]
     return nn.Sequential(nn.Linear(8, 40), nn.Linear(40, 8), *small, nn.Linear(8, 3))
 
 
 def groups(p: Any) -> list[dict[str, Any]]:
-    """Two groups of different rates, the odd weights in the second."""
+    """Two groups of different rates, every second layer's weight and bias in the second."""
     listed = list(p)
-    return [{"params": listed[::2]}, {"params": listed[1::2], "lr": 5e-3}]
+    first, second = ([one for number, one in enumerate(listed) if number // 2 % 2 == side] for side in (0, 1))
+    return [{"params": first}, {"params": second, "lr": 5e-3}]
 
 
 OPTIMIZERS = {
     "Adam": lambda p: torch.optim.Adam(groups(p), 1e-2),
     "SGD": lambda p: torch.optim.SGD(groups(p), 0.05, momentum=0.8),
-    "climbing": lambda p: torch.optim.SGD([{"params": groups(p)[0]["params"], "maximize": True}, groups(p)[1]], 1e-3),
+    "climbing": lambda p: torch.optim.SGD([group | {"maximize": "lr" in group} for group in groups(p)], 1e-3),
 }
 FORMS: dict[str, Callable[[], Any]] = {
     "penalty": partial(ReweightedPenalty, LOG_SUM, 3e-3),
