@@ -19,6 +19,7 @@ from lightning_sparse.conformance.loops import TwoOptimizers
 from lightning_sparse.curvature import EmpiricalFisher
 from lightning_sparse.noise import Gaussian, ScaledBernoulli
 from lightning_sparse.penalties import LogSum
+from lightning_sparse.schedules import LinearWarmup
 
 LOG_SUM, DEPTH, ALONE = LogSum(0.05), 20, 10**9
 
@@ -169,3 +170,15 @@ def test_what_is_not_finite_is_found_among_many(value: float) -> None:
     assert ("w13" in _finite.unfit(tensors, nan_only=True)) is math.isnan(value)
     tensors["w13"][1, 2], tensors["w4"], tensors["w5"] = 1.0, torch.full((3, 3), 3e38), torch.full((3, 3), 3e38)
     assert _finite.unfit(tensors) == {}  # a sum that overflows is no fault
+
+
+def test_a_strength_of_zero_masks_nothing() -> None:
+    callback = AdaptiveMask(LOG_SUM, LinearWarmup(0.5, share=1.0), noise=ScaledBernoulli(), curvature=None)
+    masked: list[bool] = []
+
+    def look(hook: str, module: Toy) -> None:
+        if hook == "before backward":
+            masked.append(any(not torch.equal(p.detach(), callback._live(name)) for name, p in callback.parameters.items()))
+
+    trainer(callback, Spy(look), epochs=1).fit(Toy(deep()), batches())
+    assert masked == [False, True, True, True]
