@@ -60,9 +60,13 @@ class Form(Arguments):
         w = self._live(name) if w is None else w
         if self.support is not None:
             return ~self.support[name].to(w.device)
-        below = (self.keep_probability(name, w) < self.tol) | (w == 0)
-        if name in self._places and self.lam > 0 and self.penalty.separable:
-            below |= shards.elementwise(partial(self.at_rest, name), w)
+        known = name in self._places and self.lam > 0 and self.penalty.separable
+        resting = shards.elementwise(partial(self.at_rest, name), w) if known else None
+        return self._counted(w, self.keep_probability(name, w), resting)
+
+    def _counted(self, w: Tensor, alpha: Tensor, resting: Tensor | None) -> Tensor:
+        below = (alpha < self.tol) | (w == 0)
+        below = below if resting is None else below | resting
         return below if self.threshold is None else below | (w.abs() <= self.threshold)
 
     def eta_terms(self, name: str, w: Tensor) -> tuple[Tensor, ...] | None:
@@ -76,10 +80,9 @@ class Form(Arguments):
     def marks(self, terms: Sequence[Tensor], group: dict[str, Any], state: Mapping[str, Any]) -> Tensor:
         """:meth:`zeros` of weights by their :meth:`eta_terms`, element by element, under an optimiser's group and state."""
         w = terms[0]
-        below = (self._alpha_of(self.eta_of(*terms)) < self.tol) | (w == 0)
-        if self.lam > 0 and self.oscillates:
-            below |= self._rests(w, proximal.rate(state, group, "auto"), group)
-        return below if self.threshold is None else below | (w.abs() <= self.threshold)
+        rests = self.lam > 0 and self.oscillates
+        resting = self._rests(w, proximal.rate(state, group, "auto"), group) if rests else None
+        return self._counted(w, self._alpha_of(self.eta_of(*terms)), resting)
 
     def thresholded(self, name: str, w: Tensor | None = None) -> Tensor:
         """A parameter's weights (or other values ``w`` for it) with true zeros: what evaluation and files see."""
