@@ -37,11 +37,14 @@ class Arguments(Callback):
         target_sparsity: the share of zeros to reach, in place of a lam to guess: lam then starts at ``lam`` (1e-5 by default), rises
             and falls as the zeros lag behind a ramp or run ahead of it, and the support is frozen as soon as the target is met, at
             the latest at ``1 - freeze`` (``freeze`` is then 0.25 where it is 0).
+        compile: do the work on each weight by a kernel of torch.compile, where the form has one: less time a step after some ten to
+            forty seconds of compiling, and results that differ by rounding. It needs a compiler, on the CPU a C++ one.
     """
 
     needs_separable: ClassVar[bool] = True
     takes_parts: ClassVar[bool] = True  # works on weights that FSDP2 splits over processes
     whole_because: ClassVar[str] = ""  # why not
+    compiles: ClassVar[bool] = False  # has a kernel, and the argument ``compile``
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Arguments(Callback):
         gap_samples: int = 0,
         keep_zeros: bool = False,
         target_sparsity: float | None = None,
+        compile: bool = False,
     ) -> None:
         self.given = penalty
         self.penalty = _refusals.check_penalty(penalty, self.needs_separable, type(self).__name__)
@@ -65,6 +69,7 @@ class Arguments(Callback):
         self.threshold = None if threshold is None else _checks.between("threshold", threshold, 0, float("inf"), closed="l")
         self.gap_samples = int(_checks.between("gap_samples", gap_samples, 0, 1e6, closed="l"))
         self.keep_zeros = _checks.truth("keep_zeros", keep_zeros)
+        self.compile = _refusals.check_compile(compile, self)
         self._forget()
 
     def _forget(self) -> None:
@@ -102,7 +107,10 @@ class Arguments(Callback):
 
     def settings(self) -> dict[str, Any]:
         """All arguments, by which the callback can be made again."""
-        return self._shared() | self.own_settings()
+        return self._shared() | self._speed(type(self)) | self.own_settings()
+
+    def _speed(self, form: type[Arguments]) -> dict[str, Any]:
+        return {"compile": self.compile} if form.compiles else {}
 
     def to_mask(self, **changes: Any) -> Arguments:
         """The AdaptiveMask with the same penalty, lam, selection and schedule."""
@@ -124,7 +132,7 @@ class Arguments(Callback):
 
     def _become(self, form: type[Other], changes: dict[str, Any]) -> Other:
         own = self.own_settings() if type(self) is form else {}
-        return form(**(self._shared() | own | changes))
+        return form(**(self._shared() | self._speed(form) | own | changes))
 
     def recipe(self) -> dict[str, Any]:
         """A JSON-able description of the callback."""

@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_sparse import attach
+from lightning_sparse._draws import stream
 from lightning_sparse.callbacks import _states
 from lightning_sparse.callbacks.base import Sparsifier, is_skipped
-from lightning_sparse.noise import stream
 
 
 class Noisy(Sparsifier):

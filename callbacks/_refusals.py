@@ -20,6 +20,7 @@ from lightning_sparse.schedules import Constant
 from lightning_sparse.select import left_out
 
 if TYPE_CHECKING:
+    from lightning_sparse.callbacks._arguments import Arguments
     from lightning_sparse.callbacks._form import Form
 
 
@@ -43,6 +44,15 @@ def check_dual(penalty: Penalty, form: str) -> None:
         return
     why = "is flat" if bool(torch.isfinite(value).all()) else f"is infinite from eta = {float(eta[~torch.isfinite(value)][0]):.3g} on"
     raise ValueError(f"{form} learns eta by descent on the dual f, but f of {penalty!r} {why}; use ReweightedPenalty or AdaptiveProx")
+
+
+def check_compile(given: object, form: Arguments) -> bool:
+    """True or False; ValueError where there is nothing to compile."""
+    if _checks.truth("compile", given) and not form.compiles:
+        raise ValueError(f"{type(form).__name__} has no kernel to compile; leave compile=True out, or use ReweightedPenalty")
+    if given and not form.penalty.separable:
+        raise ValueError(f"compile=True needs a penalty that works weight by weight, {form.given!r} does not; leave compile=True out")
+    return bool(given)
 
 
 def check_patterns(select: Any) -> list[str] | None:

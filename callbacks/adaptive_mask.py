@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_sparse import _checks, _joined, attach, duality
+from lightning_sparse import _checks, _masks, attach
+from lightning_sparse._curvature import noise_eta
 from lightning_sparse._memory import Kept
 from lightning_sparse._pieces import mapped
 from lightning_sparse.callbacks._noisy import Noisy, batch_size
-from lightning_sparse.curvature import Curvature, EmpiricalFisher, calibrated
+from lightning_sparse.curvature import Curvature, EmpiricalFisher
 from lightning_sparse.duality import MaskRule, Penalty
-from lightning_sparse.noise import Gaussian, Noise, bounded_variance, output_noise
+from lightning_sparse.noise import Gaussian, Noise, output_noise
 from lightning_sparse.schedules import Schedule
 
 
@@ -39,7 +40,7 @@ class AdaptiveMask(Noisy):
     The other arguments are :class:`Sparsifier`'s.
     """
 
-    needs_separable, joins = False, True
+    needs_separable, joins, compiles = False, True, True
 
     def __init__(
         self,
@@ -56,8 +57,9 @@ class AdaptiveMask(Noisy):
         curvature: Curvature | None = EmpiricalFisher(),  # noqa: B008 - copied below
         ceiling: float = 10.0,
         alpha_min: float = 1e-3,
+        compile: bool = False,
     ) -> None:
-        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, compile)
         if not isinstance(noise, Noise):
             raise TypeError(f"noise must be a Noise such as ScaledBernoulli() or Gaussian(), got {noise!r}")
         if not isinstance(curvature, (Curvature, type(None))):
@@ -65,6 +67,7 @@ class AdaptiveMask(Noisy):
         self.noise, self.curvature = noise, copy.deepcopy(curvature)  # an estimate is this callback's own
         self.ceiling = _checks.positive("ceiling", ceiling)
         self.alpha_min = _checks.between("alpha_min", alpha_min, 0, 1)
+        self._masking = (_masks.Fused if self.compile else _masks.Called)(self.penalty, noise, self.ceiling, self.alpha_min)
 
     def _forget(self) -> None:
         super()._forget()
@@ -78,14 +81,10 @@ class AdaptiveMask(Noisy):
 
     def eta(self, name: str, w: Tensor) -> Tensor:
         """eta_hat(w), times H_jj where curvature calibrates: infinite (no noise, no zero) before its first estimate."""
-        return self._of_eta(name, w, lambda eta: eta)
-
-    def _of_eta(self, name: str, w: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """``function`` of :meth:`eta`, element by element."""
         if not self.penalty.separable:
-            return function(self.penalty.eta_hat(w))
+            return self.penalty.eta_hat(w)
         terms = self.eta_terms(name, w)
-        return function(torch.full_like(w, torch.inf)) if terms is None else mapped(lambda *terms: function(self.eta_of(*terms)), *terms)
+        return torch.full_like(w, torch.inf) if terms is None else mapped(self.eta_of, *terms)
 
     def eta_terms(self, name: str, w: Tensor) -> tuple[Tensor, ...] | None:
         """w, and H_jj where it calibrates; None before its first estimate."""
@@ -95,18 +94,7 @@ class AdaptiveMask(Noisy):
         return None if estimate is None else (w, estimate)
 
     def eta_of(self, *terms: Tensor) -> Tensor:
-        eta = self.penalty.eta_hat(terms[0])
-        return eta if len(terms) == 1 else calibrated(eta, terms[1].to(eta), self.lam, self.ceiling)
-
-    def _noisy_alpha(self, *terms: Tensor) -> Tensor:
-        """alpha bounded from below, but for a rule that drops a weight for good (top-k), which keeps its 0."""
-        if self.penalty.separable:
-            return mapped(lambda *terms: self._bounded(self.eta_of(*terms)), *terms)
-        eta = self.eta_of(*terms)
-        return self._bounded(eta).masked_fill(eta == 0, 0.0)
-
-    def _bounded(self, eta: Tensor) -> Tensor:
-        return duality.keep_probability(eta, self.lam).clamp_(min=self.alpha_min)
+        return noise_eta(self.penalty, self.lam, self.ceiling, *terms)
 
     @property
     def oscillates(self) -> bool:
@@ -128,6 +116,9 @@ class AdaptiveMask(Noisy):
         if self.curvature is not None:
             self.curvature.attach(pl_module, attachment)
         super()._install(pl_module, attachment)
+        terms = 1 if self.curvature is None else 2
+        for outputs in (True, False):
+            self._masking.check([p for name, p in self.parameters.items() if (name in self._local) == outputs], terms, outputs)
 
     def begin_batch(self, batch: Any) -> None:
         if self.curvature is not None:
@@ -138,18 +129,19 @@ class AdaptiveMask(Noisy):
             self.curvature.generator = self._stream(-1)
 
     def prepare_outputs(self, name: str) -> None:
-        self._spread[name] = self._of_eta(name, self._live(name), lambda eta: bounded_variance(eta, self.lam, self.alpha_min))
+        w = self._live(name)
+        terms = self.eta_terms(name, w) if self.lam > 0 else None
+        self._spread[name] = torch.zeros_like(w) if terms is None else self._masking.spread(self.lam, *terms)
 
     def draw_outputs(self, name: str, layer: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
-        return output_noise(layer, x, self._spread[name], generator)
+        return output_noise(layer, x, self._spread[name], generator, self.noise.share)
 
     def draw_all(self, names: list[str], attachment: attach.Attachment) -> None:
         """Small weights are drawn together; those whose H_jj is not known yet, and all at lam 0, have no noise."""
         rows = {name: terms for name in names if (terms := self.eta_terms(name, self._live(name))) is not None and self.lam > 0}
         known, generator = list(rows), self._stream(-1, -1)
-        draw = lambda *terms: self.noise.sample(self._noisy_alpha(*terms), generator)  # noqa: E731
         kept = None if self._manual else self._kept  # there a graph of the masks before may still wait for its backward
-        for number, mask, product in _joined.masked(draw, list(rows.values()), not self.penalty.separable, kept):
+        for number, mask, product in self._masking.masked(list(rows.values()), self.lam, generator, kept):
             attachment.multiply(known[number], mask, product)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sparse import _rates, proximal
+from lightning_sparse import _fused, _rates, proximal
 from lightning_sparse.callbacks import _steps
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.duality import MaskRule, Penalty
@@ -29,7 +29,7 @@ class AdaptiveProx(Sparsifier):
     The other arguments are :class:`Sparsifier`'s.
     """
 
-    joins = True
+    joins, compiles = True, True
 
     def __init__(
         self,
@@ -44,11 +44,13 @@ class AdaptiveProx(Sparsifier):
         target_sparsity: float | None = None,
         metric: Metric = "auto",
         exact: bool = False,
+        compile: bool = False,
     ) -> None:
-        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, compile)
         if metric not in ("auto", "adam", "plain"):
             raise ValueError(f"metric must be 'auto', 'adam' or 'plain', got {metric!r}")
         self.metric, self.exact = metric, exact
+        self._fused = _fused.Shrinkage(self.penalty, exact) if self.compile else None
 
     def own_settings(self) -> dict[str, Any]:
         return {"metric": self.metric, "exact": self.exact}
@@ -64,6 +66,9 @@ class AdaptiveProx(Sparsifier):
             if self.metric == "adam" and self._owned(optimizer) and not adam:
                 name = type(optimizer).__name__
                 raise ValueError(f"metric='adam' needs an optimiser with second moments, got {name}; use metric='plain'")
+        if self._fused is not None:
+            betas = any("betas" in group for optimizer in trainer.optimizers for *_, group in self._owned(optimizer))
+            self._fused.check(self.parameters.values(), rooted=betas and self.metric != "plain")
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -71,11 +76,15 @@ class AdaptiveProx(Sparsifier):
         stepped = [(parameter, group, (parameter,)) for _, parameter, group in self._owned(optimizer) if parameter.grad is not None]
         for kind in _steps.alike(optimizer, stepped):
             factor = _rates.gain(kind.group) * lam
-            for w, *held in _steps.parts(self.penalty, kind.rows, written=0):
-                self._shrink(w, proximal.rate(kind.rate_state(held), kind.group, self.metric, factor))
+            for w, *held in _steps.parts(self.penalty, kind.rows, written=0, whole=self.compile):
+                self._shrink(w, kind.rate_state(held), kind.group, factor)
 
-    def _shrink(self, w: Tensor, step: Tensor | float) -> None:
-        """The prox of step * omega, in place."""
+    def _shrink(self, w: Tensor, state: dict[str, Any], group: dict[str, Any], factor: float) -> None:
+        """The prox of step * omega, in place, step being ``factor`` times the optimiser's rate."""
+        if self._fused is not None:
+            self._fused(w, state, group, self.metric, factor)
+            return
+        step = proximal.rate(state, group, self.metric, factor)
         if self.exact:
             w.copy_(self.penalty.prox(w, step))
         else:

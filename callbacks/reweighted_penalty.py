@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_sparse import _fused
 from lightning_sparse.callbacks import _steps
 from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.duality import MaskRule, Penalty
+from lightning_sparse.schedules import Schedule
 
 
 class ReweightedPenalty(Sparsifier):
@@ -17,7 +22,27 @@ class ReweightedPenalty(Sparsifier):
     optimisation the optimisers of ``self.optimizers()`` are stepped; one stepped behind Lightning's back is refused.
     """
 
-    joins = True
+    joins, compiles = True, True
+
+    def __init__(
+        self,
+        penalty: Penalty | MaskRule,
+        lam: float | Schedule | None = None,
+        select: Sequence[str] | None = None,
+        tol: float = 0.05,
+        freeze: float = 0.0,
+        threshold: float | None = None,
+        gap_samples: int = 0,
+        keep_zeros: bool = False,
+        target_sparsity: float | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, compile)
+        self._fused = _fused.Pull(self.penalty) if self.compile else None
+
+    def check_form(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._fused is not None:
+            self._fused.check(self.parameters.values())
 
     @torch.no_grad()
     def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
@@ -27,8 +52,14 @@ class ReweightedPenalty(Sparsifier):
             if parameter.grad is not None:
                 rows[-1 if group.get("maximize") else 1].append((parameter, parameter.grad))
         for sign, signed in rows.items():
-            for w, grad in _steps.parts(self.penalty, signed, written=1):
-                grad.add_(self.slope(w), alpha=sign * strength)
+            for w, grad in _steps.parts(self.penalty, signed, written=1, whole=self.compile):
+                self._pull(grad, w, sign * strength)
+
+    def _pull(self, grad: Tensor, w: Tensor, strength: float) -> None:
+        if self._fused is None:
+            grad.add_(self.slope(w), alpha=strength)
+        else:
+            self._fused(grad, w, strength)
 
     def slope(self, w: Tensor) -> Tensor:
         """What ``lam`` multiplies, of the weights that this process holds."""

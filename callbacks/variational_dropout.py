@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import _checks, attach, noise, penalties
+from lightning_sparse import _checks, _draws, attach, penalties
 from lightning_sparse._pieces import pieces
 from lightning_sparse.callbacks import _strengths
 from lightning_sparse.callbacks._learned import rate
@@ -88,7 +88,7 @@ class VariationalDropout(LearnedNoise):
 
     def draw_weights(self, name: str, attachment: attach.Attachment, generator: torch.Generator) -> None:
         w = self._live(name)
-        draw = noise.normal_like(w, generator).mul_(self.kind.deviation(w, self.learned[name].detach()))
+        draw = _draws.normal_like(w, generator).mul_(self.kind.deviation(w, self.learned[name].detach()))
         if self.noise == "additive":
             attachment.substitute(name, w + draw)
         else:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_sparse import _checks
 from lightning_sparse._finite import unfit
 from lightning_sparse.attach import Attachment
+from lightning_sparse.duality import Penalty
 from lightning_sparse.sample_gradients import Reduction
 
 Reduce = Callable[[Tensor], Tensor]
@@ -161,7 +162,13 @@ def _is_share(weight: Any) -> bool:
     return isinstance(weight, float) and 0 < weight < 1 + 1e-6  # it tends to 1, up to rounding
 
 
-def calibrated(eta: Tensor, curvature: Tensor, lam: float, ceiling: float) -> Tensor:
+def noise_eta(penalty: Penalty, lam: float | Tensor, ceiling: float, w: Tensor, *estimate: Tensor) -> Tensor:
+    """eta_hat(w), :func:`calibrated` where there is an ``estimate`` of H_jj."""
+    eta = penalty.eta_hat(w)
+    return calibrated(eta, estimate[0].to(eta), lam, ceiling) if estimate else eta
+
+
+def calibrated(eta: Tensor, curvature: Tensor, lam: float | Tensor, ceiling: float) -> Tensor:
     """eta_j max(H_jj, lam / ceiling): with it in the place of eta_j, noise of strength lam realises lam * Omega.
 
     ``ceiling`` bounds lam / H_jj: where the loss hardly curves, the noise stays below that of an uncalibrated mask of

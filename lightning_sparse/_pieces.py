@@ -6,7 +6,7 @@ arithmetic, and every intermediate result is as large as the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,22 +21,24 @@ def pieces(*tensors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, 
     accelerator (which has its own way with memory), or do not lie in memory alike.
     """
     size = size or SIZE * torch.get_num_threads()
-    if tensors[0].numel() <= size or not _alike(tensors):
+    if tensors[0].numel() <= size or tensors[0].device.type != "cpu" or not alike(tensors):
         yield tensors
     else:
-        yield from zip(*(_flat(tensor).split(size) for tensor in tensors), strict=True)
+        yield from zip(*(flat(tensor).split(size) for tensor in tensors), strict=True)
 
 
-def _alike(tensors: tuple[Tensor, ...]) -> bool:
-    """All dense on the CPU, without gaps, in one order of elements."""
+def alike(tensors: Sequence[Tensor]) -> bool:
+    """All dense on one device, without gaps, in one order of elements."""
     first = tensors[0]
-    if any(tensor.device.type != "cpu" or tensor.layout != torch.strided for tensor in tensors):
+    if any(tensor.device != first.device or tensor.layout != torch.strided for tensor in tensors):
         return False
-    same = all(tensor.shape == first.shape and tensor.stride() == first.stride() for tensor in tensors)
-    return same and bool(torch.ops.aten.is_non_overlapping_and_dense(first))
+    shape, order = first.shape, first.stride()
+    same = all(tensor.shape == shape and tensor.stride() == order for tensor in tensors[1:])
+    return same and (first.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(first)))
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in their order in memory: a view."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
@@ -47,13 +49,15 @@ def mapped(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         return function(*tensors)
     first = function(*cut[0])
     result = torch.empty_like(tensors[0], dtype=first.dtype)
-    targets = _flat(result).split(len(first))
+    targets = flat(result).split(len(first))
     targets[0].copy_(first)
     for target, part in zip(targets[1:], cut[1:], strict=True):
         target.copy_(function(*part))
     return result
 
 
-def over(number: float, tensor: Tensor) -> Tensor:
+def over(number: float | Tensor, tensor: Tensor) -> Tensor:
     """number / tensor in one pass; of a plain number torch takes the reciprocal first, then the product."""
-    return torch.div(torch.tensor(number, dtype=torch.result_type(tensor, 1.0), device="cpu"), tensor)
+    if not isinstance(number, Tensor):
+        number = torch.tensor(number, dtype=torch.result_type(tensor, 1.0), device="cpu")
+    return torch.div(number, tensor)

@@ -17,23 +17,40 @@ def adaptive(state: Mapping[str, Any], group: Mapping[str, Any], factor: float =
     Adam and its kin divide by sqrt(v_hat) + eps, RMSprop by sqrt(v) + eps, Adagrad by sqrt(sum) + eps, Adamax by a running
     maximum, Adadelta by the ratio of two running means.
     """
-    parts = {name: shards.local(value) for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
-    lr = factor * float(group["lr"])
+    rooted = of_root(state, group, factor)
+    if rooted is not None:
+        return over_root(*rooted)
+    parts, lr = _parts(state), factor * float(group["lr"])
     rate: Tensor | None = None
-    if "exp_avg_sq" in parts:
-        moment = parts.get("max_exp_avg_sq", parts["exp_avg_sq"])  # amsgrad divides by the maximum
-        root = math.sqrt(1 - group["betas"][1] ** float(state["step"]))  # of the correction: taken out of the tensor's root
-        rate = moment.sqrt().add_(group["eps"] * root).reciprocal_().mul_(lr * root)  # a product: a small lr is no half float
-    elif "acc_delta" in parts:
+    if "acc_delta" in parts:
         rate = lr * ((parts["acc_delta"] + group["eps"]) / (parts["square_avg"] + group["eps"])).sqrt()
-    elif "square_avg" in parts:
-        spread = parts["square_avg"] - parts["grad_avg"] ** 2 if "grad_avg" in parts else parts["square_avg"]  # centred or not
-        rate = lr / (spread.clamp(min=0).sqrt() + group["eps"])
-    elif "sum" in parts:
-        rate = lr / (1 + (float(state["step"]) - 1) * group["lr_decay"]) / (parts["sum"].sqrt() + group["eps"])
+    elif "square_avg" in parts:  # centred
+        rate = lr / ((parts["square_avg"] - parts["grad_avg"] ** 2).clamp(min=0).sqrt() + group["eps"])
     elif "exp_inf" in parts:
         rate = lr / parts["exp_inf"]
     return rate
+
+
+def of_root(state: Mapping[str, Any], group: Mapping[str, Any], factor: float = 1.0) -> tuple[Tensor, float, float] | None:
+    """x, a and b of a rate that is a / (sqrt(x) + b), a tensor and two numbers: Adam's, RMSprop's (not centred) and Adagrad's."""
+    parts, lr = _parts(state), factor * float(group["lr"])
+    if "exp_avg_sq" in parts:
+        root = math.sqrt(1 - group["betas"][1] ** float(state["step"]))  # of the correction: taken out of the tensor's root
+        return parts.get("max_exp_avg_sq", parts["exp_avg_sq"]), lr * root, group["eps"] * root  # amsgrad divides by the maximum
+    if "square_avg" in parts and not parts.keys() & {"acc_delta", "grad_avg"}:
+        return parts["square_avg"], lr, group["eps"]
+    if "sum" in parts:
+        return parts["sum"], lr / (1 + (float(state["step"]) - 1) * group["lr_decay"]), group["eps"]
+    return None
+
+
+def over_root(x: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
+    """a / (sqrt(x) + b), as a product: a small rate is no half float."""
+    return x.sqrt().add_(b).reciprocal_().mul_(a)
+
+
+def _parts(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: shards.local(value) for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
 
 
 def moments(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:

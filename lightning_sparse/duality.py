@@ -32,7 +32,12 @@ def keep_probability(eta: Tensor, lam: float) -> Tensor:
 
     Raises ValueError unless ``lam`` is a finite number > 0.
     """
-    return over(_checks.positive("lam", lam), eta).add_(1).reciprocal_()
+    return alpha_of(eta, _checks.positive("lam", lam))
+
+
+def alpha_of(eta: Tensor, lam: float | Tensor) -> Tensor:
+    """:func:`keep_probability` without its check, for a ``lam`` that may be a tensor of no dimensions."""
+    return over(lam, eta).add_(1).reciprocal_()
 
 
 def eta(alpha: Tensor, lam: float) -> Tensor:

@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-from numpy.random import SFC64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_sparse import _checks, _draws
 from lightning_sparse._pieces import mapped, over
+from lightning_sparse._share import for_share
 
 
 class Noise(ABC):
     """Draws multiplicative masks s, same shape and dtype as alpha, independent of each other."""
 
     local: bool = False  # noise on a layer's output instead of on its weights
+    share: float = 1.0  # of a batch's samples that noise on outputs is made for
 
     @abstractmethod
     def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A mask with E s = 1 and Var s = (1 - alpha) / alpha, zero where alpha is zero."""
 
 
+class Elementwise(Noise):
+    """A mask made of a random number for each weight."""
+
+    from_words: ClassVar[bool] = False  # the numbers are whole, each of the 65,536 from 0 on with equal chance
+
+    @abstractmethod
+    def numbers(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The random numbers of a mask that is like ``like``, in its shape."""
+
+    @abstractmethod
+    def mask(self, alpha: Tensor, numbers: Tensor) -> Tensor:
+        """The mask that they make of keep probabilities, element by element; in any type that holds them."""
+
+    def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return mapped(self.mask, alpha, self.numbers(alpha, generator))
+
+
 @dataclass(frozen=True)
-class ScaledBernoulli(Noise):
+class ScaledBernoulli(Elementwise):
     """s = 1/alpha with probability alpha, else 0.
 
     On weights alone: noise on a layer's output would match only the moments of such a mask; Gaussian has ``local``.
     """
 
-    def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return mapped(_scaled_bernoulli, alpha, words(alpha.numel(), alpha.device, generator).view(alpha.shape))
+    from_words = True
+
+    def numbers(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return _draws.in_order(_draws.words(like.numel(), like.device, generator), like)
+
+    def mask(self, alpha: Tensor, numbers: Tensor) -> Tensor:
+        return _scaled_bernoulli(alpha, numbers)
 
 
 _LEVELS = 65536  # keep probabilities are drawn in steps of 1 / 65536; the mask divides by the one drawn with, so its mean is 1
@@ -47,31 +71,30 @@ def _scaled_bernoulli(alpha: Tensor, draw: Tensor) -> Tensor:
     return torch.addcdiv(levels.new_zeros(()), kept, levels.clamp_(min=1), value=_LEVELS).to(alpha.dtype)
 
 
-def words(count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Random uint16, each of the 65,536 with equal chance: a quarter of a 64-bit draw, which costs far less than a float does."""
-    size = -(-count // 4)
-    if device.type != "cpu":
-        return torch.empty(size, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator).view(torch.uint16)[:count]
-    seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
-    return torch.from_numpy(SFC64(seed).random_raw(size).view("uint16"))[:count]
-
-
 @dataclass(frozen=True)
-class Gaussian(Noise):
+class Gaussian(Elementwise):
     """s ~ N(1, (1 - alpha) / alpha). ``local`` moves the noise to the outputs of Linear and ConvNd layers.
 
     A layer's output then has mean W x and variance (W^2 (1 - alpha) / alpha) x^2: the same law per sample for a
     Linear layer, far less gradient noise; in a convolution the positions' noise becomes independent.
+
+    Noise on outputs costs a product of matrices beside each of a layer's. With ``share`` < 1 it is made for that share of a
+    batch's samples (dimension 0), others in each layer and batch, with 1 / share times the variance: a mask that is 1 with
+    probability 1 - share, of the same mean and variance. Raises ValueError unless 0 < share <= 1, or without ``local``.
     """
 
     local: bool = False
+    share: float = 1.0
 
-    def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return mapped(_gaussian, alpha, normal_like(alpha, generator))
+    def __post_init__(self) -> None:
+        if _checks.between("share", self.share, 0, 1, closed="r") < 1 and not self.local:
+            raise ValueError(f"share={self.share:g} is a share of the samples, whose outputs get noise: it needs local=True")
 
+    def numbers(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return _draws.normal_like(like, generator)
 
-def _gaussian(alpha: Tensor, draw: Tensor) -> Tensor:
-    return (1 + draw * variance(alpha).sqrt_()).masked_fill_(alpha == 0, 0.0)
+    def mask(self, alpha: Tensor, numbers: Tensor) -> Tensor:
+        return (1 + numbers * variance(alpha).sqrt_()).masked_fill_(alpha == 0, 0.0)
 
 
 def variance(alpha: Tensor) -> Tensor:
@@ -79,17 +102,19 @@ def variance(alpha: Tensor) -> Tensor:
     return (1 - alpha) / alpha
 
 
-def bounded_variance(eta: Tensor, lam: float, alpha_min: float) -> Tensor:
-    """Var s = lam / eta of the keep probability 1 / (1 + lam / eta), and at most that of ``alpha_min``."""
-    return over(lam, eta).clamp_(max=1 / alpha_min - 1) if lam > 0 else torch.zeros_like(eta)
+def bounded_variance(eta: Tensor, lam: float | Tensor, alpha_min: float) -> Tensor:
+    """Var s = lam / eta, ``lam`` > 0, of the keep probability 1 / (1 + lam / eta), and at most that of ``alpha_min``."""
+    return over(lam, eta).clamp_(max=1 / alpha_min - 1)
 
 
-def output_noise(layer: Any, x: Tensor, spread: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def output_noise(layer: Any, x: Tensor, spread: Tensor, generator: torch.Generator | None = None, share: float = 1.0) -> Tensor:
     """Noise of variance (W^2 * spread)(x^2) for the output of a Linear or ConvNd ``layer`` with input ``x``.
 
-    ``spread`` is Var s of each weight's mask; the gradient flows through W, x and, where it asks for one, ``spread``.
+    ``spread`` is Var s of each weight's mask; the gradient flows through W, x and, where it asks for one, ``spread``. Of a
+    batch the noise is for a ``share`` of the samples, as much more.
     """
-    return additive_output_noise(layer, x, _Spread.apply(layer.weight, spread), generator)
+    noise = partial(additive_output_noise, layer, weight=_Spread.apply(layer.weight, spread), generator=generator)
+    return noise(x) if share == 1 or x.dim() < layer.weight.dim() else for_share(noise, x, share, generator)
 
 
 class _Spread(torch.autograd.Function):
@@ -111,7 +136,7 @@ def additive_output_noise(layer: Any, x: Tensor, weight: Tensor, generator: torc
     """Noise of variance ``weight`` (x^2) for the output of a Linear or ConvNd ``layer``: its weights have those variances."""
     square = _Square.apply(x)
     total = functional.linear(square, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(square, weight, None)
-    return _Deviation.apply(total, normal_like(total, generator))  # type: ignore[no-any-return]
+    return _Deviation.apply(total, _draws.normal_like(total, generator))  # type: ignore[no-any-return]
 
 
 class _Square(torch.autograd.Function):
@@ -150,18 +175,3 @@ class _Deviation(torch.autograd.Function):
 
 def _inverse_root(variance: Tensor) -> Tensor:
     return functional.threshold(variance, _LEAST, torch.inf).rsqrt()
-
-
-def normal_like(tensor: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """N(0, 1) in the shape of ``tensor`` and in its order in memory: torch draws in any other order at a fraction of the speed."""
-    usual = tensor.is_contiguous() or type(tensor) not in (Tensor, nn.Parameter)
-    if usual or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
-        return torch.empty_like(tensor).normal_(generator=generator)
-    drawn = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device).normal_(generator=generator)
-    return drawn.as_strided(tensor.shape, tensor.stride())
-
-
-def stream(device: torch.device, *key: int) -> torch.Generator:
-    """A generator of its own for each ``key``: the same draws whenever and wherever that key comes up again."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") % 2**63)

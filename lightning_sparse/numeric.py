@@ -93,6 +93,8 @@ def dual_slope(f: Function, eta_hat: Function, eta: Tensor) -> Tensor:
 
 def prox(omega: Function, w: Tensor, step: Tensor | float, points: int = 65, rounds: int = 40) -> Tensor:
     """argmin_x (x - w)^2 / 2 + step * omega(x): a grid on [0, |w|], then golden section, then zero if it is better."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("its prox is searched for, which would take minutes to compile: leave exact=True out")
     size, step64 = w.detach().double().abs(), torch.as_tensor(step, dtype=torch.float64, device=w.device)
 
     def objective(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lightning_sparse import _rates, numeric
 from lightning_sparse._pieces import mapped
+from lightning_sparse._values import is_value
 from lightning_sparse.duality import Penalty
 
 _FIRST = -400  # in quarter octaves: steps from 2^-100 to 2^100
@@ -57,7 +57,7 @@ def rests(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float, steps: f
     step, size = torch.as_tensor(steps * rho * lam, device=w.device), w.abs()
     if not step.dim():
         return size <= torch.where(step > 0, _edges(penalty, step.double()[None])[0], 0.0).to(w.dtype)
-    lines = [column.to(step.device) for column in (_known_lines(penalty) if _is_value(penalty) else _lines(penalty, step.device))]
+    lines = [column.to(step.device) for column in (_known_lines(penalty) if is_value(penalty) else _lines(penalty, step.device))]
     return mapped(lambda size, step: size <= _between(step, *lines).to(w.dtype), size, step.expand_as(w))
 
 
@@ -79,16 +79,6 @@ def _lines(penalty: Penalty, device: torch.device) -> tuple[Tensor, Tensor]:
 def _known_lines(penalty: Penalty) -> tuple[Tensor, Tensor]:
     """The same, kept for every penalty that equals this one."""
     return _lines(penalty, torch.device("cpu"))
-
-
-def _is_value(penalty: Any) -> bool:
-    """It is what its fields say, for ever: a frozen dataclass, not a class made out of one, of numbers, words and its like."""
-    settings = vars(type(penalty)).get("__dataclass_params__")
-    if settings is None or not (settings.frozen and settings.eq):
-        return False
-    plain = (bool, int, float, str, type(None))
-    values = [(field.compare, getattr(penalty, field.name)) for field in dataclasses.fields(penalty)]
-    return all(compared and (type(value) in plain or _is_value(value)) for compared, value in values)
 
 
 def _between(step: Tensor, starts: Tensor, slopes: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_sparse import noise
+from lightning_sparse import _draws
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import scaling
-from performance import arguments, compared, filled, held, hooks, operators, per_weight, record, rounds
+from performance import arguments, arms, compared, filled, held, hooks, operators, per_weight, record, rounds
 
 
 def test_every_second_round_goes_backwards_and_the_base_stands_in_it_twice() -> None:
@@ -68,7 +68,8 @@ def test_floors_count_each_array_once() -> None:
     assert per_weight.bytes_of("penalty") == 3 * 4  # w, g in; g out
     assert per_weight.bytes_of("prox") == 2 * 4  # w in and out
     assert per_weight.bytes_of("mask") == (2 + 1) * 4 + (3 + 1) * 4  # w, H in, s w out; g, w, s w in, s g out
-    assert set(per_weight.ITEMS) == set(scaling.FORMS)
+    assert {name.removesuffix(arms.COMPILED) for name in scaling.FORMS} == set(per_weight.ITEMS)
+    assert len(scaling.FORMS) == 2 * len(per_weight.ITEMS)
     assert per_weight.copier(8, iter(range(100)).__next__)() == 1 / (2 * 8 * 4)
 
 
@@ -129,7 +130,7 @@ def test_storages_are_counted_until_they_are_freed() -> None:
         assert meter.take() == (8000, 8000)
         del second
         assert meter.take() == (4000, 8000)
-        drawn = noise.words(1000, torch.device("cpu"))  # numpy's memory
+        drawn = _draws.words(1000, torch.device("cpu"))  # numpy's memory
         assert meter.take()[0] >= 4000
         assert (drawn.view(torch.int16) >= 0).shape == first.shape
         assert meter.take() == (6000, 7000)

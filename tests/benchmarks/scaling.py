@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from performance import arguments, compared, per_weight, record, rounds, tables
+from performance.arms import COMPILED
 from performance.compared import above
 from performance.filled import Filled, seconds
 from performance.jobs import be_quiet
@@ -49,8 +50,8 @@ class Given(Curvature):
         self.weight = dict.fromkeys(self.mean, 1.0)
 
 
-def mask() -> Callback:
-    return AdaptiveMask(LOG_SUM, 1e-3, noise=noise.ScaledBernoulli(), curvature=Given())
+def mask(compiled: bool) -> Callback:
+    return AdaptiveMask(LOG_SUM, 1e-3, noise=noise.ScaledBernoulli(), curvature=Given(), compile=compiled)
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,16 @@ class Form:
     fused: bool = False
 
 
-FORMS = {
-    "penalty": Form(lambda: ReweightedPenalty(LOG_SUM, 1e-3), goal=2.0),
-    "prox": Form(lambda: AdaptiveProx(LOG_SUM, 1e-6)),  # so weak that its weights last
-    "mask": Form(mask, goal=4.0),
-}
+def forms(compiled: bool) -> dict[str, Form]:
+    """Each form once."""
+    return {
+        "penalty": Form(lambda: ReweightedPenalty(LOG_SUM, 1e-3, compile=compiled), 2.0, compiled),
+        "prox": Form(lambda: AdaptiveProx(LOG_SUM, 1e-6, compile=compiled), None, compiled),  # so weak that its weights last
+        "mask": Form(lambda: mask(compiled), 4.0, compiled),
+    }
+
+
+FORMS = forms(compiled=False) | {f"{name}{COMPILED}": form for name, form in forms(compiled=True).items()}
 
 
 def arms_of(forms: Sequence[str], module: Filled, clock: Callable[[], float]) -> dict[str, Callable[[], float]]:
@@ -90,7 +96,7 @@ def by_size(forms: Sequence[str], counts: Sequence[int], turns: int, clock: Call
 
 def size_row(form: str, count: int, times: rounds.Times) -> dict[str, Any]:
     """Nanoseconds a weight and the ratio to the floor; the goal holds from LARGE weights on."""
-    floor = [per_weight.bytes_of(form) * count * taken for taken in times["copy"]]
+    floor = [per_weight.bytes_of(form.removesuffix(COMPILED)) * count * taken for taken in times["copy"]]
     cost, again = above(times[form], times["plain"]), above(times[rounds.AGAIN], times["plain"])
     goal = FORMS[form].goal if count >= LARGE * 0.99 else None
     found = compared.row(cost, again, ("floor_ns", floor), goal, "ns_per_weight")
@@ -140,7 +146,7 @@ def main() -> None:
     be_quiet(given.threads)
     counts, clock, total = [count for count in COUNTS if count <= given.largest], CLOCKS[given.clock], min(TOTAL, given.largest)
     sizes = by_size(given.forms, counts, given.rounds, clock)
-    results = {"sizes": sizes, "slopes": slopes(sizes), "floors": {form: dict(per_weight.ITEMS[form]) for form in given.forms}}
+    results = {"sizes": sizes, "slopes": slopes(sizes), "floors": {form: dict(items) for form, items in per_weight.ITEMS.items()}}
     results["tensors"] = by_tensors(given.forms, given.tensors, total, given.rounds, clock) if given.tensors else []
     for part in ("sizes", "slopes", "tensors"):
         if results[part]:

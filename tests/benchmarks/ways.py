@@ -18,7 +18,7 @@ from performance import arguments, record, rounds, tables
 from performance.jobs import be_quiet
 from torch import Tensor
 
-from lightning_sparse import _pieces, noise, numeric, penalties
+from lightning_sparse import _draws, _pieces, noise, numeric, penalties
 
 PENALTY, LAM = penalties.LogSum(2.0), 1e-3
 SHAPES = {"LeNet-300-100's first layer": (300, 784), "10 million weights": (3163, 3163)}
@@ -30,7 +30,7 @@ def updates(shape: tuple[int, int]) -> Iterator[tuple[str, str, Ways]]:
     """What is done, the way that is used, and all ways by name."""
     w, g, h = torch.randn(shape) * 0.05, torch.randn(shape), torch.rand(shape)
     yield "penalty's gradient", USED, cut(each, lambda w, g: g.add_(PENALTY.gradient(w), alpha=LAM), w, g)
-    draw = noise.words(w.numel(), w.device).view(shape)
+    draw = _draws.words(w.numel(), w.device).view(shape)
     compiled = torch.compile(bernoulli, dynamic=True)
     compiled(w, h, draw.float())
     as_floats: Ways = {"torch.compile, of words made floats": lambda: compiled(w, h, draw.float())}
@@ -54,7 +54,7 @@ def numbers(like: Tensor) -> Ways:
     """Ways to fill as many places as ``like`` has."""
     target, generator = torch.empty_like(like), np.random.Generator(np.random.SFC64(0))
     return {
-        "16-bit words of SFC64": lambda: noise.words(like.numel(), like.device),
+        "16-bit words of SFC64": lambda: _draws.words(like.numel(), like.device),
         "torch.Tensor.uniform_": target.uniform_,
         "torch.Tensor.normal_": target.normal_,
         "numpy's float32 normals": lambda: generator.standard_normal(like.numel(), dtype=np.float32),

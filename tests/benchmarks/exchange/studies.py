@@ -47,6 +47,8 @@ _VARIANTS: dict[str, dict[str, Words]] = {
     "noise": {
         "Bernoulli, on the weights": ("--sparsify.noise", "ScaledBernoulli"),
         "Gaussian, on the weights": ("--sparsify.noise", "Gaussian", "--sparsify.noise.local", "false"),
+        "on the outputs of half the samples": ("--sparsify.noise.share", "0.5"),
+        "on the outputs of a quarter of them": ("--sparsify.noise.share", "0.25"),
     },
     "samples": {f"EmpiricalFisher of {value} samples": _curvature("EmpiricalFisher", decay=0.999, samples=value) for value in (4, 64)},
     "switch": {},

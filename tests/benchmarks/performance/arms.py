@@ -21,13 +21,23 @@ def only(make: Callable[[], Callback]) -> jobs.Prepare:
     return lambda module: [make()]
 
 
+def forms(compiled: bool) -> dict[str, jobs.Prepare]:
+    """The forms that can be compiled."""
+    return {
+        "penalty": only(lambda: ReweightedPenalty(PENALTY, LAM, compile=compiled)),
+        "prox": only(lambda: AdaptiveProx(PENALTY, LAM, metric="adam", compile=compiled)),
+        "prox exact": only(lambda: AdaptiveProx(PENALTY, LAM, metric="adam", exact=True, compile=compiled)),
+        "mask": only(lambda: AdaptiveMask(PENALTY, LAM, noise=ScaledBernoulli(), compile=compiled)),
+        "mask local": only(lambda: AdaptiveMask(PENALTY, LAM, noise=Gaussian(local=True), compile=compiled)),
+    }
+
+
+COMPILED, QUARTER = ", compiled", "mask local, a quarter"
 ARMS: dict[str, jobs.Prepare] = {
     PLAIN: jobs.plain,
-    "penalty": only(lambda: ReweightedPenalty(PENALTY, LAM)),
-    "prox": only(lambda: AdaptiveProx(PENALTY, LAM, metric="adam")),
-    "prox exact": only(lambda: AdaptiveProx(PENALTY, LAM, metric="adam", exact=True)),
-    "mask": only(lambda: AdaptiveMask(PENALTY, LAM, noise=ScaledBernoulli())),
-    "mask local": only(lambda: AdaptiveMask(PENALTY, LAM, noise=Gaussian(local=True))),
+    **forms(compiled=False),
+    QUARTER: only(lambda: AdaptiveMask(PENALTY, LAM, noise=Gaussian(local=True, share=0.25))),
+    **{f"{name}{COMPILED}": prepare for name, prepare in forms(compiled=True).items()},
     "variational dropout": only(lambda: VariationalDropout(KL_WEIGHT)),
     "monitor": only(lambda: SparsityMonitor()),
 }
@@ -39,8 +49,12 @@ def of(arm: str) -> jobs.Prepare:
 
 
 _MONITOR = 1.01
-GOALS: dict[str, dict[str, float]] = {
+_OF_FORMS: dict[str, dict[str, float]] = {
     "lenet": {"penalty": 1.05, "prox": 1.08, "mask": 1.5, "mask local": 1.6, "monitor": _MONITOR},
     "resnet18": {"penalty": 1.02, "prox": 1.03, "mask": 1.10, "mask local": 1.5, "monitor": _MONITOR},
     "transformer": {"penalty": 1.03, "prox": 1.04, "mask": 1.10, "mask local": 1.4, "monitor": _MONITOR},
+}
+GOALS = {
+    net: goals | {QUARTER: goals["mask local"]} | {f"{arm}{COMPILED}": goal for arm, goal in goals.items()}
+    for net, goals in _OF_FORMS.items()
 }

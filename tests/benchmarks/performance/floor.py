@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.attach import LAYERS
 from lightning_sparse.select import default_selection
+from performance.arms import COMPILED
 from performance.jobs import Job
 
 _SIZE = 4  # bytes of a float32
@@ -80,7 +81,7 @@ def of_arm(arm: str, job: Job) -> Traffic | None:
     """What ``arm`` must move in a step; None for the arms that have no extra work."""
     if arm == "monitor":
         return replace(MONITOR, weight=MONITOR.weight / job.epoch)
-    return TRAFFIC.get(arm)
+    return TRAFFIC.get(arm.removesuffix(COMPILED))
 
 
 @dataclass(frozen=True)
