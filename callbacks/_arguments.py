@@ -37,8 +37,9 @@ class Arguments(Callback):
         target_sparsity: the share of zeros to reach, in place of a lam to guess: lam then starts at ``lam`` (1e-5 by default), rises
             and falls as the zeros lag behind a ramp or run ahead of it, and the support is frozen as soon as the target is met, at
             the latest at ``1 - freeze`` (``freeze`` is then 0.25 where it is 0).
-        compile: do the work on each weight by a kernel of torch.compile, where the form has one: less time a step after some ten to
-            forty seconds of compiling, and results that differ by rounding. It needs a compiler, on the CPU a C++ one.
+        compile: do the work on each weight by a kernel that torch's AOTInductor makes before training starts: less time a step, for
+            some ten to forty seconds; it needs a compiler, on the CPU a C++ one. Results differ by rounding, masks on weights by
+            their draws, too. ReweightedPenalty, AdaptiveProx and AdaptiveMask have one.
     """
 
     needs_separable: ClassVar[bool] = True

@@ -67,7 +67,16 @@ class AdaptiveMask(Noisy):
         self.noise, self.curvature = noise, copy.deepcopy(curvature)  # an estimate is this callback's own
         self.ceiling = _checks.positive("ceiling", ceiling)
         self.alpha_min = _checks.between("alpha_min", alpha_min, 0, 1)
-        self._masking = (_masks.Fused if self.compile else _masks.Called)(self.penalty, noise, self.ceiling, self.alpha_min)
+        self._masking = self._made()
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        cls.compiles = cls.eta_of is AdaptiveMask.eta_of  # the kernel's
+
+    def _made(self) -> _masks.Masking:
+        if self.compile:
+            return _masks.Fused(self.penalty, self.noise, self.ceiling, self.alpha_min)
+        return _masks.Called(self.eta_of, self.noise, self.alpha_min, self.penalty.separable)
 
     def _forget(self) -> None:
         super()._forget()
@@ -116,7 +125,7 @@ class AdaptiveMask(Noisy):
         if self.curvature is not None:
             self.curvature.attach(pl_module, attachment)
         super()._install(pl_module, attachment)
-        terms = 1 if self.curvature is None else 2
+        self._masking, terms = self._made(), 1 if self.curvature is None else 2
         for outputs in (True, False):
             self._masking.check([p for name, p in self.parameters.items() if (name in self._local) == outputs], terms, outputs)
 

@@ -50,7 +50,7 @@ class AdaptiveProx(Sparsifier):
         if metric not in ("auto", "adam", "plain"):
             raise ValueError(f"metric must be 'auto', 'adam' or 'plain', got {metric!r}")
         self.metric, self.exact = metric, exact
-        self._fused = _fused.Shrinkage(self.penalty, exact) if self.compile else None
+        self._fused: _fused.Shrinkage | None = None
 
     def own_settings(self) -> dict[str, Any]:
         return {"metric": self.metric, "exact": self.exact}
@@ -66,9 +66,11 @@ class AdaptiveProx(Sparsifier):
             if self.metric == "adam" and self._owned(optimizer) and not adam:
                 name = type(optimizer).__name__
                 raise ValueError(f"metric='adam' needs an optimiser with second moments, got {name}; use metric='plain'")
-        if self._fused is not None:
-            betas = any("betas" in group for optimizer in trainer.optimizers for *_, group in self._owned(optimizer))
-            self._fused.check(self.parameters.values(), rooted=betas and self.metric != "plain")
+        if self.compile:
+            self._fused = shrinkage = _fused.Shrinkage(self.penalty, self.exact)
+            for optimizer in trainer.optimizers:
+                for _, parameter, group in self._owned(optimizer):
+                    shrinkage.check([parameter], "number" if self.metric == "plain" else _rates.kind_of(optimizer, group))
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:

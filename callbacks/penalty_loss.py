@@ -16,7 +16,5 @@ class PenaltyLoss(ReweightedPenalty):
     ``sparsity/penalty`` logs the term. ReweightedPenalty gives the same steps from eta_hat, and is quicker.
     """
 
-    compiles = False
-
     def slope(self, w: Tensor) -> Tensor:
         return numeric.slope(self.penalty.omega, w)

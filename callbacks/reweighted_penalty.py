@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -24,6 +25,10 @@ class ReweightedPenalty(Sparsifier):
 
     joins, compiles = True, True
 
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        cls.compiles = cls.slope is ReweightedPenalty.slope  # the kernel's
+
     def __init__(
         self,
         penalty: Penalty | MaskRule,
@@ -38,10 +43,11 @@ class ReweightedPenalty(Sparsifier):
         compile: bool = False,
     ) -> None:
         super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, compile)
-        self._fused = _fused.Pull(self.penalty) if self.compile else None
+        self._fused: _fused.Pull | None = None
 
     def check_form(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._fused is not None:
+        if self.compile:
+            self._fused = _fused.Pull(self.penalty)
             self._fused.check(self.parameters.values())
 
     @torch.no_grad()

@@ -24,20 +24,21 @@ _SHARED: dict[tuple[Any, ...], dict[Any, Run]] = {}  # what was compiled, by wha
 class Kernel:
     """``make(*settings)`` is a function of tensors and then numbers that writes into some of the tensors, element by element.
 
-    The tensors are of one shape, of any size, and no graph follows them; the numbers may change from call to call. It is
-    compiled once for each list of types and each device, in a process once for all kernels made of equal values. Tensors that do
-    not lie in memory alike are worked on without.
+    The tensors are of one shape, of any size, and no graph follows them; the numbers, floats and 32-bit ints, may change from
+    call to call. It is compiled once for each list of types, device and number of threads, in a process once for all kernels made
+    of equal values. Tensors that do not lie in memory alike are worked on without.
+    Raises RuntimeError, naming ``what`` it is made of, where it cannot be compiled.
     """
 
-    def __init__(self, make: Callable[..., Callable[..., None]], *settings: Any) -> None:
-        self._made_of = make, *settings
+    def __init__(self, make: Callable[..., Callable[..., None]], *settings: Any, what: str = "it") -> None:
+        self._made_of, self._what = (make, *settings), what
         self._function = make(*settings)
         shared = all(is_plain(value) or is_value(value) for value in settings)
         self._compiled: dict[Any, Run] = _SHARED.setdefault(self._made_of, {}) if shared else {}
         self._scalars: dict[Any, list[Tensor]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._made_of
+        return _made, (self._what, *self._made_of)
 
     def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
         scalars = self._scalars_of(numbers, tensors[0].dtype)
@@ -51,38 +52,45 @@ class Kernel:
         key = (dtype, *map(type, numbers))
         if key not in self._scalars:
             wide = torch.promote_types(dtype, torch.float32)
-            self._scalars[key] = [torch.empty((), dtype=torch.int32 if type(number) is int else wide) for number in numbers]
+            types = [torch.int32 if type(number) is int else wide for number in numbers]
+            self._scalars[key] = [torch.empty((), dtype=kind, device="cpu") for kind in types]
         return [scalar.fill_(number) for scalar, number in zip(self._scalars[key], numbers, strict=True)]
 
     def _of(self, tensors: Sequence[Tensor], scalars: Sequence[Tensor]) -> Run:
-        key = (tensors[0].device, len(scalars), *(tensor.dtype for tensor in tensors))
+        types = [tensor.dtype for tensor in (*tensors, *scalars)]
+        key = (tensors[0].device, torch.get_num_threads(), len(scalars), *types)
         if key not in self._compiled:
-            self._compiled[key] = _compile(self._function, tensors, scalars)
+            self._compiled[key] = self._compile(tensors, scalars)
         return self._compiled[key]
 
-    def check(self, like: Iterable[Tensor], tensors: Sequence[float], numbers: Sequence[float], what: str) -> None:
-        """Compile it for the types and devices of ``like``; RuntimeError, naming ``what`` it is made of, where that fails.
+    def _compile(self, tensors: Sequence[Tensor], scalars: Sequence[Tensor]) -> Run:
+        try:
+            return _compile(self._function, tensors, scalars)
+        except Exception as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RuntimeError(
+                f"compile=True, but torch could not compile {self._what}: {said:.200}. It needs a compiler (on the CPU a C++ one), and "
+                "a penalty made of torch's operations alone; leave compile=True out to go on without"
+            ) from error
 
-        It runs once, on tensors filled with the values ``tensors`` and on ``numbers``.
-        """
+    def check(self, like: Iterable[Tensor], tensors: Sequence[float], numbers: Sequence[float]) -> None:
+        """Compile it now, for the types and devices of ``like``; run on tensors filled with the values ``tensors``, and ``numbers``."""
         for dtype, device in {(tensor.dtype, tensor.device): None for tensor in like}:
-            try:
-                self([torch.full((2,), value, dtype=dtype, device=device) for value in tensors], numbers)
-            except Exception as error:
-                raise RuntimeError(
-                    f"compile=True, but torch could not compile {what}: {str(error).strip().splitlines()[0]:.200}. It needs a compiler "
-                    "(on the CPU a C++ one), and a penalty made of torch's operations alone; leave compile=True out to go on without"
-                ) from error
+            self([torch.full((2,), value, dtype=dtype, device=device) for value in tensors], numbers)
+
+
+def _made(what: str, *made_of: Any) -> Kernel:
+    return Kernel(*made_of, what=what)
 
 
 @torch.no_grad()
 def _compile(function: Callable[..., None], tensors: Sequence[Tensor], scalars: Sequence[Tensor]) -> Run:
     """For tensors like these, whatever their size."""
-    given = (*(torch.ones(_EXAMPLE, dtype=tensor.dtype, device=tensor.device) for tensor in tensors), *scalars)
-    function(*given)  # what a penalty computes once and keeps must not be computed of the tracer's tensors
+    few, many = ([torch.ones(size, dtype=tensor.dtype, device=tensor.device) for tensor in tensors] for size in (2, _EXAMPLE))
+    function(*few, *scalars)  # what a penalty computes once and keeps must not be computed of the tracer's tensors
     size = torch.export.Dim("size", min=2)
-    shapes = tuple({0: size} if position < len(tensors) else None for position in range(len(given)))
-    exported = torch.export.export(_Module(function), given, dynamic_shapes=(shapes,), strict=False)
+    shapes = tuple({0: size} if position < len(tensors) else None for position in range(len(tensors) + len(scalars)))
+    exported = torch.export.export(_Module(function), (*many, *scalars), dynamic_shapes=(shapes,), strict=False)
     with tempfile.TemporaryDirectory() as folder:
         path = torch._inductor.aoti_compile_and_package(exported, package_path=str(Path(folder) / "kernel.pt2"))
         run: Run = torch._inductor.aoti_load_package(path).loader.run

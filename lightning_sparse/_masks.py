@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,7 @@ _LONGEST = 1 << 30  # elements at a time: a weight's number is a 32-bit word
 
 
 class Masking(ABC):
-    """The masks of ``penalty``, from rows of terms: w, and H_jj where it calibrates; keep probabilities of ``alpha_min`` at least."""
-
-    def __init__(self, penalty: Penalty, noise: Noise, ceiling: float, alpha_min: float) -> None:
-        self._penalty, self._noise, self._ceiling, self._least = penalty, noise, ceiling, alpha_min
+    """The masks of rows of terms: w, and H_jj where it calibrates."""
 
     def check(self, like: Iterable[Tensor], terms: int, outputs: bool) -> None:  # noqa: B027 - nothing can fail by default
         """RuntimeError where noise on ``outputs``, or masks, of weights like these, of that many terms, cannot be made."""
@@ -41,46 +38,50 @@ class Masking(ABC):
 
 
 class Called(Masking):
-    """By a call for each operation, for any penalty, rule and noise."""
+    """By a call for each operation, of any ``eta`` of the terms and any noise; element by element where it is ``separable``.
+
+    Keep probabilities are ``alpha_min`` at least.
+    """
+
+    def __init__(self, eta: Callable[..., Tensor], noise: Noise, alpha_min: float, separable: bool) -> None:
+        self._eta, self._noise, self._least, self._separable = eta, noise, alpha_min, separable
 
     def masked(self, rows: Sequence[Row], lam: float, generator: torch.Generator, kept: Kept | None) -> Masks:
         draw = lambda *terms: self._noise.sample(self._alpha(lam, *terms), generator)  # noqa: E731
-        return _joined.masked(draw, rows, not self._penalty.separable, kept)
+        return _joined.masked(draw, rows, not self._separable, kept)
 
     def _alpha(self, lam: float, *terms: Tensor) -> Tensor:
         """alpha bounded from below, but for a rule that drops a weight for good (top-k), which keeps its 0."""
-        if self._penalty.separable:
-            return mapped(lambda *terms: self._bounded(self._eta(lam, *terms), lam), *terms)
-        eta = self._eta(lam, *terms)
+        if self._separable:
+            return mapped(lambda *terms: self._bounded(self._eta(*terms), lam), *terms)
+        eta = self._eta(*terms)
         return self._bounded(eta, lam).masked_fill(eta == 0, 0.0)
-
-    def _eta(self, lam: float, *terms: Tensor) -> Tensor:
-        return noise_eta(self._penalty, lam, self._ceiling, *terms)
 
     def _bounded(self, eta: Tensor, lam: float) -> Tensor:
         return duality.alpha_of(eta, lam).clamp_(min=self._least)
 
     def spread(self, lam: float, *terms: Tensor) -> Tensor:
-        return mapped(lambda *terms: bounded_variance(self._eta(lam, *terms), lam, self._least), *terms)
+        return mapped(lambda *terms: bounded_variance(self._eta(*terms), lam, self._least), *terms)
 
 
 class Fused(Masking):
-    """By a compiled kernel. A noise that takes random words is given hashed ones; of another the numbers are drawn before."""
+    """By a compiled kernel, of ``penalty``. A noise that takes words is given hashed ones; of another the numbers are drawn before."""
 
     def __init__(self, penalty: Penalty, noise: Noise, ceiling: float, alpha_min: float) -> None:
-        super().__init__(penalty, noise, ceiling, alpha_min)
         if not isinstance(noise, Elementwise):
-            raise TypeError(f"compile=True needs ScaledBernoulli(), Gaussian() or another noise made of a number a weight, got {noise!r}")
-        self._words, self._numbers, self._what = noise.from_words, noise.numbers, f"{penalty!r} with {noise!r}"
-        self._fill = Kernel(_filling, penalty, noise, ceiling, alpha_min)
-        self._spread = Kernel(_spreading, penalty, ceiling, alpha_min)
+            raise TypeError(
+                f"compile=True needs ScaledBernoulli(), Gaussian() or another lightning_sparse.noise.Elementwise, got {noise!r}"
+            )
+        self._words, self._numbers = noise.from_words, noise.numbers
+        self._fill = Kernel(_filling, penalty, noise, ceiling, alpha_min, what=f"{penalty!r} with {noise!r}")
+        self._spread = Kernel(_spreading, penalty, ceiling, alpha_min, what=repr(penalty))
 
     def check(self, like: Iterable[Tensor], terms: int, outputs: bool) -> None:
         if outputs:
-            self._spread.check(like, (1 + terms) * (0.5,), (0.5,), self._what)
+            self._spread.check(like, (1 + terms) * (0.5,), (0.5,))
         else:
             given, numbers = (2, (0.5, 0, 1, 2)) if self._words else (3, (0.5,))
-            self._fill.check(like, (given + terms) * (0.5,), numbers, self._what)
+            self._fill.check(like, (given + terms) * (0.5,), numbers)
 
     def masked(self, rows: Sequence[Row], lam: float, generator: torch.Generator, kept: Kept | None) -> Masks:
         start, memory = 0, kept or Kept()
@@ -93,14 +94,14 @@ class Fused(Masking):
 
     def _into(self, part: Row, lam: float, generator: torch.Generator, start: int) -> None:
         if self._words:
-            self._fill(part, (lam, signed(start), *keys(generator)))
+            self._fill(part, (float(lam), signed(start), *keys(generator)))
         else:
             mask, product, *terms = part
-            self._fill((mask, product, self._numbers(terms[0], generator), *terms), (lam,))
+            self._fill((mask, product, self._numbers(terms[0], generator), *terms), (float(lam),))
 
     def spread(self, lam: float, *terms: Tensor) -> Tensor:
         spread = torch.empty_like(terms[0])
-        self._spread((spread, *terms), (lam,))
+        self._spread((spread, *terms), (float(lam),))
         return spread
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_sparse import shards
@@ -42,6 +43,16 @@ def of_root(state: Mapping[str, Any], group: Mapping[str, Any], factor: float = 
     if "sum" in parts:
         return parts["sum"], lr / (1 + (float(state["step"]) - 1) * group["lr_decay"]), group["eps"]
     return None
+
+
+Kind = Literal["root", "tensor", "number"]
+
+
+def kind_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Kind:
+    """Before its first step: what :func:`of_root` will find in its state, another rate for each weight, or one number for all."""
+    if isinstance(optimizer, torch.optim.Adamax) or group.get("centered") or "rho" in group:
+        return "tensor"
+    return "root" if "betas" in group or "centered" in group or "initial_accumulator_value" in group else "number"
 
 
 def over_root(x: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:

@@ -16,11 +16,10 @@ def for_share(noise: Callable[[Tensor], Tensor], x: Tensor, share: float, genera
     count, taken = len(x), max(1, round(share * len(x)))
     if taken >= count:
         return noise(x)
-    start = (int(torch.randint(count, ())) if generator is None else generator.initial_seed()) % count
+    start = int(torch.randint(count, (), generator=generator, device="cpu" if generator is None else generator.device))
     before = max(0, start + taken - count)  # of the taken, those that stand at the beginning
     part = x.narrow(0, start, taken) if not before else torch.cat([x.narrow(0, start, taken - before), x.narrow(0, 0, before)])
     found = noise(part) * (count / taken) ** 0.5
-    rest = found.new_zeros((count - taken, *found.shape[1:]))
-    if before:
-        return torch.cat([found[taken - before :], rest, found[: taken - before]])
-    return torch.cat([rest[:start], found, rest[start:]])
+    rest = torch.zeros_like(found[:1].expand(count - taken, *found.shape[1:]))  # in the same order in memory
+    rows = (found[taken - before :], rest, found[: taken - before]) if before else (rest[:start], found, rest[start:])
+    return torch.cat([part for part in rows if len(part)])  # one of no rows would decide the order

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sparse import _compiled, _fused, _joined, _masks, _memory, proximal
+from lightning_sparse import _compiled, _fused, _joined, _masks, _memory, _rates, proximal
 from lightning_sparse._compiled import Kernel
+from lightning_sparse._curvature import noise_eta
 from lightning_sparse.duality import Penalty, keep_probability
 from lightning_sparse.noise import Gaussian, Noise, ScaledBernoulli
 from lightning_sparse.penalties import MCP, HardConcrete, LogSquare, LogSum
@@ -72,8 +73,11 @@ def test_a_kernel_does_what_the_calls_do(penalty: Penalty) -> None:
     torch.testing.assert_close(grad, 1 + 0.1 * penalty.gradient(w), rtol=1e-5, atol=1e-6)
     shrink(moved, state, ADAM, "auto", 0.5)
     torch.testing.assert_close(moved, proximal.reweighted_step(penalty, w, proximal.rate(state, ADAM, "auto", 0.5)), rtol=1e-5, atol=1e-9)
-    masks = [masked(kind(penalty, Gaussian(), 10.0, 1e-3), [(w, torch.rand_like(w).fill_(0.3))]) for kind in (_masks.Fused, _masks.Called)]
-    torch.testing.assert_close(masks[0], masks[1], rtol=1e-4, atol=1e-5)
+    eta = lambda *terms: noise_eta(penalty, 0.1, 10.0, *terms)  # noqa: E731
+    both = _masks.Fused(penalty, Gaussian(), 10.0, 1e-3), _masks.Called(eta, Gaussian(), 1e-3, separable=True)
+    terms = w, torch.full_like(w, 0.3)
+    torch.testing.assert_close(*(masked(one, [terms]) for one in both), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*(one.spread(0.1, *terms) for one in both), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -157,12 +161,73 @@ def test_equal_kernels_share_what_was_compiled_and_types_do_not(traced: list[int
 
 def test_a_searched_prox_and_a_missing_compiler_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"the prox of LogSquare.*its prox is searched for.*leave compile=True out"):
-        _fused.Shrinkage(LogSquare(1.0), exact=True).check([torch.ones(2)], rooted=True)
+        _fused.Shrinkage(LogSquare(1.0), exact=True).check([torch.ones(2)], "root")
 
-    def broken(*_: Any) -> Any:
-        raise OSError("no compiler found")
-
-    monkeypatch.setattr(_compiled, "_compile", broken)
     monkeypatch.setattr(_compiled, "_SHARED", {})
-    with pytest.raises(RuntimeError, match=r"could not compile LogSum\(eps=2.0\): no compiler found.*a C\+\+ one"):
-        _fused.Pull(LOG_SUM).check([torch.ones(2)])
+    for error, told in ((OSError("no compiler found\nat all"), "no compiler found"), (AssertionError(), "AssertionError")):
+
+        def broken(*_: Any, error: Exception = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(_compiled, "_compile", broken)
+        with pytest.raises(RuntimeError, match=rf"could not compile LogSum\(eps=2.0\): {told}\. It needs.*a C\+\+ one"):
+            _fused.Pull(LOG_SUM)(torch.ones(2), torch.ones(2), 0.1)
+
+
+def test_whole_numbers_are_the_same_strength_as_their_floats(traced: list[int]) -> None:
+    w, state = weights(9), {"square_avg": torch.rand(27)}
+    for lam in (1, 1.0):
+        grad, moved = torch.ones_like(w), w.clone()
+        _fused.Pull(LOG_SUM)(grad, w, lam)
+        torch.testing.assert_close(grad, 1 + LOG_SUM.gradient(w))
+        _fused.Shrinkage(LOG_SUM, exact=False)(moved, state, {"lr": 1, "eps": 1, "centered": False}, "auto", 1)
+        torch.testing.assert_close(moved, proximal.reweighted_step(LOG_SUM, w, 1 / (state["square_avg"].sqrt() + 1)))
+        fused = _masks.Fused(LOG_SUM, ScaledBernoulli(), 10.0, 1e-3)
+        rows = [(torch.ones(50),)]
+        assert torch.equal(masked(fused, rows, lam), masked(fused, rows, 1.0))
+        torch.testing.assert_close(fused.spread(lam, *rows[0]), torch.full((50,), 1 / 3))
+    assert sorted(traced) == [2, 2, 2, 3]  # a kernel each: ints are no reason for another, nor read as floats
+
+
+def test_a_kernel_for_whole_numbers_is_not_that_for_floats(traced: list[int]) -> None:
+    kernel = Kernel(scaling, 2)
+    for factor in (2, 2.0):
+        target = torch.zeros(3)
+        kernel((target, torch.ones(3)), (factor,))
+        assert torch.equal(target, torch.full((3,), 2.0))
+    assert len(traced) == 2
+
+
+@pytest.mark.slow
+def test_half_precision_and_double_weights_have_kernels_of_their_own() -> None:
+    for dtype, close in ((torch.bfloat16, 0.02), (torch.float64, 1e-12)):
+        w = weights(300).to(dtype)
+        grad = torch.ones_like(w)
+        _fused.Pull(LOG_SUM)(grad, w, 0.1)
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad, 1 + (0.1 * LOG_SUM.gradient(w.double())).to(dtype), rtol=close, atol=close)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "root"),
+        (torch.optim.NAdam, "root"),
+        (torch.optim.RMSprop, "root"),
+        (torch.optim.Adagrad, "root"),
+        (lambda p: torch.optim.RMSprop(p, centered=True), "tensor"),
+        (torch.optim.Adadelta, "tensor"),
+        (torch.optim.Adamax, "tensor"),
+        (torch.optim.ASGD, "number"),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "number"),
+    ],
+)
+def test_the_kind_of_an_optimizers_rate_is_known_before_its_first_step(optimizer: Any, kind: str) -> None:
+    w = torch.nn.Parameter(torch.ones(4))
+    made = optimizer([w])
+    foretold = _rates.kind_of(made, made.param_groups[0])
+    w.grad = torch.ones(4)
+    made.step()
+    state, group = made.state[w], made.param_groups[0]
+    rooted, rate = _rates.of_root(state, group), proximal.rate(state, group, "auto")
+    assert foretold == kind == ("root" if rooted is not None else "tensor" if isinstance(rate, Tensor) else "number")

@@ -94,9 +94,10 @@ def test_the_samples_of_a_share_get_the_noise_that_they_would_get_alone(kind: st
     count = 2 * len(x)
     x = torch.cat([x, x + 1]).detach().requires_grad_()
     found = noise.output_noise(layer, x, spread.detach(), torch.Generator().manual_seed(seed), 0.5)
-    start = torch.Generator().manual_seed(seed).initial_seed() % count
+    generator = torch.Generator().manual_seed(seed)
+    start = int(torch.randint(count, (), generator=generator))
     places = [(start + step) % count for step in range(count // 2)]
-    alone = noise.output_noise(layer, x[places], spread.detach(), torch.Generator().manual_seed(seed)) * 2**0.5
+    alone = noise.output_noise(layer, x[places], spread.detach(), generator) * 2**0.5
     torch.testing.assert_close(found[places], alone)
     rest = [place for place in range(count) if place not in places]
     assert (found[rest] == 0).all()
@@ -104,6 +105,14 @@ def test_the_samples_of_a_share_get_the_noise_that_they_would_get_alone(kind: st
     sides = ((found * weights).sum(), (alone * weights[places]).sum())
     for got, wanted in zip(*(torch.autograd.grad(side, (x, layer.weight)) for side in sides), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_noise_for_a_share_moves_on_with_its_generator_and_keeps_the_order_in_memory() -> None:
+    layer, generator = nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last), seeded()
+    x = torch.randn(6, 3, 5, 5).to(memory_format=torch.channels_last)
+    drawn = [noise.output_noise(layer, x, torch.rand_like(layer.weight), generator, 0.5) for _ in range(20)]
+    assert len({tuple(draw.flatten(1).ne(0).all(1).tolist()) for draw in drawn}) > 3
+    assert all(draw.is_contiguous(memory_format=torch.channels_last) for draw in drawn)
 
 
 def test_one_sample_without_a_batch_gets_its_noise_and_wrong_shares_are_refused() -> None:

@@ -165,6 +165,53 @@ def test_a_searched_prox_is_refused_before_training_starts() -> None:
     assert all(torch.equal(weight, weights(Toy(net()))[name]) for name, weight in weights(module).items())
 
 
+def test_a_form_with_a_formula_of_its_own_has_no_kernel() -> None:
+    class Steeper(ReweightedPenalty):
+        def slope(self, w: Tensor) -> Tensor:
+            return 2 * super().slope(w)
+
+    class Flatter(AdaptiveMask):
+        def eta_of(self, *terms: Tensor) -> Tensor:
+            return 2 * super().eta_of(*terms)
+
+    for form in (Steeper, Flatter):
+        with pytest.raises(ValueError, match=f"{form.__name__} has no kernel"):
+            form(LOG_SUM, 1e-3, compile=True)
+    assert type("Other", (AdaptiveMask,), {}).compiles
+
+
+def test_masks_follow_a_forms_own_eta_and_settings() -> None:
+    class Loud(AdaptiveMask):
+        def eta_of(self, *terms: Tensor) -> Tensor:
+            return torch.full_like(terms[0], 1e-9)
+
+    seen: list[float] = []
+
+    class Seen(Loud):
+        def on_before_backward(self, *given: Any) -> None:
+            seen.append(float((self.parameters["network.0.weight"] == 0).float().mean()))
+            super().on_before_backward(*given)
+
+    callback = Seen(LOG_SUM, 1e-3, noise=ScaledBernoulli(), curvature=None, threshold=0.02)
+    callback.alpha_min = 0.3
+    trained(callback, epochs=1)
+    assert sum(seen) / len(seen) == pytest.approx(0.7, abs=0.1)
+
+
+def test_noise_for_a_share_of_the_samples_reaches_the_layers() -> None:
+    rows: list[int] = []
+
+    class Counted(AdaptiveMask):
+        def draw_outputs(self, *given: Any) -> Tensor:
+            noise = super().draw_outputs(*given)
+            rows.append(int(noise.ne(0).any(1).sum()))
+            return noise
+
+    trained(Counted(LOG_SUM, 3e-2, noise=Gaussian(local=True, share=0.25), curvature=None, threshold=0.02), epochs=1)
+    assert rows
+    assert set(rows) == {4}  # of 16
+
+
 @pytest.mark.slow
 def test_no_compiler_is_told_before_training_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
