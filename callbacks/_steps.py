@@ -27,12 +27,12 @@ def scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
 
 def parts(penalty: Penalty, rows: Iterable[Row], written: int, whole: bool = False) -> Iterable[Row]:
     """The parts of each row's tensors that this process holds, in pieces where a weight's penalty does not depend on the others.
-    Each stays ``whole`` where one kernel does all.
+    Large ones stay ``whole`` where one kernel does all.
 
     What is written to the column ``written`` of one is in its tensors once the next is asked for.
     """
     held = [shards.held(row) for row in rows]
-    return joined(held, written) if penalty.separable and not whole else held
+    return joined(held, written, whole) if penalty.separable else held
 
 
 class Alike(NamedTuple):

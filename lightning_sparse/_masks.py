@@ -85,12 +85,14 @@ class Fused(Masking):
 
     def masked(self, rows: Sequence[Row], lam: float, generator: torch.Generator, kept: Kept | None) -> Masks:
         start, memory = 0, kept or Kept()
-        for number, row in enumerate(rows):
-            mask, product = (memory.empty_like(row[0], (number, what)) for what in ("mask", "product"))
+        for numbers in _joined.grouped(rows, _joined.DRAWN):
+            found = [rows[number] for number in numbers]
+            row = _joined.as_one(found)
+            mask, product = (memory.empty_like(row[0], (numbers[0], what)) for what in ("mask", "product"))
             for part in pieces(mask, product, *row, size=_LONGEST):
                 self._into(part, lam, generator, start)
                 start += part[0].numel()
-            yield number, mask, product
+            yield from zip(numbers, _joined.apart(mask, found), _joined.apart(product, found), strict=True)
 
     def _into(self, part: Row, lam: float, generator: torch.Generator, start: int) -> None:
         if self._words:

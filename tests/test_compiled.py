@@ -133,6 +133,30 @@ def test_draws_depend_neither_on_pieces_nor_on_other_weights(traced: list[int], 
     assert not torch.equal(first, second)
 
 
+def test_many_small_weights_share_a_kernels_call(traced: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(torch.randn(shape), torch.rand(shape)) for shape in ((3, 4), (500, 400), (5,), (2, 2), *[(6, 2)] * 9)]
+    calls: list[int] = []
+    call = Kernel.__call__
+    monkeypatch.setattr(
+        Kernel, "__call__", lambda self, tensors, numbers: (calls.append(tensors[0].numel()), call(self, tensors, numbers))[1]
+    )
+    fused = _masks.Fused(LOG_SUM, ScaledBernoulli(), 10.0, 1e-3)
+    found = {number: (mask, product) for number, mask, product in fused.masked(rows, 0.1, torch.Generator().manual_seed(3), None)}
+    assert sorted(calls) == [12 + 5 + 4 + 9 * 12, 200_000]
+    assert sorted(found) == list(range(len(rows)))
+    for number, (w, _) in enumerate(rows):
+        torch.testing.assert_close(found[number][1], w * found[number][0])
+        assert found[number][0].shape == w.shape
+    assert len({tuple(found[number][0].flatten().tolist()) for number in range(4, 13)}) == 9
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        again = {number: mask for number, mask, _ in fused.masked(rows, 0.1, torch.Generator().manual_seed(3), None)}
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(mask, found[number][0]) for number, mask in again.items())
+
+
 def test_what_does_not_lie_alike_or_is_one_number_is_worked_on_without_a_kernel(traced: list[int]) -> None:
     kernel = Kernel(scaling, 3)
     for source in (torch.randn(3, 4).t(), torch.randn(4, 6)[:, ::2], torch.randn(1)):
