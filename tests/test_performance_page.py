@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import performance_page
+import step_cost
 import time_to_quality
 from performance import options, record, rounds, sections, tables
 
@@ -26,14 +28,16 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_a_page_without_records_names_the_commands(tmp_path: Path) -> None:
     text = performance_page.page(tmp_path)
-    for name in (*performance_page.NAMES, *performance_page.APART, "profiles"):
+    for name in (*performance_page.NAMES, *performance_page.APART, *performance_page.FURTHER, "profiles"):
         assert f"Not run yet: `{performance_page.command(name)}`." in text
-    commands = [line.partition("`")[2].rstrip("`.").split() for line in text.splitlines() if line.startswith("Not run yet: ")]
+    commands = [shlex.split(line.partition("`")[2].rstrip("`.")) for line in text.splitlines() if line.startswith("Not run yet: ")]
     assert all((PAGE.parent.parent / script).is_file() for _, script, *_ in commands)
-    further = {Path(script).stem: words for _, script, *words in commands if words}
-    assert time_to_quality.options().parse_args(further.pop("time_to_quality")).shift == 1
-    alone = [options.parser("", name).parse_args(words) for name, words in further.items()]
-    assert [(given.nets, given.out.stem) for given in alone] == [([net], name) for name, (_, net) in performance_page.APART.items()]
+    words = [(Path(script).stem, words) for _, script, *words in commands if words]
+    (moved,) = [given for name, given in words if name == "time_to_quality"]
+    assert time_to_quality.options().parse_args(moved).shift == 1
+    parsers = {"step_cost": step_cost.options_of(), "peers": options.parser("", "peers")}
+    alone = {given.out.stem: given.nets for given in (parsers[name].parse_args(given) for name, given in words if name in parsers)}
+    assert alone == {name: [net] for name, (_, net) in performance_page.APART.items()} | {"step_cost_noise": ["resnet18", "transformer"]}
     assert "![" not in text
 
 

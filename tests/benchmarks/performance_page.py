@@ -19,6 +19,7 @@ from performance.per_weight import ITEMS
 
 NAMES = ("step_cost", "peers", "time_to_quality", "time_to_quality_moved", "scaling", "start_end", "memory", "ways")
 APART = {"step_cost_lenet": ("step_cost", "lenet"), "peers_resnet18": ("peers", "resnet18")}  # one network, measured by itself
+FURTHER = {"step_cost_noise": "step_cost.py --nets resnet18 transformer --arms mask 'mask, compiled' 'mask local' 'mask local, a quarter'"}
 TITLES = {name: job.name for name, job in JOBS.items()} | {
     "sizes": "By the number of weights",
     "slopes": "Nanoseconds a weight, from a million on",
@@ -32,6 +33,8 @@ LARGEST = 3  # operators and functions that the page names for each form
 
 
 def command(name: str) -> str:
+    if name in FURTHER:
+        return f"python tests/benchmarks/{FURTHER[name]} --out docs/performance/{name}.json"
     if name in APART:
         script, net = APART[name]
         return f"python tests/benchmarks/{script}.py --nets {net} --out docs/performance/{name}.json"
@@ -41,7 +44,7 @@ def command(name: str) -> str:
 
 def page(folder: Path = record.FOLDER) -> str:
     """The whole page, from the JSON files in ``folder`` where they are."""
-    found = {name: record.read(name, folder) for name in (*NAMES, *APART)}
+    found = {name: record.read(name, folder) for name in (*NAMES, *APART, *FURTHER)}
     for name, (together, net) in APART.items():
         if found[name] and found[together]:  # then that counts
             found[together]["results"].pop(net, None)

@@ -62,10 +62,15 @@ def _line(line: dict[str, Any]) -> str:
     return f"{shown} {line['extra_ms']:9.3f} {line['floor_ms']:9.4f} {line['times_floor']:6.1f}"
 
 
-def main() -> None:
+def options_of() -> argparse.ArgumentParser:
+    """The command line."""
     parser = options.parser(__doc__, "step_cost")
     parser.add_argument("--arms", nargs="+", choices=list(arms.ARMS), default=list(arms.ARMS), help="beside the plain one (default: all)")
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    given = options_of().parse_args()
     jobs.be_quiet(given.threads)
     large = floor.bandwidth()
     print(f"{given.threads} threads, {given.rounds} rounds, {given.clock} clock; a copy beyond the caches: {large / 1e9:.1f} GB/s")

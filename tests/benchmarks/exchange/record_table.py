@@ -38,7 +38,7 @@ USUAL = {"lenet_300_100": 80, "lenet_5": 30}  # epochs
 GOALS = (
     Goal("lenet_300_100", 19, 1.35, 80),
     Goal("lenet_300_100", 68, 1.6, 80),
-    Goal("lenet_300_100", 100, 1.75, 80),
+    Goal("lenet_300_100", 100, 1.75, 160),
     Goal("lenet_5", 150, 0.75, 30),
     Goal("lenet_5", 280, 0.9, 60),
 )
