@@ -50,6 +50,9 @@ class AdaptiveProx(Sparsifier):
         if metric not in ("auto", "adam", "plain"):
             raise ValueError(f"metric must be 'auto', 'adam' or 'plain', got {metric!r}")
         self.metric, self.exact = metric, exact
+
+    def _forget(self) -> None:
+        super()._forget()
         self._fused: _fused.Shrinkage | None = None
 
     def own_settings(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +11,6 @@ from torch import Tensor
 from lightning_sparse import _fused
 from lightning_sparse.callbacks import _steps
 from lightning_sparse.callbacks.base import Sparsifier
-from lightning_sparse.duality import MaskRule, Penalty
-from lightning_sparse.schedules import Schedule
 
 
 class ReweightedPenalty(Sparsifier):
@@ -29,20 +26,8 @@ class ReweightedPenalty(Sparsifier):
         super().__init_subclass__(**given)
         cls.compiles = cls.slope is ReweightedPenalty.slope  # the kernel's
 
-    def __init__(
-        self,
-        penalty: Penalty | MaskRule,
-        lam: float | Schedule | None = None,
-        select: Sequence[str] | None = None,
-        tol: float = 0.05,
-        freeze: float = 0.0,
-        threshold: float | None = None,
-        gap_samples: int = 0,
-        keep_zeros: bool = False,
-        target_sparsity: float | None = None,
-        compile: bool = False,
-    ) -> None:
-        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, compile)
+    def _forget(self) -> None:
+        super()._forget()
         self._fused: _fused.Pull | None = None
 
     def check_form(self, trainer: Trainer, pl_module: LightningModule) -> None:
