@@ -89,7 +89,7 @@ class Fused(Masking):
             found = [rows[number] for number in numbers]
             row = _joined.as_one(found)
             mask, product = (memory.empty_like(row[0], (numbers[0], what)) for what in ("mask", "product"))
-            for part in pieces(mask, product, *row, size=_LONGEST):
+            for part in pieces(mask, product, *row, size=_LONGEST if self._words else _joined.DRAWN):  # numbers are memory
                 self._into(part, lam, generator, start)
                 start += part[0].numel()
             yield from zip(numbers, _joined.apart(mask, found), _joined.apart(product, found), strict=True)
