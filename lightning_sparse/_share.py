@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def for_share(noise: Callable[[Tensor], Tensor], x: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
@@ -20,6 +21,6 @@ def for_share(noise: Callable[[Tensor], Tensor], x: Tensor, share: float, genera
     before = max(0, start + taken - count)  # of the taken, those that stand at the beginning
     part = x.narrow(0, start, taken) if not before else torch.cat([x.narrow(0, start, taken - before), x.narrow(0, 0, before)])
     found = noise(part) * (count / taken) ** 0.5
-    rest = torch.zeros_like(found[:1].expand(count - taken, *found.shape[1:]))  # in the same order in memory
-    rows = (found[taken - before :], rest, found[: taken - before]) if before else (rest[:start], found, rest[start:])
-    return torch.cat([part for part in rows if len(part)])  # one of no rows would decide the order
+    front = 0 if before else start
+    placed = functional.pad(found, [0, 0] * (found.dim() - 1) + [front, count - taken - front])
+    return placed.roll(start, 0) if before else placed

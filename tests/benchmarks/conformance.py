@@ -65,7 +65,19 @@ def table(kept: dict[str, dict[str, list[str]]]) -> str:
     for name in (name for name in conformance.CHECKS if name in kept):
         cells = [_cell(kept[name].get(column), notes) for column in columns]
         lines.append(f"| {conformance.CHECKS[name].title} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
+    return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1)), *_compiled(kept)])
+
+
+def _compiled(kept: dict[str, dict[str, list[str]]]) -> list[str]:
+    """Of the callbacks with compile=True: how many checks pass, and which do not."""
+    found = {name: {check: row[name][0] for check, row in kept.items() if name in row} for name in subjects.COMPILED}
+    lines = ["", "With `compile=True`:", ""]
+    for name, verdicts in found.items():
+        said = f"{sum(verdict == 'pass' for verdict in verdicts.values())} of {len(verdicts)} checks pass"
+        odd = {word: [f"`{check}`" for check, verdict in verdicts.items() if verdict == word] for word in ("fail", "n/a")}
+        said += "".join(f"; {word}: {', '.join(names)}" for word, names in odd.items() if names)
+        lines += [f"- {name.removesuffix(', compiled')}: {said}"] if verdicts else []
+    return lines if any(found.values()) else []
 
 
 def _cell(outcome: list[str] | None, notes: list[str]) -> str:
@@ -108,7 +120,7 @@ def write(path: Path, name: str, text: str) -> None:
 
 def main() -> None:
     others = [s for s in subjects.OTHERS.values() if s.optimizer is None or importlib.util.find_spec("torchao")]
-    columns = {subject.name: subject for subject in [*subjects.OURS.values(), *others]}
+    columns = {subject.name: subject for subject in [*subjects.OURS.values(), *subjects.COMPILED.values(), *others]}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(conformance.CHECKS), choices=list(conformance.CHECKS), metavar="CHECK")
     parser.add_argument("--on", nargs="*", default=list(columns), choices=list(columns), metavar="CALLBACK")

@@ -74,6 +74,22 @@ def gates() -> list[Callback]:
     return [HardConcrete(0.03, tol=0.5, log_start=-0.578, learned_lr=0.3)]
 
 
+def compiled_penalty() -> list[Callback]:
+    return [ReweightedPenalty(LOG_SUM, 0.5, compile=True)]
+
+
+def compiled_prox() -> list[Callback]:
+    return [AdaptiveProx(LOG_SUM, 0.2, compile=True)]
+
+
+def compiled_mask() -> list[Callback]:
+    return [AdaptiveMask(LOG_SUM, 0.5, compile=True)]
+
+
+def compiled_bernoulli() -> list[Callback]:
+    return [AdaptiveMask(LOG_SUM, 0.2, noise=noise.ScaledBernoulli(), compile=True)]
+
+
 def pruning() -> list[Callback]:
     return [MagnitudePruning(0.5, every=2)]
 
@@ -115,6 +131,12 @@ VARIANTS = {
     "VariationalDropout, weight": Subject("VariationalDropout, weight", weight_noise),
     "VariationalDropout, local": Subject("VariationalDropout, local", local_noise),
     "MagnitudePruning, by layer": Subject("MagnitudePruning, by layer", pruning_by_layer),
+}
+COMPILED = {
+    "ReweightedPenalty, compiled": Subject("ReweightedPenalty, compiled", compiled_penalty),
+    "AdaptiveProx, compiled": Subject("AdaptiveProx, compiled", compiled_prox),
+    "AdaptiveMask, compiled": Subject("AdaptiveMask, compiled", compiled_mask),
+    "AdaptiveMask, Bernoulli, compiled": Subject("AdaptiveMask, Bernoulli, compiled", compiled_bernoulli),
 }
 OTHERS = {
     "ModelPruning": Subject("ModelPruning", model_pruning),

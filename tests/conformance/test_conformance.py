@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from subjects import OTHERS, OURS, VARIANTS
+from subjects import COMPILED, OTHERS, OURS, VARIANTS
 
-from lightning_sparse import conformance, testing
+from lightning_sparse import _compiled, conformance, testing
 from lightning_sparse.callbacks import SparsityMonitor
 
 pytestmark = pytest.mark.slow
@@ -28,6 +28,18 @@ def test_our_callbacks_conform(name, check):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_their_options_conform_in_what_a_file_holds(name, check):
     outcome = conformance.outcome(VARIANTS[name], check)
+    assert outcome.verdict == "pass", outcome.reason
+
+
+STEPS = [name for name, check in conformance.CHECKS.items() if check.group == "precision and steps"]
+
+
+@pytest.mark.parametrize("check", [*STEPS, "what_is_unfrozen_becomes_sparse"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_kernels_conform_wherever_steps_are_taken(name, check, monkeypatch):
+    monkeypatch.setattr(_compiled, "_compile", lambda function, *_: lambda given: function(*given))  # what a kernel is made of, uncompiled
+    monkeypatch.setattr(_compiled, "_SHARED", {})
+    outcome = conformance.outcome(COMPILED[name], check)
     assert outcome.verdict == "pass", outcome.reason
 
 

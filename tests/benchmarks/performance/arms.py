@@ -29,6 +29,7 @@ def forms(compiled: bool) -> dict[str, jobs.Prepare]:
         "prox exact": only(lambda: AdaptiveProx(PENALTY, LAM, metric="adam", exact=True, compile=compiled)),
         "mask": only(lambda: AdaptiveMask(PENALTY, LAM, noise=ScaledBernoulli(), compile=compiled)),
         "mask local": only(lambda: AdaptiveMask(PENALTY, LAM, noise=Gaussian(local=True), compile=compiled)),
+        QUARTER: only(lambda: AdaptiveMask(PENALTY, LAM, noise=Gaussian(local=True, share=0.25), compile=compiled)),
     }
 
 
@@ -36,7 +37,6 @@ COMPILED, QUARTER = ", compiled", "mask local, a quarter"
 ARMS: dict[str, jobs.Prepare] = {
     PLAIN: jobs.plain,
     **forms(compiled=False),
-    QUARTER: only(lambda: AdaptiveMask(PENALTY, LAM, noise=Gaussian(local=True, share=0.25))),
     **{f"{name}{COMPILED}": prepare for name, prepare in forms(compiled=True).items()},
     "variational dropout": only(lambda: VariationalDropout(KL_WEIGHT)),
     "monitor": only(lambda: SparsityMonitor()),
@@ -55,6 +55,6 @@ _OF_FORMS: dict[str, dict[str, float]] = {
     "transformer": {"penalty": 1.03, "prox": 1.04, "mask": 1.10, "mask local": 1.4, "monitor": _MONITOR},
 }
 GOALS = {
-    net: goals | {QUARTER: goals["mask local"]} | {f"{arm}{COMPILED}": goal for arm, goal in goals.items()}
+    net: {f"{arm}{kernel}": goal for arm, goal in (goals | {QUARTER: goals["mask local"]}).items() for kernel in ("", COMPILED)}
     for net, goals in _OF_FORMS.items()
 }
