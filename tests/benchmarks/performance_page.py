@@ -19,7 +19,7 @@ from performance.per_weight import ITEMS
 
 NAMES = ("step_cost", "peers", "time_to_quality", "time_to_quality_moved", "scaling", "start_end", "memory", "ways")
 APART = {"step_cost_lenet": ("step_cost", "lenet"), "peers_resnet18": ("peers", "resnet18")}  # one network, measured by itself
-FURTHER = {"step_cost_noise": "step_cost.py --nets resnet18 transformer --arms mask 'mask, compiled' 'mask local' 'mask local, a quarter'"}
+FURTHER = {"step_cost_noise": "step_cost.py --nets resnet18 transformer --arms mask 'mask, compiled' 'mask local, a quarter'"}
 TITLES = {name: job.name for name, job in JOBS.items()} | {
     "sizes": "By the number of weights",
     "slopes": "Nanoseconds a weight, from a million on",
