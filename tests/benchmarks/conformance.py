@@ -75,6 +75,7 @@ def _compiled(kept: dict[str, dict[str, list[str]]]) -> list[str]:
     for name, verdicts in found.items():
         said = f"{sum(verdict == 'pass' for verdict in verdicts.values())} of {len(verdicts)} checks pass"
         odd = {word: [f"`{check}`" for check, verdict in verdicts.items() if verdict == word] for word in ("fail", "n/a")}
+        odd["not run"] = [f"`{check}`" for check in conformance.CHECKS if check not in verdicts]
         said += "".join(f"; {word}: {', '.join(names)}" for word, names in odd.items() if names)
         lines += [f"- {name.removesuffix(', compiled')}: {said}"] if verdicts else []
     return lines if any(found.values()) else []
