@@ -73,11 +73,11 @@ def _compiled(kept: dict[str, dict[str, list[str]]]) -> list[str]:
     found = {name: {check: row[name][0] for check, row in kept.items() if name in row} for name in subjects.COMPILED}
     lines = ["", "With `compile=True`:", ""]
     for name, verdicts in found.items():
-        said = f"{sum(verdict == 'pass' for verdict in verdicts.values())} of {len(verdicts)} checks pass"
+        told = f"{sum(verdict == 'pass' for verdict in verdicts.values())} of {len(verdicts)} checks pass"
         odd = {word: [f"`{check}`" for check, verdict in verdicts.items() if verdict == word] for word in ("fail", "n/a")}
         odd["not run"] = [f"`{check}`" for check in conformance.CHECKS if check not in verdicts]
-        said += "".join(f"; {word}: {', '.join(names)}" for word, names in odd.items() if names)
-        lines += [f"- {name.removesuffix(', compiled')}: {said}"] if verdicts else []
+        told += "".join(f"; {word}: {', '.join(names)}" for word, names in odd.items() if names)
+        lines += [f"- {name.removesuffix(', compiled')}: {told}"] if verdicts else []
     return lines if any(found.values()) else []
 
 
