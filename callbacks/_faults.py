@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_sparse._finite import unfit
+from lightning_sparse._finite import doubtful, unfit
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
@@ -56,7 +56,8 @@ def check_gradients(callback: Form, trainer: Trainer, optimizer: torch.optim.Opt
         return
     clipped = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm == "value"
     grads = {name: p.grad for name, p, _ in callback._owned(optimizer) if p.grad is not None}
-    if found := unfit(grads, nan_only=clipped):  # clipping by value makes inf finite
+    unknown = doubtful(grads)
+    if unknown and (found := unfit(unknown, nan_only=clipped)):  # clipping by value makes inf finite
         cause = "while the loss is finite" if trainer.world_size == 1 else "from the loss of this rank or of another"
         raise FloatingPointError(
             f"the gradient of {_listed(found)} at optimiser step {callback.step}, {cause}; {_WHOLE}. "

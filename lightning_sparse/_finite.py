@@ -27,6 +27,37 @@ def unfit(tensors: Mapping[str, Tensor], nan_only: bool = False) -> dict[str, tu
     return {name: (nan, inf) for name, (nan, inf) in counted.items() if nan or (inf and not nan_only)}
 
 
+_LARGE = 1 << 20  # elements: a sum, which only reads them, is faster than the call for many
+
+
+def doubtful(gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Those of ``gradients`` that are not known to be finite: it may be all of them, if one is not.
+
+    One call, the one that GradScalers are made of, looks at all that are dense, on the CPU, and not large, at a third of what
+    a sum of each takes; it writes to each of them what is there.
+    """
+    easy = [grad for grad in gradients.values() if type(grad) in shards.PLAIN and _is_easy(grad)]
+    if not _are_finite(easy):
+        return gradients
+    if len(easy) == len(gradients):
+        return {}
+    seen = set(map(id, easy))
+    return {name: grad for name, grad in gradients.items() if id(grad) not in seen}
+
+
+def _is_easy(grad: Tensor) -> bool:
+    return grad.is_cpu and grad.layout == torch.strided and grad.numel() <= _LARGE
+
+
+def _are_finite(tensors: list[Tensor]) -> bool:
+    found, one = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
+    try:
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, one)
+    except RuntimeError:  # elements that share memory, or a type it does not know
+        return False
+    return found.item() == 0
+
+
 def _sums(parts: list[Tensor]) -> list[Tensor]:
     """One sum for each part, or for many small ones together."""
     groups = grouped([(part,) for part in parts])

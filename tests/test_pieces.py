@@ -174,6 +174,31 @@ def test_values_that_are_not_finite_are_found_wherever_they_are_and_only_there(w
     assert _finite.unfit({"w": w, "other": other}, nan_only) == expected
 
 
+@quick
+@given(w=weights(), other=weights(), nan_only=st.booleans())
+def test_gradients_are_in_doubt_unless_they_are_finite_and_keep_their_bits(w: Tensor, other: Tensor, nan_only: bool) -> None:
+    gradients, before = {"w": w, "other": other}, {"w": w.clone(), "other": other.clone()}
+    doubtful = _finite.doubtful(gradients)
+    assert _finite.unfit(doubtful, nan_only) == _finite.unfit(before, nan_only)
+    assert bool(doubtful) is not all(bool(tensor.isfinite().all()) for tensor in before.values())
+    assert all(torch.equal(bits(gradients[name]), bits(tensor)) for name, tensor in before.items())
+
+
+HARD = {
+    "sparse": lambda: torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (3, 2), check_invariants=True),
+    "large": lambda: torch.ones(_finite._LARGE + 1),
+    "expanded": lambda: torch.ones(1).expand(5),
+    "complex": lambda: torch.ones(3, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_gradients_that_one_call_cannot_look_at_stay_in_doubt(kind: str) -> None:
+    found = _finite.doubtful({"easy": torch.ones(3), "hard": HARD[kind]()})
+    assert found.keys() - {"easy"} == {"hard"}
+    assert _finite.doubtful({"one": torch.ones(3), "other": torch.ones(2, 2).double()}) == {}
+
+
 def test_a_sum_that_overflows_is_no_fault_and_sparse_gradients_are_looked_through() -> None:
     large = torch.full((4,), 3e38)
     assert _finite.unfit({"large": large, "half": torch.full((9,), 6e4, dtype=torch.float16)}) == {}
