@@ -74,7 +74,7 @@ class MagnitudePruning(Sparsifier):
 
     def _forget(self) -> None:
         super()._forget()
-        self._reached = 0.0  # the share that was last pruned to
+        self._reached, self._ranked = 0.0, 0  # the share that was last pruned to, and of how many parameters
 
     # -- conversion ---------------------------------------------------------------------------------------------------
 
@@ -125,10 +125,11 @@ class MagnitudePruning(Sparsifier):
         super()._maybe_freeze(arrived)
 
     def _is_due(self) -> bool:
-        """Every so many steps of the ramp; at its end; and after it, for weights that came later."""
+        """Every so many steps of the ramp; at its end; and after it for parameters that came later, since others' zeros stay."""
         since = self.step - round(self.begin * self.total)
         ends = self._reached < self.lam == self.sparsity
-        return since >= 0 and (since % self.every == 0 or ends)
+        more = self._reached != self.lam or self._ranked != len(self.parameters)
+        return since >= 0 and ((since % self.every == 0 and more) or ends)
 
     def _freeze(self, names: Iterable[str]) -> None:
         if self.frozen:  # no more can be pruned later
@@ -144,7 +145,7 @@ class MagnitudePruning(Sparsifier):
             for name, kept in shrunk(group, held, share).items():
                 self.held[name] = self._part(name, kept)
                 shards.hold(self.parameters[name], self.held[name])
-        self._reached = share
+        self._reached, self._ranked = share, len(self.parameters)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.lam < self.sparsity and not self.frozen:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse._pieces import pieces
+
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -58,8 +60,12 @@ def write(target: Tensor, source: Tensor) -> None:
 
 @torch.no_grad()
 def hold(tensor: Tensor, where: Tensor) -> None:
-    """Put zeros everywhere but ``where`` (boolean, split as ``tensor`` is): by a product, which costs a fraction of a masked fill."""
-    local(tensor.detach()).mul_(local(where).view(torch.uint8))
+    """Put zeros everywhere but ``where`` (boolean, split as ``tensor`` is): by a product, which costs a fraction of a masked fill.
+
+    In pieces of a million weights, since torch makes floats of what it multiplies by: of more, memory is mapped anew each time.
+    """
+    for part, kept in pieces(local(tensor.detach()), local(where).view(torch.uint8), size=1 << 20):
+        part.mul_(kept)
 
 
 @torch.no_grad()

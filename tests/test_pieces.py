@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_sparse import _finite, attach, counts, curvature, duality, mask_rules, noise, penalties, proximal
+from lightning_sparse import _finite, attach, counts, curvature, duality, mask_rules, noise, penalties, proximal, shards
 from lightning_sparse._pieces import over
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
 
@@ -182,6 +182,14 @@ def test_gradients_are_in_doubt_unless_they_are_finite_and_keep_their_bits(w: Te
     assert _finite.unfit(doubtful, nan_only) == _finite.unfit(before, nan_only)
     assert bool(doubtful) is not all(bool(tensor.isfinite().all()) for tensor in before.values())
     assert all(torch.equal(bits(gradients[name]), bits(tensor)) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_zeros_are_held_in_weights_of_any_size_and_layout(turned: bool) -> None:
+    w, kept = torch.arange(1.0, 1026 * 1025 + 1).reshape(1026, 1025), torch.arange(1026 * 1025).reshape(1026, 1025) % 3 == 0
+    held, mask = w.clone(), kept.t().contiguous().t() if turned else kept
+    shards.hold(held, mask)
+    assert torch.equal(held, torch.where(kept, w, 0.0))
 
 
 HARD = {

@@ -9,12 +9,14 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
 from torch.nn.utils import prune
 from toys import Repeated, Toy, data, trainer, weights
 
 from lightning_sparse import mask_rules, penalties, schedules
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, MagnitudePruning, ReweightedPenalty
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, MagnitudePruning, ReweightedPenalty, magnitude_pruning
+from lightning_sparse.conformance.neighbours import Backboned
 from lightning_sparse.mask_rules.ranked import shrunk
 
 SIZE, STEPS = 176, 40  # weights of the toy's matrices, and optimiser steps of ten epochs
@@ -90,6 +92,20 @@ def test_the_share_of_zeros_follows_the_papers_schedule(sparsity, start, begin, 
             expected = round(SIZE * share)
         assert zeros == expected, f"after step {step}"
         assert target == pytest.approx(share, abs=1e-12)
+
+
+def test_weights_are_ranked_no_more_after_the_ramp(monkeypatch):
+    ranked, own = [], magnitude_pruning.shrunk
+    monkeypatch.setattr(magnitude_pruning, "shrunk", lambda *given: ranked.append(given[-1]) or own(*given))
+    run(MagnitudePruning(0.8, end=0.5, every=3))
+    assert ranked == pytest.approx([by_hand(step, STEPS, 0.8, 0.0, 0.0, 0.5) for step in [*range(0, STEPS // 2, 3), STEPS // 2]])
+
+
+def test_what_joins_after_the_ramp_is_pruned_with_the_others():
+    pruning, module = MagnitudePruning(0.75, end=0.25, every=3), Backboned()
+    trainer(pruning, BackboneFinetuning(2, backbone_initial_ratio_lr=1.0), epochs=4).fit(module, data())
+    assert sum(int((w == 0).sum()) for w in (module.backbone.weight, module.head.weight)) == round(0.75 * SIZE)
+    assert (module.backbone.weight == 0).any()
 
 
 def test_the_schedule_at_steps_worked_out_by_hand():
