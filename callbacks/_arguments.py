@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach
 from lightning_sparse._clipping import Clipping
+from lightning_sparse._joint import Joint
 from lightning_sparse.callbacks import _refusals, _report, _strengths
 from lightning_sparse.callbacks._averages import Averages
 from lightning_sparse.callbacks._groups import Members
@@ -80,6 +81,7 @@ class Arguments(Callback):
         self.parameters: dict[str, nn.Parameter] = {}
         self.step, self.total = 0, math.inf
         self.attachment: attach.Attachment | None = None
+        self._joint = Joint()
         self.support: dict[str, Tensor] | None = None  # where weights may live, once frozen
         self._compared = False  # the ranks' numbers of batches
         self.held: dict[str, Tensor] = {}  # where weights may live by keep_zeros, or after pruning

@@ -50,6 +50,7 @@ class Shown(Saved):
         for handle in self._handles:
             handle.remove()
         self._handles, self._batch = [], None
+        self._joint.clear()
 
     def _close(self) -> None:
         """Live weights back, hooks removed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_sparse import _rates, shards
-from lightning_sparse._joined import Row, joined
+from lightning_sparse._joined import Row
+from lightning_sparse._joint import Columns, Joint
 from lightning_sparse.duality import Penalty
 
 if TYPE_CHECKING:
@@ -25,28 +26,38 @@ def scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
     return float(scaler.get_scale())
 
 
-def parts(penalty: Penalty, rows: Iterable[Row], written: int, whole: bool = False) -> Iterable[Row]:
+def parts(joint: Joint, penalty: Penalty, columns: Columns, written: int, whole: bool = False) -> Iterable[Row]:
     """The parts of each row's tensors that this process holds, in pieces where a weight's penalty does not depend on the others.
     Large ones stay ``whole`` where one kernel does all.
 
     What is written to the column ``written`` of one is in its tensors once the next is asked for.
     """
-    held = [shards.held(row) for row in rows]
-    return joined(held, written, whole) if penalty.separable else held
+    held = [*map(shards.held_of, columns)]
+    return joint.pieces(held, written, whole) if penalty.separable else zip(*held, strict=True)
+
+
+def add(joint: Joint, penalty: Penalty, columns: Columns, slope: Callable[[Tensor], Tensor], alpha: float) -> None:
+    """The columns being weights and gradients: add ``alpha`` times the weights' ``slope`` to the gradients."""
+    weights, grads = map(shards.held_of, columns)
+    if penalty.separable:
+        joint.add(weights, grads, slope, alpha)
+    else:
+        for w, grad in zip(weights, grads, strict=True):
+            grad.add_(slope(w), alpha=alpha)
 
 
 class Alike(NamedTuple):
     """Parameters whose weights one rule finds the optimiser's rate of.
 
-    ``state`` is what the optimiser keeps of one of them; ``numbers`` says which they are; each of ``rows`` ends with what is
-    kept for each weight, in the order of ``moments``.
+    ``state`` is what the optimiser keeps of one of them; ``numbers`` says which they are; the last of ``columns`` are what is
+    kept for each weight and tells its rate, in the order of ``moments``.
     """
 
     group: dict[str, Any]
     state: dict[str, Any]
     moments: tuple[str, ...]
     numbers: list[int]
-    rows: list[Row]
+    columns: list[list[Tensor]]
 
     def rate_state(self, held: Sequence[Tensor]) -> dict[str, Any]:
         """The state with the columns ``held`` of a piece of the rows in the place of its moments."""
@@ -62,9 +73,11 @@ def alike(optimizer: torch.optim.Optimizer, members: Iterable[tuple[Tensor, dict
         step = state.get("step", 0)
         read = not isinstance(step, Tensor) or step.is_cpu  # on an accelerator that would wait for it
         key = (id(group), float(step), tuple(moments), len(row)) if read else number
-        kind = kinds.setdefault(key, Alike(group, state, tuple(moments), [], []))
-        kind.numbers.append(number)
-        kind.rows.append((*row, *moments.values()))
+        if key not in kinds:
+            kinds[key] = Alike(group, state, tuple(moments), [], [[] for _ in range(len(row) + len(moments))])
+        kinds[key].numbers.append(number)
+        for column, tensor in zip(kinds[key].columns, (*row, *moments.values()), strict=True):
+            column.append(tensor)
     return list(kinds.values())
 
 

@@ -25,9 +25,8 @@ class Supported(Form):
 
     @torch.no_grad()
     def _hold(self, optimizer: torch.optim.Optimizer, support: Mapping[str, Tensor]) -> None:
-        for name, parameter, _ in self._owned(optimizer) if support else ():
-            if name in support:
-                shards.hold(parameter, support[name])
+        if support:
+            shards.hold_all((parameter, support[name]) for name, parameter, _ in self._owned(optimizer) if name in support)
 
     def all_zeros(self) -> dict[str, Tensor]:
         """:meth:`zeros` of every parameter."""

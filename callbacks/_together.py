@@ -30,9 +30,10 @@ def _joint(form: Form, optimizer: torch.optim.Optimizer, values: Mapping[str, Te
     known = [(name, p, group, terms) for name, p, group, terms in owned if terms is not None]
     found: dict[str, Tensor] = {}
     for kind in _steps.alike(optimizer, (member[1:] for member in known)):
-        for numbers in _joined.grouped(kind.rows):
+        every = list(zip(*kind.columns, strict=True))
+        for numbers in _joined.grouped(every):
             if len(numbers) > 1:
-                rows = [kind.rows[number] for number in numbers]
+                rows = [every[number] for number in numbers]
                 columns = [_joined.flattened(column) for column in zip(*rows, strict=True)]
                 count = len(columns) - len(kind.moments)
                 marks = form.marks(columns[:count], kind.group, kind.rate_state(columns[count:]))

@@ -78,10 +78,10 @@ class AdaptiveProx(Sparsifier):
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         lam = self.lam * self._clipping.last  # a clipped step has that much less of a prox, too
-        stepped = [(parameter, group, (parameter,)) for _, parameter, group in self._owned(optimizer) if parameter.grad is not None]
+        stepped = ((parameter, group, (parameter,)) for _, parameter, group in self._owned(optimizer) if parameter.grad is not None)
         for kind in _steps.alike(optimizer, stepped):
             factor = _rates.gain(kind.group) * lam
-            for w, *held in _steps.parts(self.penalty, kind.rows, written=0, whole=self.compile):
+            for w, *held in _steps.parts(self._joint, self.penalty, kind.columns, written=0, whole=self.compile):
                 self._shrink(w, kind.rate_state(held), kind.group, factor)
 
     def _shrink(self, w: Tensor, state: dict[str, Any], group: dict[str, Any], factor: float) -> None:

@@ -38,19 +38,21 @@ class ReweightedPenalty(Sparsifier):
     @torch.no_grad()
     def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         strength = self.lam * _steps.scale(trainer, optimizer)
-        rows: dict[int, list[tuple[Tensor, Tensor]]] = {1: [], -1: []}
+        columns: dict[int, tuple[list[Tensor], list[Tensor]]] = {1: ([], []), -1: ([], [])}  # weights and gradients
         for _, parameter, group in self._owned(optimizer):
             if parameter.grad is not None:
-                rows[-1 if group.get("maximize") else 1].append((parameter, parameter.grad))
-        for sign, signed in rows.items():
-            for w, grad in _steps.parts(self.penalty, signed, written=1, whole=self.compile):
-                self._pull(grad, w, sign * strength)
+                weights, grads = columns[-1 if group.get("maximize") else 1]
+                weights.append(parameter)
+                grads.append(parameter.grad)
+        for sign, signed in columns.items():
+            self._pull(signed, sign * strength)
 
-    def _pull(self, grad: Tensor, w: Tensor, strength: float) -> None:
+    def _pull(self, columns: tuple[list[Tensor], list[Tensor]], strength: float) -> None:
         if self._fused is None:
-            grad.add_(self.slope(w), alpha=strength)
+            _steps.add(self._joint, self.penalty, columns, self.slope, strength)
         else:
-            self._fused(grad, w, strength)
+            for w, grad in _steps.parts(self._joint, self.penalty, columns, written=1, whole=True):
+                self._fused(grad, w, strength)
 
     def slope(self, w: Tensor) -> Tensor:
         """What ``lam`` multiplies, of the weights that this process holds."""

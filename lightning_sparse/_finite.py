@@ -82,5 +82,5 @@ def _total(marks: Tensor, of: Tensor) -> int:
 
 def _values(tensor: Any) -> Tensor:
     """What a dense, sparse or split tensor holds here."""
-    (part,) = shards.held((tensor,))
+    (part,) = shards.held_of((tensor,))
     return part._values() if part.is_sparse else part

@@ -50,21 +50,6 @@ def _filled(numbers: Iterable[int], rows: Sequence[Row], size: int) -> Iterator[
     yield group
 
 
-def joined(rows: Sequence[Row], written: int, whole: bool = False) -> Iterator[Row]:
-    """The pieces of each row, or it ``whole``; many small rows come as one, which is a copy.
-
-    What is written to the column ``written`` of a piece is in its tensors once the next one is asked for.
-    """
-    for numbers in grouped(rows):
-        if len(numbers) == 1:
-            yield from [rows[numbers[0]]] if whole else _pieces.pieces(*rows[numbers[0]])
-            continue
-        columns = [list(column) for column in zip(*(rows[number] for number in numbers), strict=True)]
-        flat = tuple(flattened(column) for column in columns)
-        yield flat
-        torch._foreach_copy_(columns[written], list(parted(flat[written], columns[written])))
-
-
 def as_one(rows: Sequence[Row]) -> Row:
     """The only row, or all of them flattened."""
     return rows[0] if len(rows) == 1 else tuple(flattened(column) for column in zip(*rows, strict=True))

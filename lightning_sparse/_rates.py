@@ -64,9 +64,13 @@ def _parts(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: shards.local(value) for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
 
 
+_READ = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "acc_delta", "sum", "exp_inf")  # by :func:`adaptive`
+
+
 def moments(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
-    """Of an optimiser's state, what it keeps for each weight."""
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() and value.shape == parameter.shape}
+    """Of an optimiser's state, what it keeps for each weight and a rate is made of."""
+    found = {name: state[name] for name in _READ if name in state}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor) and value.dim() and value.shape == parameter.shape}
 
 
 def gain(group: Mapping[str, Any]) -> float:

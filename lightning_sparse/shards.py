@@ -7,7 +7,7 @@ parts of the tensor: call them on every rank, or on none.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_sparse._pieces import pieces
 
 PLAIN = (Tensor, nn.Parameter)
+_PIECE = 1 << 20  # weights
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -30,9 +31,9 @@ def local(tensor: Any) -> Tensor:
     return part
 
 
-def held(row: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The parts of a row of tensors that this process holds; the row itself, at once, where they are plain."""
-    return row if all(type(tensor) in PLAIN for tensor in row) else tuple(local(tensor.detach()) for tensor in row)
+def held_of(tensors: Sequence[Any]) -> list[Tensor]:
+    """The parts of ``tensors`` that this process holds; plain ones as they are."""
+    return [tensor if type(tensor) in PLAIN else local(tensor.detach()) for tensor in tensors]
 
 
 def like(part: Tensor, whole: Any) -> Tensor:
@@ -62,10 +63,24 @@ def write(target: Tensor, source: Tensor) -> None:
 def hold(tensor: Tensor, where: Tensor) -> None:
     """Put zeros everywhere but ``where`` (boolean, split as ``tensor`` is): by a product, which costs a fraction of a masked fill.
 
-    In pieces of a million weights, since torch makes floats of what it multiplies by: of more, memory is mapped anew each time.
+    In pieces, since torch makes floats of what it multiplies by: of more, memory is mapped anew each time.
     """
-    for part, kept in pieces(local(tensor.detach()), local(where).view(torch.uint8), size=1 << 20):
+    for part, kept in pieces(local(tensor.detach()), local(where).view(torch.uint8), size=_PIECE):
         part.mul_(kept)
+
+
+@torch.no_grad()
+def hold_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """:func:`hold` of each tensor and its ``where``; those that are small and not split by one call."""
+    tensors, marks = [], []
+    for tensor, where in pairs:
+        if type(tensor) in PLAIN and type(where) in PLAIN and tensor.numel() <= _PIECE:
+            tensors.append(tensor)
+            marks.append(where.view(torch.uint8))
+        else:
+            hold(tensor, where)
+    if tensors:
+        torch._foreach_mul_(tensors, marks)
 
 
 @torch.no_grad()

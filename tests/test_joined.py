@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import _joined, _memory, _pieces
+from lightning_sparse import _joined, _joint, _memory, _pieces
 from lightning_sparse.noise import ScaledBernoulli
 
 
@@ -46,7 +46,7 @@ def test_a_group_has_a_bounded_size_and_few_are_left_alone() -> None:
 def test_what_is_written_to_a_column_is_in_its_tensors(lie: Callable[[Tensor], Tensor]) -> None:
     targets, sources = ([lie(tensor.clone()) for tensor in MIXED] for _ in range(2))
     with torch.no_grad():
-        for source, target in _joined.joined(list(zip(sources, targets, strict=True)), written=1):
+        for source, target in _joint.Joint().pieces((sources, targets), written=1):
             target.add_(source.square())
             source.zero_()  # not the written column: of joined rows a copy
     for before, target in zip(MIXED, targets, strict=True):
@@ -57,9 +57,52 @@ def test_what_is_written_to_a_column_is_in_its_tensors(lie: Callable[[Tensor], T
 def test_memory_that_is_not_contiguous_is_joined_rightly() -> None:
     images = [torch.randn(3, 2, 4, 5).to(memory_format=torch.channels_last) for _ in range(9)]
     copies = [image.clone() for image in images]
-    for (part,) in _joined.joined([(image,) for image in images], written=0):
+    for (part,) in _joint.Joint().pieces([images], written=0):
         part.mul_(2)
     assert all(torch.equal(image, 2 * copy) for image, copy in zip(images, copies, strict=True))
+
+
+@pytest.mark.parametrize(
+    "maker", [torch.clone, lambda t: nn.Parameter(t.clone()), lambda t: t.clone().double()], ids=["plain", "own", "double"]
+)
+def test_what_is_added_to_many_is_added_to_each(maker: Callable[[Tensor], Tensor]) -> None:
+    sources, joint = [*map(maker, MIXED)], _joint.Joint()
+    with torch.no_grad():
+        for _ in range(2):
+            targets = [torch.ones_like(tensor) for tensor in MIXED]
+            joint.add(sources, targets, torch.square, alpha=-0.5)
+            for before, source, target in zip(MIXED, sources, targets, strict=True):
+                assert torch.equal(source, before.to(source.dtype))
+                torch.testing.assert_close(target, 1 - 0.5 * before.square())
+
+
+def test_memory_is_kept_for_the_same_tensors_alone() -> None:
+    """Every second time other tensors of as many elements and other shapes come: they have views of their own."""
+    joint, made = _joint.Joint(), []
+    tall, wide = ([torch.full(size, 3.0) for _ in range(9)] for size in ((8, 2), (2, 8)))
+    for tensors in (tall, wide, tall, wide, tall[:8] + wide[:1]):
+        for (part,) in joint.pieces([tensors], written=0):
+            part.add_(1)
+            made.append(part.data_ptr())
+        del part
+    assert len(set(made)) == 1
+    assert [int(tensor[0, 0]) for tensor in (*tall, *wide)] == [6] * 8 + [5] + [6] + [5] * 8
+    assert len(joint._plans) == 3
+    joint.clear()
+    assert (joint._plans, joint._memory) == ({}, {})
+
+
+def test_plans_that_are_remembered_are_few_and_a_changed_type_is_seen() -> None:
+    joint, tensors = _joint.Joint(), [torch.zeros(2, 2) for _ in range(40)]
+    for first in range(30):
+        for (part,) in joint.pieces([tensors[first : first + 9]], written=0):
+            part.add_(1)
+    assert len(joint._plans) <= _joint._PLANS
+    assert [int(tensor[0, 0]) for tensor in tensors] == [min(n + 1, 9, 30, 38 - n) if n < 38 else 0 for n in range(40)]
+    for tensor in tensors:
+        tensor.data = tensor.data.double()
+    for (part,) in joint.pieces([tensors[29:38]], written=0):
+        assert part.dtype == torch.float64
 
 
 def masks(rows: list[tuple[Tensor, ...]], **options: object) -> dict[int, tuple[Tensor, Tensor]]:

@@ -190,6 +190,11 @@ def test_zeros_are_held_in_weights_of_any_size_and_layout(turned: bool) -> None:
     held, mask = w.clone(), kept.t().contiguous().t() if turned else kept
     shards.hold(held, mask)
     assert torch.equal(held, torch.where(kept, w, 0.0))
+    many, marks = [w.clone(), w[:7, :5].clone(), nn.Parameter(w[:2].double())], [mask, kept[:7, :5], kept[:2]]
+    shards.hold_all(zip(many, marks, strict=True))
+    assert all(
+        torch.equal(one, torch.where(mark, w[: len(one), : one.shape[1]].to(one), 0.0)) for one, mark in zip(many, marks, strict=True)
+    )
 
 
 HARD = {
