@@ -90,7 +90,13 @@ def images() -> ShuffledBatches:
 
 
 @pytest.mark.parametrize("form", [ReweightedPenalty, AdaptiveMask])
-@pytest.mark.parametrize("network", [partial(LeNet5, lr=3e-3), partial(ViT, lr=1e-2, width=16, depth=1, heads=2)], ids=["LeNet-5", "ViT"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(partial(LeNet5, lr=3e-3), id="LeNet-5", marks=pytest.mark.slow),
+        pytest.param(partial(ViT, lr=1e-2, width=16, depth=1, heads=2), id="ViT"),
+    ],
+)
 def test_both_forms_train_them_to_true_zeros(network: Callable[[], Classifier], form: type[Sparsifier]) -> None:
     torch.manual_seed(0)
     module, callback = network(), form(LogSum(eps=2.0), lam=3e-3, freeze=0.2)

@@ -27,6 +27,7 @@ print(faults() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is known to return freed memory")
 def test_intermediate_results_cause_no_page_faults() -> None:
     """8 MB a step are 2,000 pages; without ``keep_freed`` most processes fault some 30,000 times, by how their heap lies."""

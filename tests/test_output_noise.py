@@ -73,7 +73,9 @@ def test_what_is_no_number_is_seen() -> None:
     assert got.isnan().all()
 
 
-@pytest.mark.parametrize(("count", "share"), [(8, 0.25), (7, 0.4), (5, 0.2), (1, 0.25)])
+@pytest.mark.parametrize(
+    ("count", "share"), [(7, 0.4), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((8, 0.25), (5, 0.2), (1, 0.25)))]
+)
 def test_noise_for_a_share_of_the_samples_has_the_moments_of_noise_for_all(count: int, share: float) -> None:
     layer, x, spread = nn.Linear(3, 2).double(), torch.randn(count, 3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
     drawn = [noise.output_noise(layer, x, spread, torch.Generator().manual_seed(seed), share).detach() for seed in range(4000)]
@@ -125,6 +127,7 @@ def test_one_sample_without_a_batch_gets_its_noise_and_wrong_shares_are_refused(
         noise.Gaussian(share=0.5)
 
 
+@pytest.mark.slow
 def test_a_squared_loss_with_noise_for_a_share_is_its_penalty_in_the_mean() -> None:
     torch.manual_seed(0)
     layer, x, y, spread = (

@@ -72,6 +72,7 @@ def test_every_peer_is_held_against_a_form_of_ours_and_says_how_to_get_it() -> N
     assert peers.obstacle(made_up, jobs.JOBS["lenet"]) == "not installed: pip install one"
 
 
+@pytest.mark.slow
 def test_arms_train_in_turn_in_processes_of_their_own() -> None:
     setting = runs.Setting("lenet", steps=10, turns=2, threads=1)
     with runs.calls(setting, arms.of, {"plain": "plain", "penalty": "penalty"}) as calls:

@@ -83,7 +83,7 @@ def test_joining_changes_no_run(form: Any, optimizer: Any, monkeypatch: pytest.M
     assert said == pytest.approx(said_alone, rel=1e-4)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("form", [pytest.param(form, id=name, marks=[pytest.mark.slow] * (name != "prox")) for name, form in FORMS.items()])
 def test_zeros_of_all_are_the_zeros_of_each(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     callback, seen = form(), []
 

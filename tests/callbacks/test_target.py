@@ -66,6 +66,7 @@ def test_every_form_reaches_its_target_by_the_ramps_end_and_stays_there(form):
     assert len({lam for _, lam, frozen in watch.seen if frozen}) == 1
 
 
+@pytest.mark.slow
 def test_the_ramp_ends_where_the_support_is_frozen_and_lam_starts_where_it_is_told():
     callback, module = ReweightedPenalty(LOG_SUM, lam=1e-3, target_sparsity=0.6), wide()
     assert callback.lam == pytest.approx(1e-3)
@@ -95,6 +96,7 @@ class StopAfter(Callback):
             trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [12, 25], ids=["on the way", "frozen"])
 def test_a_resumed_run_finds_the_same_lam_and_the_same_weights(epochs, tmp_path):
     whole, module = ReweightedPenalty(LOG_SUM, target_sparsity=0.7), wide()
