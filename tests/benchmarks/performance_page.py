@@ -18,7 +18,8 @@ from performance.jobs import JOBS
 from performance.per_weight import ITEMS
 
 NAMES = ("step_cost", "peers", "time_to_quality", "time_to_quality_moved", "scaling", "start_end", "memory", "ways")
-APART = {"step_cost_lenet": ("step_cost", "lenet"), "peers_resnet18": ("peers", "resnet18")}  # one network, measured by itself
+# one network, measured by itself
+APART = {"step_cost_lenet": ("step_cost", "lenet"), "peers_lenet": ("peers", "lenet"), "peers_resnet18": ("peers", "resnet18")}
 FURTHER = {"step_cost_noise": "step_cost.py --nets resnet18 transformer --arms mask 'mask, compiled' 'mask local, a quarter'"}
 TITLES = {name: job.name for name, job in JOBS.items()} | {
     "sizes": "By the number of weights",

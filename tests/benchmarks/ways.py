@@ -1,8 +1,9 @@
 """Other ways to do what the forms do to each weight, beside the one that is used: python tests/benchmarks/ways.py
 
 The penalty's gradient and a Bernoulli mask, over whole tensors, in pieces of several sizes, and as one kernel by torch.compile
-(which is given the work whole, and compiled before the clock starts); zeros put at scattered places; random numbers. On the
-first layer of LeNet-300-100 and on 10 million weights. Arms take turns; a ratio is to the way that is used, in the same round.
+(which is given the work whole, and compiled before the clock starts); zeros put at scattered places; random numbers; zeros held
+in place; a layer's product in other types. On the first layer of LeNet-300-100 and on 10 million weights. Arms take turns; a
+ratio is to the way that is used, in the same round.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import torch
 from performance import arguments, record, rounds, tables
 from performance.jobs import be_quiet
 from torch import Tensor
+from torch.nn import functional
 
-from lightning_sparse import _draws, _pieces, noise, numeric, penalties
+from lightning_sparse import _draws, _memory, _pieces, noise, numeric, penalties, shards
 
 PENALTY, LAM = penalties.LogSum(2.0), 1e-3
 SHAPES = {"LeNet-300-100's first layer": (300, 784), "10 million weights": (3163, 3163)}
+BATCH = 128
 USED = f"pieces of {_pieces.SIZE:,}"
 Ways = dict[str, Callable[[], Any]]
 
@@ -43,6 +46,22 @@ def updates(shape: tuple[int, int]) -> Iterator[tuple[str, str, Ways]]:
     }
     yield "zeros at scattered places", "a product with 0 and 1", zeroing
     yield "a random number a weight", "16-bit words of SFC64", numbers(w)
+    yield "zeros that are held", f"bytes, pieces of {shards._PIECE:,}", holding(w, where)
+    x = torch.randn(BATCH, shape[1])
+    few, small = x.bfloat16(), w.bfloat16()
+    products: Ways = {"float32": lambda: functional.linear(x, w), "bfloat16": lambda: functional.linear(few, small)}
+    yield f"a product with {BATCH} samples", "float32", products
+
+
+def holding(w: Tensor, where: Tensor) -> Ways:
+    """Ways to put zeros everywhere but ``where``, in place, at each step."""
+    floats = where.to(w.dtype)
+    return {
+        f"bytes, pieces of {shards._PIECE:,}": lambda: shards.hold(w, where),
+        "bytes, whole": lambda: w.mul_(where.view(torch.uint8)),
+        "booleans, whole": lambda: w.mul_(where),
+        "floats, whole": lambda: w.mul_(floats),
+    }
 
 
 def bernoulli(w: Tensor, h: Tensor, draw: Tensor) -> Tensor:
@@ -112,6 +131,7 @@ def row(what: str, title: str, count: int, used: str, line: Mapping[str, Any]) -
 def main() -> None:
     given = arguments.parser(__doc__, "ways").parse_args()
     be_quiet(given.threads)
+    _memory.keep_freed()  # as a fit does
     with torch.no_grad():
         found = rows(given.rounds)
     print(tables.aligned(found))
