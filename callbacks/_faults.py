@@ -1,6 +1,6 @@
 """Values that are not finite, in loss, gradients and weights: the run stops before they reach a weight or a file.
 
-The cost is one sum over the selected gradients a step (1 to 2 % of a plain step on the CPU) and one over the selected
+The cost is one pass over the selected gradients a step (1 to 2 % of a plain step on the CPU) and one over the selected
 weights an epoch. A GradScaler skips such steps by itself, and a module with hooks of its own between backward and the
 step may mend its gradients there: then the gradients are left to them.
 """

@@ -1,4 +1,4 @@
-"""Which tensors hold NaN or infinite values, at the price of one sum each."""
+"""Which tensors hold NaN or infinite values, at the price of one pass over them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _LARGE = 1 << 20  # elements: a sum, which only reads them, is faster than the c
 def doubtful(gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Those of ``gradients`` that are not known to be finite: it may be all of them, if one is not.
 
-    One call, the one that GradScalers are made of, looks at all that are dense, on the CPU, and not large, at a third of what
-    a sum of each takes; it writes to each of them what is there.
+    One call, the one that GradScalers are made of, looks at all that are dense, on the CPU, and not large; it writes to each of
+    them what is there.
     """
     easy = [grad for grad in gradients.values() if type(grad) in shards.PLAIN and _is_easy(grad)]
     if not _are_finite(easy):

@@ -92,7 +92,7 @@ def test_memory_is_kept_for_the_same_tensors_alone() -> None:
     assert (joint._plans, joint._memory) == ({}, {})
 
 
-def test_plans_that_are_remembered_are_few_and_a_changed_type_is_seen() -> None:
+def test_plans_that_are_remembered_are_few_and_changed_types_and_sizes_are_seen() -> None:
     joint, tensors = _joint.Joint(), [torch.zeros(2, 2) for _ in range(40)]
     for first in range(30):
         for (part,) in joint.pieces([tensors[first : first + 9]], written=0):
@@ -103,6 +103,10 @@ def test_plans_that_are_remembered_are_few_and_a_changed_type_is_seen() -> None:
         tensor.data = tensor.data.double()
     for (part,) in joint.pieces([tensors[29:38]], written=0):
         assert part.dtype == torch.float64
+    for tensor in tensors:
+        tensor.data = torch.zeros(3, 1, dtype=torch.float64)
+    for (part,) in joint.pieces([tensors[29:38]], written=0):
+        assert len(part) == 27
 
 
 def masks(rows: list[tuple[Tensor, ...]], **options: object) -> dict[int, tuple[Tensor, Tensor]]:

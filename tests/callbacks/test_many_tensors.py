@@ -164,6 +164,32 @@ def test_a_rate_is_shared_by_weights_of_one_group_and_one_count_of_steps() -> No
             assert proximal.step_size(optimizer, own[number], kind.group, "auto") == pytest.approx(proximal.rate(held, kind.group, "auto"))
 
 
+RATED = {
+    "Adam": torch.optim.Adam,
+    "amsgrad": partial(torch.optim.Adam, amsgrad=True),
+    "Adamax": torch.optim.Adamax,
+    "RMSprop": torch.optim.RMSprop,
+    "centred": partial(torch.optim.RMSprop, centered=True),
+    "Adadelta": torch.optim.Adadelta,
+    "Adagrad": torch.optim.Adagrad,
+    "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("make", RATED.values(), ids=RATED.keys())
+def test_columns_hold_all_that_the_rate_of_each_weight_is_made_of(make: Any) -> None:
+    own = [nn.Parameter(torch.zeros(2, 2)) for _ in range(3)]
+    optimizer = make(own)
+    for scale in (4.0, 1.0):  # the second step leaves the largest moment behind
+        for number, parameter in enumerate(own):
+            parameter.grad = torch.full((2, 2), scale**number * (1 + number))
+        optimizer.step()
+    (kind,) = _steps.alike(optimizer, [(p, optimizer.param_groups[0], (p,)) for p in own])
+    for parameter, row in zip(own, zip(*kind.columns, strict=True), strict=True):
+        found = proximal.rate(kind.rate_state(row[1:]), kind.group, "auto")
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(proximal.step_size(optimizer, parameter, kind.group, "auto")))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_found_among_many(value: float) -> None:
     tensors = {f"w{i}": torch.ones(3, 3) for i in range(20)}
