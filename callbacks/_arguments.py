@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach
@@ -16,6 +15,7 @@ from lightning_sparse._joint import Joint
 from lightning_sparse.callbacks import _refusals, _report, _strengths
 from lightning_sparse.callbacks._averages import Averages
 from lightning_sparse.callbacks._groups import Members
+from lightning_sparse.callbacks.compatibility import Callback
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule, as_schedule
 

@@ -14,16 +14,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_sparse import attach
+from lightning_sparse.callbacks.compatibility import is_a
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
 
 _SWAPPING, _KEEPING = "WeightAveraging", "StochasticWeightAveraging"
-
-
-def is_a(callback: Any, kind: str) -> bool:
-    """``callback`` is of the class named ``kind``: some are absent before Lightning 2.6; ``pytorch_lightning`` has its own."""
-    return any(base.__name__ == kind for base in type(callback).__mro__)
 
 
 def averaging(trainer: Trainer) -> list[Any]:

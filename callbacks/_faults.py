@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_sparse._finite import doubtful, unfit
+from lightning_sparse.callbacks import compatibility
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
@@ -86,7 +86,7 @@ def _listed(found: Mapping[str, tuple[int, int]]) -> str:
 
 def own_hooks(module: LightningModule) -> frozenset[str]:
     """The hooks of ``module``'s own that come between a backward and its step; looked up once a fit, since it takes long."""
-    return frozenset(hook for hook in _MENDERS if is_overridden(hook, module))
+    return frozenset(hook for hook in _MENDERS if compatibility.overrides(hook, module))
 
 
 def _left_alone(callback: Form, trainer: Trainer) -> bool:

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_sparse.callbacks._averages import is_a
+from lightning_sparse.callbacks.compatibility import is_a
 from lightning_sparse.select import select
 
 if TYPE_CHECKING:

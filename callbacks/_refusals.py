@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_sparse import _checks, duality, shards
-from lightning_sparse.callbacks._averages import extra_epochs, is_a
+from lightning_sparse.callbacks._averages import extra_epochs
+from lightning_sparse.callbacks.compatibility import is_a, overrides
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Constant
 from lightning_sparse.select import left_out
@@ -76,13 +74,13 @@ def check_run(callback: Form, trainer: Trainer) -> None:
 
 def _check_strategy(callback: Form, strategy: Any) -> None:
     own, other = type(callback).__name__, type(strategy).__name__
-    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+    if is_a(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
         raise ValueError(f"{own} does not support {other}, which flattens the parameters; use DDPStrategy or ModelParallelStrategy (FSDP2)")
-    if isinstance(strategy, ModelParallelStrategy) and not callback.takes_parts:
+    if is_a(strategy, "ModelParallelStrategy") and not callback.takes_parts:
         raise ValueError(
             f"{own} does not support {other}: {callback.whole_because}; use the same penalty as to_penalty() or to_prox(), or DDPStrategy"
         )
-    if isinstance(strategy, ModelParallelStrategy) and callback.gap_samples:
+    if is_a(strategy, "ModelParallelStrategy") and callback.gap_samples:
         raise ValueError(f"gap_samples runs the model with other weights, which {other} gathers by itself; set gap_samples=0")
     if getattr(strategy, "_model_averaging_period", None) is not None:
         raise ValueError(f"{own} does not support a model_averaging_period: between averages the ranks' weights, and zeros, differ")
@@ -140,13 +138,13 @@ def say_left_out(callback: Form, module: LightningModule) -> None:
 
 def is_built_later(module: LightningModule) -> bool:
     """The module may still gain layers: it overrides setup or configure_model."""
-    return is_overridden("setup", module) or is_overridden("configure_model", module)
+    return overrides("setup", module) or overrides("configure_model", module)
 
 
 def saves_on_exception(trainer: Trainer) -> bool:
     """Some callback writes a checkpoint when training fails."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return any(getattr(other, "save_on_exception", False) or isinstance(other, OnExceptionCheckpoint) for other in callbacks)
+    return any(getattr(other, "save_on_exception", False) or is_a(other, "OnExceptionCheckpoint") for other in callbacks)
 
 
 def check_closures(callback: Form, module: LightningModule, optimizer: torch.optim.Optimizer, count: int) -> None:

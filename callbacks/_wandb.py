@@ -14,13 +14,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_sparse import counts
+from lightning_sparse.callbacks.compatibility import is_a
 
 COLUMNS: list[str | int] = ["name", "shape", "weights", "non-zero", "sparsity", "mean alpha"]
 
 
 def wandb_loggers(loggers: Iterable[Logger]) -> list[Any]:
     """The WandbLoggers among ``loggers``, of ``lightning`` and of ``pytorch_lightning``, found without importing W&B."""
-    return [logger for logger in loggers if any(base.__name__ == "WandbLogger" for base in type(logger).__mro__)]
+    return [logger for logger in loggers if is_a(logger, "WandbLogger")]
 
 
 @rank_zero_only

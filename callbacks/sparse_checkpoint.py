@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse import _checks, counts
 from lightning_sparse.callbacks import _averages, _report
+from lightning_sparse.callbacks.compatibility import ModelCheckpoint
 from lightning_sparse.callbacks.sparsity_monitor import SparsityMonitor
 from lightning_sparse.select import select
 

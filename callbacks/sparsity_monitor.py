@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sparse import counts
 from lightning_sparse.callbacks import _logged
 from lightning_sparse.callbacks._averages import averaging
 from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.callbacks.compatibility import Callback
 from lightning_sparse.select import countable
 
 

@@ -1,0 +1,61 @@
+"""Support both packages of Lightning: ``lightning.pytorch`` and ``pytorch_lightning``.
+
+The two hold the same code, but their classes are not the same: an ``isinstance`` or ``is_overridden`` of one package does not
+know the objects of the other. The callbacks here derive from ``lightning.pytorch``. They ask about modules, loggers,
+strategies and other callbacks by class name, and derive from the classes of ``pytorch_lightning`` as well once that package
+is imported, because its Trainer asks ``isinstance`` of a callback that is not in a list and of every checkpoint callback.
+``pytorch_lightning`` is never imported here.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch import callbacks
+from lightning_utilities.core.overrides import is_overridden
+
+PACKAGES = ("lightning", "pytorch_lightning")
+
+
+def is_a(given: object, *names: str) -> bool:
+    """Tell whether ``given`` is an instance of a Lightning class with one of these names, from either package."""
+    return any(base.__name__ in names and _package(base) in PACKAGES for base in type(given).__mro__)
+
+
+def overrides(hook: str, module: object) -> bool:
+    """Tell whether a LightningModule of either package has its own ``hook``, on its class or on the instance."""
+    own = next(base for base in type(module).__mro__ if base.__name__ == "LightningModule" and _package(base) in PACKAGES)
+    return bool(is_overridden(hook, module, own))
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+class _Joins:
+    """Joins the classes of ``pytorch_lightning`` whenever an instance is made."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        join()
+        return super().__new__(cls)
+
+
+class Callback(_Joins, callbacks.Callback):
+    """Base of the callbacks here: a Callback of ``lightning.pytorch`` and, once that is imported, of ``pytorch_lightning``."""
+
+
+class ModelCheckpoint(_Joins, callbacks.ModelCheckpoint):
+    """The same for ModelCheckpoint; the methods are those of ``lightning.pytorch``."""
+
+
+def join() -> None:
+    """Add the classes of ``pytorch_lightning`` to the bases of those above if that package is imported."""
+    other = sys.modules.get("pytorch_lightning.callbacks")
+    for kind in (Callback, ModelCheckpoint):
+        base = getattr(other, kind.__name__, None)
+        if base is not None and base not in kind.__mro__:
+            kind.__bases__ = (*kind.__bases__, base)
+
+
+join()
