@@ -11,19 +11,20 @@ from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach
 from lightning_sparse._clipping import Clipping
+from lightning_sparse._construction import Constructed, typed
 from lightning_sparse._joint import Joint
 from lightning_sparse.callbacks import _refusals, _report, _strengths
 from lightning_sparse.callbacks._averages import Averages
 from lightning_sparse.callbacks._groups import Members
 from lightning_sparse.callbacks.compatibility import Callback
 from lightning_sparse.duality import MaskRule, Penalty
-from lightning_sparse.schedules import Schedule, as_schedule
+from lightning_sparse.schedules import Constant, Schedule, as_schedule
 
 Other = TypeVar("Other", bound="Arguments")
 FINE_TUNED = 0.25  # the share of a run to a target sparsity that is trained with its support frozen
 
 
-class Arguments(Callback):
+class Arguments(Callback, metaclass=Constructed):
     """A way to train with one eta_hat, and how another way is made of it.
 
     Args:
@@ -63,7 +64,7 @@ class Arguments(Callback):
     ) -> None:
         self.given = penalty
         self.penalty = _refusals.check_penalty(penalty, self.needs_separable, type(self).__name__)
-        self.schedule = as_schedule(_strengths.strength(penalty, lam, target_sparsity))
+        self.schedule = as_schedule(_strengths.strength(type(self).__name__, penalty, lam, target_sparsity))
         self.select = _refusals.check_patterns(select)
         self.tol = _checks.between("tol", tol, 0, 1)
         self.target_sparsity, self.ascent = target_sparsity, _strengths.ascent(self.penalty, self.schedule, target_sparsity)
@@ -111,6 +112,11 @@ class Arguments(Callback):
     def settings(self) -> dict[str, Any]:
         """All arguments, by which the callback can be made again."""
         return self._shared() | self._speed(type(self)) | self.own_settings()
+
+    def __repr__(self) -> str:
+        settings = self.settings()
+        numbers = {name: value.lam for name, value in settings.items() if type(value) is Constant}
+        return typed(self, settings | numbers)
 
     def _speed(self, form: type[Arguments]) -> dict[str, Any]:
         return {"compile": self.compile} if form.compiles else {}

@@ -17,7 +17,7 @@ from lightning_sparse.callbacks._groups import Member
 
 
 class Form(Arguments):
-    """A way to train with one eta_hat, and how another way is made of it; the arguments are Arguments'."""
+    """A way to train with one eta_hat, and how another way is made of it."""
 
     joins: ClassVar[bool] = False  # marks() says which weights are zero, of many parameters together, where the penalty is separable
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sparse import attach, counts, masked_loss
+from lightning_sparse._plain import plain
 from lightning_sparse.callbacks import _logged, _together, _wandb
 from lightning_sparse.curvature import Curvature
 from lightning_sparse.noise import Gaussian
@@ -22,13 +24,18 @@ _SMALLEST_KEEP = 1e-3  # bounds the drawn noise of forms that draw none in train
 
 
 def describe(value: Any) -> Any:
-    """A frozen dataclass or a Curvature as class_path and init_args; numbers, strings and lists as they are."""
+    """A frozen dataclass or a Curvature as class_path and init_args; numbers, strings and lists of them as Python's own."""
+    value = plain(value)
+    if isinstance(value, enum.Enum):
+        return describe(value.value)
+    if isinstance(value, (list, tuple)):
+        return [describe(one) for one in value]
     if isinstance(value, Curvature):
         return {"class_path": type(value).__name__, "init_args": value.settings()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         arguments = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"class_path": type(value).__name__, "init_args": arguments}
-    return value if isinstance(value, (int, float, str, bool, list, type(None))) else repr(value)
+    return value if type(value) in (int, float, str, bool, type(None)) else repr(value)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _SHORTEST = 20  # optimiser steps in which an ascent can find lam
 
 
-def strength(given: Penalty | MaskRule, lam: float | Schedule | None, target: float | None) -> float | Schedule:
+def strength(form: str, given: Penalty | MaskRule, lam: float | Schedule | None, target: float | None) -> float | Schedule:
     """``lam``, or a mask rule's own, or where an ascent to ``target`` starts."""
     if lam is not None:
         return lam
@@ -23,14 +23,14 @@ def strength(given: Penalty | MaskRule, lam: float | Schedule | None, target: fl
     if target is not None:
         return START
     raise ValueError(
-        f"lam is required with a penalty: {given!r} knows no strength; for example lam=1e-3, or target_sparsity=0.95 to find it"
+        f"{form} needs lam, because {given!r} knows no strength; for example lam=1e-3, or target_sparsity=0.95 to find it"
     )
 
 
-def given(name: str, lam: float | Schedule | None, target: float | None) -> float | Schedule:
+def given(form: str, name: str, lam: float | Schedule | None, target: float | None) -> float | Schedule:
     """``lam``, or where an ascent to ``target`` starts; TypeError, naming the argument, where there is neither."""
     if lam is None and target is None:
-        raise TypeError(f"{name} is required; or give target_sparsity, such as target_sparsity=0.95, which finds it")
+        raise TypeError(f"{form} needs {name}; or give target_sparsity, such as target_sparsity=0.95, which finds it")
     return START if lam is None else lam
 
 

@@ -36,8 +36,6 @@ class AdaptiveMask(Noisy):
 
     Noise on a weight of more than 32 MB keeps its mask's memory and that of the masked weight from batch to batch.
     In compiled modules and layers whose forward is bypassed, noise goes onto the weights whatever ``noise.local`` says.
-
-    The other arguments are :class:`Sparsifier`'s.
     """
 
     needs_separable, joins, compiles = False, True, True

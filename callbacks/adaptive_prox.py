@@ -25,8 +25,6 @@ class AdaptiveProx(Sparsifier):
         metric: rho_j is the learning rate ("plain"), lr / (sqrt(v_hat_j) + eps) as in Adam's own step ("adam"), or the
             optimiser's own, whichever it is ("auto"); as many times longer as SGD's or RMSprop's momentum makes steps.
         exact: the exact prox, which reaches zeros by itself, in place of the reweighted step.
-
-    The other arguments are :class:`Sparsifier`'s.
     """
 
     joins, compiles = True, True

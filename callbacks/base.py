@@ -15,7 +15,7 @@ from lightning_sparse.callbacks._shown import Shown
 
 
 class Sparsifier(Shown):
-    """Base of the callbacks that train a network to true zeros: their life cycle. The arguments are Form's."""
+    """Base of the callbacks that train a network to true zeros: their life cycle."""
 
     @cached_property
     def state_key(self) -> str:  # the Trainer asks for it at every hook

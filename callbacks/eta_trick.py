@@ -26,8 +26,7 @@ class EtaTrick(Learned):
         learned_lr: the learning rate of log eta, under the weights' schedule; None is the weights' own.
         keep_start: the keep probability 1 / (1 + lam / eta) that each eta starts at.
 
-    The penalty needs a dual with a slope: ridge, whose eta is one number, and the hard threshold are refused. The other
-    arguments are :class:`Sparsifier`'s.
+    The penalty needs a dual with a slope: ridge, whose eta is one number, and the hard threshold are refused.
     """
 
     def __init__(

@@ -26,12 +26,15 @@ class HardConcrete(LearnedNoise):
     alpha = (E s)^2 / E s^2 falls below ``tol``.
 
     Args:
-        beta, gamma, zeta: the gate's temperature and the ends it is stretched to.
+        lam: strength, a number or a Schedule; twice the usual L0 weight.
+        beta: the gate's temperature.
+        gamma: the lower end that the gate is stretched to, below 0.
+        zeta: the upper end, above 1.
         learned_lr: the learning rate of log alpha, under the weights' schedule; None is the weights' own.
         log_start: what log alpha starts at; 2 keeps a weight with probability 0.97.
 
     As a penalty it is lam * Omega(w / sqrt(lam)) at unit curvature, Omega being penalties.HardConcrete: that is what
-    to_penalty(), to_prox() and to_mask() use. The other arguments are :class:`Sparsifier`'s.
+    to_penalty(), to_prox() and to_mask() use.
     Source: Louizos, Welling, Kingma, arXiv 1712.01312.
     """
 
@@ -51,7 +54,7 @@ class HardConcrete(LearnedNoise):
         learned_lr: float | None = None,
         log_start: float = 2.0,
     ) -> None:
-        schedule = as_schedule(_strengths.given("lam", lam, target_sparsity))
+        schedule = as_schedule(_strengths.given(type(self).__name__, "lam", lam, target_sparsity))
         penalty = penalties.Scaled(penalties.HardConcrete(beta, gamma, zeta), math.sqrt(schedule.lam))
         super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)
         self.gate = Gate(beta, gamma, zeta)

@@ -9,13 +9,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse import _checks, counts
+from lightning_sparse._construction import Constructed, typed
 from lightning_sparse.callbacks import _averages, _report
 from lightning_sparse.callbacks.compatibility import ModelCheckpoint
 from lightning_sparse.callbacks.sparsity_monitor import SparsityMonitor
 from lightning_sparse.select import select
 
 
-class SparseCheckpoint(ModelCheckpoint):
+class SparseCheckpoint(ModelCheckpoint, metaclass=Constructed):
     """ModelCheckpoint that saves a best (the top k) only while at least ``target`` of the weights in the file are zero.
 
     The share is counted anew for every file: ``sparsity/total`` of the sparsity callbacks in the Trainer, after their
@@ -34,10 +35,14 @@ class SparseCheckpoint(ModelCheckpoint):
     def __init__(self, target: float, **settings: Any) -> None:
         self.target = _checks.between("target", target, 0, 1, closed="lr")
         super().__init__(**settings)
+        self._settings = settings
         if self.save_last == "link":
             raise ValueError("save_last='link' would point at a best file that may not exist yet; use save_last=True")
         self.highest, self.held = 0.0, False
         self._names: list[str] = []  # whose exact zeros count where no sparsity callback is in the Trainer
+
+    def __repr__(self) -> str:
+        return typed(self, self._settings)
 
     @property
     def state_key(self) -> str:

@@ -6,7 +6,8 @@ from functools import cached_property
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_sparse import counts
+from lightning_sparse import _checks, counts
+from lightning_sparse._construction import Constructed, typed
 from lightning_sparse.callbacks import _logged
 from lightning_sparse.callbacks._averages import averaging
 from lightning_sparse.callbacks.base import Sparsifier
@@ -14,7 +15,7 @@ from lightning_sparse.callbacks.compatibility import Callback
 from lightning_sparse.select import countable
 
 
-class SparsityMonitor(Callback):
+class SparsityMonitor(Callback, metaclass=Constructed):
     """Logs ``sparsity/total`` and ``sparsity/<parameter name>``, the share of exact zeros in [0, 1], tied weights once.
 
     For a dense model, a loaded sparse one, or one pruned by other means; list it after Lightning's ModelPruning, whose
@@ -32,13 +33,15 @@ class SparsityMonitor(Callback):
     """
 
     def __init__(self, select: list[str] | None = None, every_n_epochs: int = 1) -> None:
-        if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be a whole number >= 1, got {every_n_epochs!r}")
+        every_n_epochs = _checks.whole("every_n_epochs", every_n_epochs, 1)
         if isinstance(select, str):
             raise TypeError(f"select must be a list of patterns or None, got the string {select!r}; write [{select!r}]")
         self.select, self.every_n_epochs = select, every_n_epochs
         self._names: list[str] = []
         self._fresh = False
+
+    def __repr__(self) -> str:
+        return typed(self)
 
     @cached_property
     def state_key(self) -> str:  # the Trainer asks for it at every hook

@@ -37,7 +37,7 @@ class VariationalDropout(LearnedNoise):
 
     As a penalty it is kl_weight * Omega(w / sqrt(kl_weight)) at unit curvature, Omega the prior's: that is what to_penalty()
     and to_prox() use; to_mask() has the noise follow |w| instead of learning it. In a deep network the noise's own
-    penalty is weighted by the curvature. The other arguments are :class:`Sparsifier`'s.
+    penalty is weighted by the curvature.
     Source: Molchanov, Ashukha, Vetrov, arXiv 1701.05369; empirical Bayes: Kharitonov et al., arXiv 1811.00596.
     """
 
@@ -56,7 +56,7 @@ class VariationalDropout(LearnedNoise):
         learned_lr: float | None = None,
         log_start: float = -5.0,
     ) -> None:
-        schedule = as_schedule(_strengths.given("kl_weight", kl_weight, target_sparsity))
+        schedule = as_schedule(_strengths.given(type(self).__name__, "kl_weight", kl_weight, target_sparsity))
         self.divergence = penalties.VariationalDropout(prior)
         penalty = penalties.Scaled(self.divergence, math.sqrt(schedule.lam))
         super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)

@@ -6,12 +6,15 @@ import difflib
 import math
 from collections.abc import Iterable
 
+from lightning_sparse._plain import plain
+
 
 def number(name: str, value: object) -> float:
-    """Return ``value`` as a float; raise TypeError unless it is a real number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Return ``value``, a number of Python, numpy or torch, as a float; raise TypeError for anything else."""
+    given = plain(value)
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    return float(value)
+    return float(given)
 
 
 def positive(name: str, value: object) -> float:
@@ -35,24 +38,26 @@ def between(name: str, value: object, low: float, high: float, *, closed: str = 
 
 def truth(name: str, value: object) -> bool:
     """Return ``value`` if it is True or False; raise TypeError otherwise."""
-    if not isinstance(value, bool):
+    given = plain(value)
+    if not isinstance(given, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
-    return value
+    return given
 
 
 def whole(name: str, value: object, low: int) -> int:
     """Return ``value`` if it is a whole number >= ``low``; raise ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    given = plain(value)
+    if isinstance(given, bool) or not isinstance(given, int) or given < low:
         raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
-    return value
+    return given
 
 
 def one_of(name: str, value: object, known: Iterable[str]) -> str:
     """Return ``value`` if it is one of the ``known`` words; raise ValueError, with those that come close, otherwise."""
-    words = list(known)
-    if not isinstance(value, str) or value not in words:
+    words, given = list(known), plain(value)
+    if not isinstance(given, str) or given not in words:
         raise ValueError(f"{name} must be {' or '.join(map(repr, words))}, got {value!r}{closest(str(value), words)}")
-    return value
+    return given
 
 
 def closest(word: str, known: Iterable[str], count: int = 3) -> str:

@@ -7,7 +7,7 @@ one sample's loss, H = mean over samples of (sum over positions of g x^T)^2.
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import _checks
+from lightning_sparse._construction import Constructed
 from lightning_sparse._finite import unfit
 from lightning_sparse.attach import Attachment
 from lightning_sparse.duality import Penalty
@@ -24,7 +25,7 @@ from lightning_sparse.sample_gradients import Reduction
 Reduce = Callable[[Tensor], Tensor]
 
 
-class Curvature(ABC):
+class Curvature(metaclass=Constructed):
     """An exponential mean of a diagonal curvature estimate, one tensor a weight, updated every ``every`` steps.
 
     Args:

@@ -53,9 +53,13 @@ class EmpiricalFisher(Curvature):
 class SampledFisher(EmpiricalFisher):
     """H from gradients with labels drawn from the model itself: the generalised Gauss-Newton diagonal without bias.
 
-    One more backward pass on the steps that update it. ``output`` names the module whose output the loss compares with
-    the targets ("" is the LightningModule's own forward). "categorical" is for cross-entropy over dimension 1;
-    "gaussian" for ``nn.MSELoss`` (curvature 2 / outputs per sample for a mean, 2 for a sum).
+    It takes one more backward pass on the steps that update it.
+
+    Args:
+        likelihood: "categorical" for cross-entropy over dimension 1; "gaussian" for ``nn.MSELoss`` (curvature 2 / outputs
+            per sample for a mean, 2 for a sum).
+        output: the name of the module whose output the loss compares with the targets; "" is the LightningModule's own
+            forward.
     """
 
     def __init__(
@@ -120,8 +124,11 @@ class SampledFisher(EmpiricalFisher):
 class InputMoment(Curvature):
     """H_jj = scale * E[x_j^2]: exact for a linear model whose loss is scale/2 times the mean squared error per sample.
 
-    ``scale`` is 1 for ||y - Xw||^2 / (2 n) and 2 / outputs for ``nn.MSELoss``. It knows nothing of the layers behind:
-    for a deep regression network use :class:`SampledFisher` with likelihood "gaussian". Linear layers only.
+    It knows nothing of the layers behind: for a deep regression network use :class:`SampledFisher` with likelihood
+    "gaussian". Linear layers only.
+
+    Args:
+        scale: 1 for ||y - Xw||^2 / (2 n), 2 / outputs for ``nn.MSELoss``.
     """
 
     def __init__(self, scale: float = 1.0, decay: float = 0.9, every: int = 1) -> None:

@@ -13,7 +13,7 @@ Source: LeJeune, Javadi, Baraniuk, "The Flip Side of the Reweighted Coin", NeurI
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import _checks, numeric, shards
+from lightning_sparse._construction import Constructed, typed
 from lightning_sparse._pieces import over
 
 Examples = tuple[dict[str, Any], ...]
@@ -45,7 +46,7 @@ def eta(alpha: Tensor, lam: float) -> Tensor:
     return _checks.positive("lam", lam) * alpha / (1 - alpha)
 
 
-class Penalty(ABC):
+class Penalty(metaclass=Constructed):
     """An even, subquadratic penalty with ``omega(0) == 0``; it knows no strength, module or step.
 
     A subclass is a frozen dataclass that gives :meth:`omega` and :meth:`eta_hat`; the rest follows, and a closed form
@@ -54,6 +55,9 @@ class Penalty(ABC):
 
     examples: ClassVar[Examples] = ()
     separable: ClassVar[bool] = True  # False: the value at one weight depends on the others
+
+    def __repr__(self) -> str:
+        return typed(self)
 
     @abstractmethod
     def omega(self, w: Tensor) -> Tensor:
@@ -87,12 +91,15 @@ class Penalty(ABC):
             raise ValueError(f"{self!r} is not separable and gives no {what} of its own: there is no numeric one to fall back on")
 
 
-class MaskRule(ABC):
+class MaskRule(metaclass=Constructed):
     """A non-decreasing keep probability alpha(|w|) at strength ``lam`` (1 for a rule of its own)."""
 
     examples: ClassVar[Examples] = ()
     separable: ClassVar[bool] = True
     lam: float = 1.0
+
+    def __repr__(self) -> str:
+        return typed(self)
 
     @abstractmethod
     def keep_probability(self, w: Tensor) -> Tensor:
@@ -114,7 +121,12 @@ class MaskRule(ABC):
 
 @dataclass(frozen=True)
 class PenaltyRule(MaskRule):
-    """The mask form of ``penalty`` at strength ``lam``: alpha(w) = 1 / (1 + lam / eta_hat(w))."""
+    """The mask form of ``penalty`` at strength ``lam``: alpha(w) = 1 / (1 + lam / eta_hat(w)).
+
+    Args:
+        penalty: the penalty.
+        lam: its strength.
+    """
 
     penalty: Penalty
     lam: float = 1.0
@@ -138,7 +150,11 @@ class PenaltyRule(MaskRule):
 
 @dataclass(frozen=True)
 class CallableRule(MaskRule):
-    """A plain function alpha(|w|) as a mask rule at lam = 1; it is given weights from 0 to 1e18 (so that w^2 is finite)."""
+    """A plain function alpha(|w|) as a mask rule at lam = 1.
+
+    Args:
+        alpha: the function; it is given weights from 0 to 1e18 (so that w^2 is finite).
+    """
 
     alpha: Callable[[Tensor], Tensor]
 
@@ -151,6 +167,9 @@ class RulePenalty(Penalty):
     """The penalty of a mask rule, by quadrature: lam * omega(w) = integral_0^|w| t (1 - alpha(t)) / alpha(t) dt.
 
     Raises ValueError, naming the w, for a rule that decreases, leaves [0, 1], or whose integral diverges at 0.
+
+    Args:
+        rule: the mask rule.
     """
 
     rule: MaskRule

@@ -21,7 +21,13 @@ LOW, HIGH, NODES = -12.0, 12.0, 4097  # log alpha is kept in that range; alpha o
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate for each entry of ``log_alpha``, as the mask m = s / E s of mean 1 that it amounts to."""
+    """A gate for each entry of ``log_alpha``, as the mask m = s / E s of mean 1 that it amounts to.
+
+    Args:
+        beta: the gate's temperature.
+        gamma: the lower end that the gate is stretched to, below 0.
+        zeta: the upper end, above 1.
+    """
 
     beta: float = 2 / 3
     gamma: float = -0.1

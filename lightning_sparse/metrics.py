@@ -46,6 +46,10 @@ class Sparsity(_Plotted):
     ``update`` takes a mapping of names to tensors (``select.select(module, None)`` is one), tensors, or one tensor.
     ``compute`` gives a scalar, or with ``per_parameter`` a dict with ``total`` and one entry a name. Several updates
     average; Lightning resets a logged metric at each epoch's end. Names must stay the same until ``reset``: ValueError.
+
+    Args:
+        per_parameter: also give the share of each parameter.
+        kwargs: the arguments of torchmetrics.Metric.
     """
 
     higher_is_better = True
@@ -80,6 +84,9 @@ class Compression(_Plotted):
     """All weights over non-zero ones, >= 1, tied ones once; inf when nothing is left, 1 before any weight was given.
 
     A count of weights, not of bytes or of time: zeros in a dense tensor take as much of both. Input as in :class:`Sparsity`.
+
+    Args:
+        kwargs: the arguments of torchmetrics.Metric.
     """
 
     higher_is_better = True
@@ -104,7 +111,11 @@ class Compression(_Plotted):
 
 
 class KeepProbability(_Plotted):
-    """Mean keep probability alpha over all weights, in [0, 1]; NaN before any was given. Input as in :class:`Sparsity`."""
+    """Mean keep probability alpha over all weights, in [0, 1]; NaN before any was given. Input as in :class:`Sparsity`.
+
+    Args:
+        kwargs: the arguments of torchmetrics.Metric.
+    """
 
     higher_is_better = False
     plot_lower_bound, plot_upper_bound = 0.0, 1.0
@@ -134,6 +145,9 @@ class DualityGap(_Plotted):
     """Mean of values E_s L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat, such as :func:`duality_gap` measures batch by batch.
 
     Ranks see different batches: the mean is over the values of all of them. NaN before any was given.
+
+    Args:
+        kwargs: the arguments of torchmetrics.Metric.
     """
 
     higher_is_better = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_sparse import _checks, _draws
+from lightning_sparse._construction import Constructed, typed
 from lightning_sparse._pieces import mapped, over
 from lightning_sparse._share import for_share
 
 
-class Noise(ABC):
+class Noise(metaclass=Constructed):
     """Draws multiplicative masks s, same shape and dtype as alpha, independent of each other."""
 
     local: bool = False  # noise on a layer's output instead of on its weights
     share: float = 1.0  # of a batch's samples that noise on outputs is made for
+
+    def __repr__(self) -> str:
+        return typed(self)
 
     @abstractmethod
     def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -73,14 +77,18 @@ def _scaled_bernoulli(alpha: Tensor, draw: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gaussian(Elementwise):
-    """s ~ N(1, (1 - alpha) / alpha). ``local`` moves the noise to the outputs of Linear and ConvNd layers.
+    """s ~ N(1, (1 - alpha) / alpha), on the weights or on the outputs of Linear and ConvNd layers.
 
-    A layer's output then has mean W x and variance (W^2 (1 - alpha) / alpha) x^2: the same law per sample for a
+    With local noise a layer's output has mean W x and variance (W^2 (1 - alpha) / alpha) x^2: the same law per sample for a
     Linear layer, far less gradient noise; in a convolution the positions' noise becomes independent.
 
     Noise on outputs costs a product of matrices beside each of a layer's. With ``share`` < 1 it is made for that share of a
     batch's samples (dimension 0), others in each layer and batch, with 1 / share times the variance: a mask that is 1 with
     probability 1 - share, of the same mean and variance. Raises ValueError unless 0 < share <= 1, or without ``local``.
+
+    Args:
+        local: move the noise to the outputs of Linear and ConvNd layers.
+        share: the share of a batch's samples that noise on outputs is made for.
     """
 
     local: bool = False

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 from lightning_sparse import _checks
+from lightning_sparse._construction import Constructed, typed
 
 
-class Schedule(ABC):
+class Schedule(metaclass=Constructed):
     """lam at an optimiser step. ``share``-like arguments are fractions of the run's total optimiser steps."""
 
     lam: float  # the value that the schedule ends at
+
+    def __repr__(self) -> str:
+        return typed(self)
 
     @abstractmethod
     def __call__(self, step: float, total: float) -> float:
@@ -20,7 +24,11 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """lam(step) = lam. Raises ValueError unless lam > 0."""
+    """lam(step) = lam. Raises ValueError unless lam > 0.
+
+    Args:
+        lam: the strength.
+    """
 
     lam: float
 
@@ -33,7 +41,12 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class LinearWarmup(Schedule):
-    """lam(step) = lam * min(1, step / (share * total)). Raises ValueError unless lam > 0 and 0 < share <= 1."""
+    """lam(step) = lam * min(1, step / (share * total)). Raises ValueError unless lam > 0 and 0 < share <= 1.
+
+    Args:
+        lam: the strength after the warm-up.
+        share: the share of the run's optimiser steps over which lam rises from 0.
+    """
 
     lam: float
     share: float = 0.1
@@ -52,6 +65,12 @@ class Cubic(Schedule):
 
     The shape of gradual pruning's ramp (Zhu and Gupta, arXiv 1710.01878, equation 1).
     Raises ValueError unless lam > 0, 0 <= begin < end <= 1 and 0 <= start < lam.
+
+    Args:
+        lam: the strength at the end of the ramp.
+        begin: the share of the run's optimiser steps at which the ramp begins.
+        end: the share at which it ends.
+        start: the strength before the ramp.
     """
 
     lam: float

@@ -6,6 +6,7 @@ Each check fits small models on the CPU and looks from outside: it knows Lightni
 from __future__ import annotations
 
 from lightning_sparse.conformance import (
+    arguments,
     averages,
     changes,
     counts,
@@ -37,5 +38,5 @@ from lightning_sparse.conformance._registry import (
 )
 
 __all__ = ["CHECKS", "Check", "NotApplicable", "Outcome", "Subject", "check", "chosen", "outcome", "require", "subject", "undisturbed"]
-__all__ += ["averages", "changes", "counts", "damage", "faults", "files", "life_cycle", "loops", "memory", "models"]
+__all__ += ["arguments", "averages", "changes", "counts", "damage", "faults", "files", "life_cycle", "loops", "memory", "models"]
 __all__ += ["neighbours", "precision", "ranks", "resume", "steps"]

@@ -14,6 +14,11 @@ class Batches:
     """Batches ``(x, y)`` cut from tensors in memory, in their order: no workers, no copies of single samples.
 
     The last batch may be smaller.
+
+    Args:
+        x: the samples.
+        y: their labels.
+        batch_size: samples in a batch.
     """
 
     def __init__(self, x: Tensor, y: Tensor, batch_size: int) -> None:
@@ -34,8 +39,14 @@ class Batches:
 class ShuffledBatches(Batches):
     """Batches in an order that depends on the seed and the epoch alone, so that a resumed run repeats it.
 
-    ``shift``: each image of an x of shape (count, channels, height, width) is moved by up to ``shift`` pixels in each direction,
-    anew in each epoch, by the same seed; ``fill`` is the value of what comes into it.
+    Args:
+        x: the samples.
+        y: their labels.
+        batch_size: samples in a batch.
+        seed: of the order.
+        shift: each image of an x of shape (count, channels, height, width) is moved by up to ``shift`` pixels in each
+            direction, anew in each epoch, by the same seed.
+        fill: the value of what comes into a moved image.
     """
 
     batch_sampler = None

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lightning_sparse import _checks
+from lightning_sparse import _checks, _docstrings
 
 _DECAYS = ("cosine", "linear")
 
@@ -19,14 +19,22 @@ _DECAYS = ("cosine", "linear")
 class Classifier(LightningModule):
     """A network ``layers`` that maps x to class scores, trained on cross-entropy by Adam.
 
-    The learning rate falls from ``lr`` to 0: along half a cosine, counted in optimiser steps, or linearly, once an epoch. With
-    ``restart``, a share of the run, half a cosine ends there and another begins, for the fine-tuning of a frozen support: weights
-    come to rest at zero as the steps shrink, and what is left is trained from a full rate again.
-    ``fused`` is Adam's own switch, about 1.5 times faster per epoch on a CPU. Logs ``{train,val,test}/loss`` and
-    ``{val,test}/accuracy``. Raises ValueError for an unknown ``decay``, and for a ``restart`` outside (0, 1) or of a linear one.
+    The learning rate falls to 0. Logs ``{train,val,test}/loss`` and ``{val,test}/accuracy``. Raises ValueError for an unknown
+    ``decay``, and for a ``restart`` outside (0, 1) or of a linear one.
+
+    Args:
+        lr: the learning rate at the start.
+        decay: "cosine": it falls along half a cosine, counted in optimiser steps; "linear": once an epoch.
+        fused: Adam's own switch, about 1.5 times faster per epoch on a CPU.
+        restart: a share of the run, where half a cosine ends and another begins, for the fine-tuning of a frozen support:
+            weights come to rest at zero as the steps shrink, and what is left is trained from a full rate again.
     """
 
     layers: nn.Module
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        _docstrings.complete(cls)
 
     def __init__(self, lr: float, decay: str = "cosine", fused: bool = False, restart: float | None = None) -> None:
         super().__init__()

@@ -15,8 +15,14 @@ from lightning_sparse.examples.batches import Batch, Batches, ShuffledBatches
 class Digits(LightningDataModule):
     """Digits in three stratified parts: training, validation and test; pixels scaled to [-1, 1].
 
-    ``validation`` and ``test`` are shares of all images; ``split_seed`` decides which images go where, the run's own
-    seed (``seed_everything``) the order of the batches. Raises ValueError for shares that leave no training image.
+    The run's own seed (``seed_everything``) gives the order of the batches. Raises ValueError for shares that leave no
+    training image.
+
+    Args:
+        batch_size: images in a batch.
+        validation: the share of all images that is for validation.
+        test: the share that is for testing.
+        split_seed: decides which images go where.
     """
 
     def __init__(self, batch_size: int = 64, validation: float = 0.2, test: float = 0.2, split_seed: int = 0) -> None:

@@ -12,7 +12,7 @@ class LeNet5(Classifier):
     """Two 5x5 convolutions (20 and 50 channels), each followed by 2x2 max pooling, then Linear layers of 500 and 10.
 
     x has shape (batch, 1, 28, 28). As in Caffe's example the only ReLU stands between the Linear layers. The weights, biases
-    left out, are 500 + 25,000 + 400,000 + 5,000 = 430,500. The arguments are Classifier's.
+    left out, are 500 + 25,000 + 400,000 + 5,000 = 430,500.
     """
 
     def __init__(self, lr: float = 1e-3, decay: str = "cosine", fused: bool = False, restart: float | None = None) -> None:

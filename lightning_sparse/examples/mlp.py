@@ -14,8 +14,11 @@ from lightning_sparse.examples.classifier import Classifier
 class MLP(Classifier):
     """Linear layers of the given widths with ReLU between them; LeNet-300-100 is ``sizes=[784, 300, 100, 10]``.
 
-    ``sizes`` runs from the inputs to the classes; x is flattened to (batch, sizes[0]). The other arguments are Classifier's;
-    ``init_std``: weights start as N(0, init_std^2) in place of torch's own. Raises ValueError for fewer than two sizes.
+    x is flattened to (batch, sizes[0]). Raises ValueError for fewer than two sizes.
+
+    Args:
+        sizes: the widths, from the inputs to the classes.
+        init_std: weights start as N(0, init_std^2) in place of torch's own.
     """
 
     def __init__(

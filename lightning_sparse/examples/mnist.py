@@ -21,7 +21,9 @@ class MNIST(LightningDataModule):
     Args:
         root: the folder that holds ``MNIST/raw`` with the four files; where it does not and ``download``
             is on, torchvision downloads them into it.
+        batch_size: images in a batch.
         validation: how many of the 60,000 are for validation, at random by ``split_seed``; 0 trains on all of them.
+        split_seed: decides which images are for validation.
         download: whether to try the network.
         shift: training images are moved by up to ``shift`` pixels in each direction, anew in each epoch, by the run's seed.
 

@@ -25,7 +25,7 @@ class ViT(Classifier):
         ratio: width inside the perceptrons, as a multiple of ``width``.
         classes: how many.
 
-    The other arguments are Classifier's. Raises ValueError for a size that is not a whole number >= 1 or divides unevenly.
+    Raises ValueError for a size that is not a whole number >= 1 or divides unevenly.
     """
 
     def __init__(

@@ -18,6 +18,9 @@ class LinearRamp(MaskRule):
     """alpha(w) = min(1, |w| / tau). Its penalty is tau * MCP(tau), written Scaled(MCP(tau^2), 1 / tau).
 
     Raises ValueError unless tau > 0.
+
+    Args:
+        tau: the |w| from which on a weight is always kept.
     """
 
     tau: float

@@ -49,6 +49,9 @@ class TopK(MaskRule):
 
     The mask of iterative hard thresholding and of gradual magnitude pruning. Its penalty is the indicator of
     "at most k non-zeros". Raises ValueError unless 0 < density <= 1.
+
+    Args:
+        density: the share of weights that are kept.
     """
 
     density: float
@@ -104,6 +107,10 @@ class TargetedDropout(MaskRule):
 
     Its penalty is c/2 times the sum of w^2 over the smallest, c = rate / (1 - rate). alpha(0) > 0: it only shrinks.
     Raises ValueError unless 0 < rate < 1 and 0 < fraction <= 1.
+
+    Args:
+        rate: the probability with which one of the smallest weights is dropped.
+        fraction: the share of weights that count as the smallest.
     """
 
     rate: float

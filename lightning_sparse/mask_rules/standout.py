@@ -18,6 +18,10 @@ class Standout(MaskRule):
     """alpha(w) = sigmoid(a |w| + b), so eta_hat(w) = e^(a |w| + b). alpha(0) > 0: it only shrinks.
 
     Raises ValueError unless a > 0 and b lies in [-50, 50] (beyond, alpha is 0 or 1 to float precision).
+
+    Args:
+        a: how fast the keep probability rises with |w|.
+        b: the logit of the keep probability at w = 0.
     """
 
     a: float = 1.0

@@ -16,10 +16,14 @@ from lightning_sparse.duality import Examples, Penalty
 class ARD(Penalty):
     """Omega(w) = min over eta of (sum_j w_j^2 / eta_j + f(eta)) / 2, f(eta) = logdet(I + X diag(eta) X^T / tau).
 
-    ``X`` is the (n, d) design of the linear model, ``tau`` its noise variance, ``w`` a vector of d weights. eta_hat is the
-    fixed point eta_j = |w_j| / sqrt(z_j), z_j = x_j^T (tau I + X diag(eta) X^T)^-1 x_j; the problem is convex in log eta,
-    so this is the global minimiser. Not separable: ``omega`` and ``dual`` return scalars, and callbacks refuse it, since in a
-    deep network no X exists. Raises ValueError for a design that is not a finite matrix, tau <= 0, or w of another shape.
+    ``w`` is the vector of the linear model's d weights. eta_hat is the fixed point eta_j = |w_j| / sqrt(z_j),
+    z_j = x_j^T (tau I + X diag(eta) X^T)^-1 x_j; the problem is convex in log eta, so this is the global minimiser. Not
+    separable: ``omega`` and ``dual`` return scalars, and callbacks refuse it, since in a deep network no X exists. Raises
+    ValueError for a design that is not a finite matrix, tau <= 0, or w of another shape.
+
+    Args:
+        X: the (n, d) design of the linear model, n samples of d inputs.
+        tau: the variance of its noise.
     """
 
     X: Tensor

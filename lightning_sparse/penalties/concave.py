@@ -17,6 +17,9 @@ class MCP(Penalty):
     """omega(w) = |w| - w^2 / (2c) up to |w| = c, then c/2; eta_hat(w) = c |w| / (c - |w|), inf beyond c.
 
     Dual: f(eta) = c eta / (eta + c). Raises ValueError unless c > 0.
+
+    Args:
+        c: the |w| from which on the penalty is constant.
     """
 
     c: float
@@ -57,6 +60,10 @@ class SCAD(Penalty):
     eta_hat(w) = w, then (a-1) k w / (a k - w), then inf.
     Dual: f(eta) = eta for eta <= k, then k ((a+1) eta - k) / ((a-1) k + eta).
     Raises ValueError unless a > 2 and k > 0.
+
+    Args:
+        a: how many times k it takes until the penalty is constant; 3.7 in the literature.
+        k: the |w| up to which the slope is 1.
     """
 
     a: float

@@ -22,6 +22,11 @@ class HardConcrete(Penalty):
     usual L0 weight. Up to |w| ~ .537 (at the default values) eta_hat follows this curve, then it jumps to inf, where
     omega = 1/2; the dual is the curve's lower envelope. Slope 1.475 at 0.
     Raises ValueError unless beta > 0, gamma < 0 and zeta > 1, or where the curve has no such single branch.
+
+    Args:
+        beta: the gate's temperature.
+        gamma: the lower end that the gate is stretched to, below 0.
+        zeta: the upper end, above 1.
     """
 
     beta: float = 2 / 3

@@ -19,6 +19,9 @@ class HardThreshold(Penalty):
     Its slope vanishes off 0, so the gradient and mask forms never move a weight: its zeros come only from its prox,
     which keeps w where |w| > tau sqrt(step). Dual: tau^2 for eta > 0, 0 at eta = 0.
     Raises ValueError unless tau > 0.
+
+    Args:
+        tau: the |w| up to which the prox of step 1 removes a weight.
     """
 
     tau: float

@@ -18,6 +18,9 @@ class LogSquare(Penalty):
 
     Dual: f(eta) = 2 (r - 1 - log r) with r = eps / (2 eta) for eta >= eps / 2, else 0.
     Raises ValueError unless eps > 0.
+
+    Args:
+        eps: the square of the weight beyond which the penalty grows slowly.
     """
 
     eps: float

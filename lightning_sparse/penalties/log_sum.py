@@ -18,6 +18,9 @@ class LogSum(Penalty):
 
     Dual: f(eta) = 2 log((S + eps) / (2 eps)) - (S - eps)^2 / (4 eta) with S = sqrt(eps^2 + 4 eta).
     Raises ValueError unless eps > 0. Twice LogSum(2) stands in for variational dropout.
+
+    Args:
+        eps: the |w| at which the slope has fallen to half.
     """
 
     eps: float

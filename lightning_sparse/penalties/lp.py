@@ -18,6 +18,9 @@ class Ridge(Penalty):
     """omega(w) = w^2 / (2c), eta_hat(w) = c: weight decay, or dropout at a constant rate. It only shrinks.
 
     Dual: 0 for eta <= c, inf above. Raises ValueError unless c > 0.
+
+    Args:
+        c: the constant eta; weight decay is lam / c.
     """
 
     c: float
@@ -74,6 +77,9 @@ class Lp(Penalty):
 
     Dual: f(eta) = eta^q / q with q = p / (2 - p). Prox: closed form for p = 1 and p = 1/2, numeric otherwise.
     Raises ValueError unless 0 < p < 2.
+
+    Args:
+        p: the power.
     """
 
     p: float

@@ -18,7 +18,11 @@ from lightning_sparse.penalties.log_sum import LogSum
 class Scaled(Penalty):
     """omega(w) = p.omega(w / t), eta_hat(w) = t^2 p.eta_hat(w / t), f(eta) = p.dual(eta / t^2).
 
-    ``t`` is in units of the weight. Raises TypeError unless p is a Penalty, ValueError unless t > 0.
+    Raises TypeError unless p is a Penalty, ValueError unless t > 0.
+
+    Args:
+        p: the penalty.
+        t: the scale, in units of the weight.
     """
 
     p: Penalty

@@ -26,6 +26,9 @@ class VariationalDropout(Penalty):
       eta_hat = e^(2t) - 1.
 
     Slope 1 at 0 and log |w| far out. An unknown prior raises ValueError with the closest names.
+
+    Args:
+        prior: "log_uniform", "molchanov" or "empirical_bayes".
     """
 
     prior: str = "log_uniform"

@@ -28,7 +28,7 @@ ARGUMENTS = {
     "NaN lam": (lambda: penalty(NAN), ValueError, "lam must be a finite number > 0, got nan"),
     "infinite lam": (lambda: mask(INF), ValueError, "lam must be a finite number > 0, got inf"),
     "boolean lam": (lambda: penalty(True), TypeError, "lam must be a number, got True of type bool"),
-    "tensor lam": (lambda: penalty(torch.tensor(1.0)), TypeError, "lam must be a number, got tensor"),
+    "tensor lam": (lambda: penalty(torch.ones(2)), TypeError, "lam must be a number, got tensor"),
     "share": (lambda: schedules.LinearWarmup(1.0, share=0.0), ValueError, r"share must lie in \(0, 1\], got 0.0"),
     "long share": (lambda: schedules.LinearWarmup(1.0, share=2), ValueError, r"share must lie in \(0, 1\], got 2"),
     "NaN share": (lambda: schedules.LinearWarmup(1.0, share=NAN), ValueError, r"share must lie in \(0, 1\], got nan"),

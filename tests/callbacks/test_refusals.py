@@ -32,7 +32,7 @@ CONSTRUCTORS = {
     "zero lam": (lambda: ReweightedPenalty(LOG_SUM, lam=0), ValueError, "lam must be a finite number > 0, got 0"),
     "negative lam": (lambda: AdaptiveMask(LOG_SUM, lam=-1.0), ValueError, "lam must be a finite number > 0, got -1.0"),
     "text lam": (lambda: AdaptiveMask(LOG_SUM, lam="1"), TypeError, "lam must be a number, got '1' of type str"),
-    "no lam": (lambda: ReweightedPenalty(LOG_SUM), ValueError, "lam is required with a penalty"),
+    "no lam": (lambda: ReweightedPenalty(LOG_SUM), ValueError, "ReweightedPenalty needs lam, because LogSum"),
     "eps": (lambda: penalties.LogSum(eps=0.0), ValueError, "eps must be a finite number > 0, got 0.0"),
     "p": (lambda: penalties.Lp(p=2.0), ValueError, r"p must lie in \(0, 2\), got 2.0"),
     "a class": (lambda: ReweightedPenalty(penalties.LogSum, lam=1.0), TypeError, "takes a Penalty or a MaskRule"),
