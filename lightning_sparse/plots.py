@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -19,6 +20,15 @@ from lightning_sparse.duality import MaskRule, Penalty
 _Curve = tuple[str, Tensor, Tensor]
 
 
+class Picture(Figure):
+    """A figure that a notebook shows by itself: matplotlib's own is shown only where pyplot made it or was told to."""
+
+    def _repr_png_(self) -> bytes:
+        shown = BytesIO()
+        self.savefig(shown, format="png")
+        return shown.getvalue()
+
+
 def penalty_curves(penalties: Sequence[Penalty | MaskRule], lam: float = 1.0, w_max: float = 4.0) -> Figure:
     """omega(w), eta_hat(w), f(eta) and alpha(w) at strength ``lam``, one line for each penalty.
 
@@ -28,7 +38,7 @@ def penalty_curves(penalties: Sequence[Penalty | MaskRule], lam: float = 1.0, w_
     if not penalties:
         raise ValueError("name at least one penalty, for example [LogSum(eps=2.0), MCP(c=1.0)]")
     w = torch.linspace(0, _checks.positive("w_max", w_max), 801, dtype=torch.float64)
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure = Picture(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2).flatten()
     for given in penalties:
         penalty = _separable(given)
@@ -72,7 +82,7 @@ def sparsity_curve(history: Sequence[Mapping[str, float]]) -> Figure:
 
     ``history`` holds one mapping an epoch, with ``epoch`` and the logged ``sparsity/...`` values.
     """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Picture(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     names = [name for name in (history[-1] if history else {}) if _is_share(name)]
     for name in sorted(names, key=lambda name: name != "sparsity/total"):
@@ -106,7 +116,7 @@ def masks(weights: Mapping[str, Tensor]) -> Figure:
         raise ValueError("no weights to draw")
     patterns = {name: pattern(weight) for name, weight in weights.items()}
     heights = [min(max(9.0 * min(p.shape) / max(p.shape), 0.8), 3.6) for p in patterns.values()]
-    figure = Figure(figsize=(9, sum(heights) + 0.9 * len(heights)), layout="constrained")
+    figure = Picture(figsize=(9, sum(heights) + 0.9 * len(heights)), layout="constrained")
     axes = figure.subplots(len(patterns), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axis, (name, rows) in zip(axes, patterns.items(), strict=True):
         _draw_mask(axis, name, rows)

@@ -108,3 +108,8 @@ def test_the_dual_panel_is_the_dual() -> None:
     at = len(eta) // 2
     assert duality.gap(penalty, torch.tensor([0.3], dtype=torch.float64), torch.tensor([eta[at]], dtype=torch.float64)) >= 0
     assert math.isclose(values[at], 0.7 * eta[at] / (eta[at] + 0.7))
+
+
+@pytest.mark.parametrize("draw", [lambda: plots.masks({"w": torch.eye(3)}), lambda: plots.penalty_curves([penalties.L1()])])
+def test_a_notebook_shows_a_picture_by_itself(draw) -> None:
+    assert draw()._repr_png_().startswith(b"\x89PNG")  # what IPython asks of any object; matplotlib's own Figure has none

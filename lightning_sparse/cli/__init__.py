@@ -23,7 +23,7 @@ _VERBS = {
     "validate": (_TRAINING, "evaluate on the validation split"),
     "test": (_TRAINING, "evaluate on the test split"),
     "predict": (_TRAINING, "run the model on the prediction data"),
-    "recipes": ("lightning_sparse.cli.recipes", "list the packaged recipes with what they reach"),
+    "recipes": ("lightning_sparse.cli.recipes", "list the packaged recipes with what they reach, or those of a FOLDER"),
     "check": ("lightning_sparse.cli.check", "validate a recipe without training: check RECIPE [overrides]"),
     "seeds": ("lightning_sparse.cli.seeds", "mean and spread of a recipe over seeds: seeds RECIPE [--seeds 5] [overrides]"),
     "reproduce": ("lightning_sparse.cli.reproduce", "rerun the paper's case study: its table and figures beside the published ones"),

@@ -77,7 +77,7 @@ def _sentence(cause: str, where: str, owner: str, bases: str, keys: list[str]) -
 
 def parameters(class_path: str) -> list[str]:
     """The names that the class at a dotted path takes; none if it cannot be imported."""
-    found = _import(class_path)
+    found = imported(class_path)
     return [name for name in inspect.signature(found).parameters if name != "self"] if found else []
 
 
@@ -85,7 +85,7 @@ def class_names(text: str) -> set[str]:
     """Names of all public concrete classes below the dotted class paths that ``text`` mentions."""
     found: set[str] = set()
     for path in re.findall(r"[A-Za-z_][\w.]*\.[\w]+", text):
-        if base := _import(path):
+        if base := imported(path):
             found.update(cls.__name__ for cls in below(base) if not inspect.isabstract(cls))
     return {name for name in found if not name.startswith("_")}
 
@@ -93,10 +93,11 @@ def class_names(text: str) -> set[str]:
 def class_of(given: Any) -> type[Any] | None:
     """The class that a parsed ``class_path`` entry names, if it has one."""
     path = getattr(given, "class_path", None)
-    return _import(path) if isinstance(path, str) else None
+    return imported(path) if isinstance(path, str) else None
 
 
-def _import(path: str) -> type[Any] | None:
+def imported(path: str) -> type[Any] | None:
+    """The class at a dotted path; None if there is none."""
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name, None)

@@ -11,7 +11,7 @@ import yaml
 import lightning_sparse.mask_rules
 import lightning_sparse.penalties  # noqa: F401  (short class names resolve once their classes are imported)
 from lightning_sparse import plots
-from lightning_sparse.cli.errors import UsageError, below, explain
+from lightning_sparse.cli.errors import UsageError, below, explain, imported
 from lightning_sparse.duality import MaskRule, Penalty
 
 _HELP = (
@@ -58,16 +58,19 @@ def read(word: str) -> Penalty | MaskRule:
 
 
 def _described(tree: Any) -> Any:
-    """``Name`` and ``{Name: arguments}`` as class_path and init_args."""
+    """``Name`` and ``{Name: arguments}`` as class_path and init_args; without arguments those of the class's first example."""
     if isinstance(tree, str):
         return {"class_path": tree, "init_args": _example(tree)}
-    if isinstance(tree, dict) and len(tree) == 1 and "class_path" not in tree:
+    if set(tree) <= {"class_path", "init_args"}:
+        return {"init_args": _example(str(tree.get("class_path")))} | tree
+    if len(tree) == 1:
         name, arguments = next(iter(tree.items()))
-        return {"class_path": name, "init_args": arguments or {}}
+        return {"class_path": name, "init_args": _example(str(name)) if arguments is None else arguments}
     return tree
 
 
 def _example(name: str) -> dict[str, Any]:
+    found = imported(name)  # first, because that is when a class in a file of the user's becomes known
     classes = {cls.__name__: cls for base in (Penalty, MaskRule) for cls in below(base)}
-    examples = getattr(classes.get(name.rpartition(".")[2]), "examples", ())
+    examples = getattr(found or classes.get(name.rpartition(".")[2]), "examples", ())
     return dict(examples[0]) if examples else {}

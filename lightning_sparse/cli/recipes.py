@@ -94,14 +94,17 @@ def _checked(name: str) -> Path:
 
 
 def run(verb: str, words: list[str]) -> int:
-    """``lightning-sparse recipes``: print each recipe with what it reaches; ``recipes NAME``: the path of one, for scripts."""
+    """``lightning-sparse recipes``: print each recipe with what it reaches, ``recipes overlay`` those of one folder;
+    ``recipes NAME``: the path of one, for scripts.
+    """
     if words[:1] in (["-h"], ["--help"]) or len(words) > 1:
-        print(f"usage: lightning-sparse {verb} [NAME]   list the packaged recipes, or print the path of one")
+        print(f"usage: lightning-sparse {verb} [FOLDER | NAME]   list the packaged recipes, or those of a folder, or print the path of one")
         return 0 if len(words) == 1 else 2
-    if words:
+    under = [name for name in names() if not words or name.startswith(f"{words[0].rstrip('/')}/")]
+    if words and not under:
         print(find(words[0]))
         return 0
-    for name in names():
+    for name in under:
         print(name)
         for key, text in about(folder() / f"{name}.yaml").items():
             print(f"  {key + ':':9} {text}")
