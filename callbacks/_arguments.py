@@ -16,7 +16,7 @@ from lightning_sparse._joint import Joint
 from lightning_sparse.callbacks import _refusals, _report, _strengths
 from lightning_sparse.callbacks._averages import Averages
 from lightning_sparse.callbacks._groups import Members
-from lightning_sparse.callbacks.compatibility import Callback
+from lightning_sparse.callbacks.compatibility import AnyCallback
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Constant, Schedule, as_schedule
 
@@ -24,7 +24,7 @@ Other = TypeVar("Other", bound="Arguments")
 FINE_TUNED = 0.25  # the share of a run to a target sparsity that is trained with its support frozen
 
 
-class Arguments(Callback, metaclass=Constructed):
+class Arguments(AnyCallback, metaclass=Constructed):
     """A way to train with one eta_hat, and how another way is made of it.
 
     Args:

@@ -41,19 +41,19 @@ class _Joins:
         return super().__new__(cls)
 
 
-class Callback(_Joins, callbacks.Callback):
+class AnyCallback(_Joins, callbacks.Callback):  # named so, because a recipe's `class_path: ModelCheckpoint` is Lightning's
     """Base of the callbacks here: a Callback of ``lightning.pytorch`` and, once that is imported, of ``pytorch_lightning``."""
 
 
-class ModelCheckpoint(_Joins, callbacks.ModelCheckpoint):
+class AnyModelCheckpoint(_Joins, callbacks.ModelCheckpoint):
     """The same for ModelCheckpoint; the methods are those of ``lightning.pytorch``."""
 
 
 def join() -> None:
     """Add the classes of ``pytorch_lightning`` to the bases of those above if that package is imported."""
     other = sys.modules.get("pytorch_lightning.callbacks")
-    for kind in (Callback, ModelCheckpoint):
-        base = getattr(other, kind.__name__, None)
+    for kind, own in ((AnyCallback, callbacks.Callback), (AnyModelCheckpoint, callbacks.ModelCheckpoint)):
+        base = getattr(other, own.__name__, None)
         if base is not None and base not in kind.__mro__:
             kind.__bases__ = (*kind.__bases__, base)
 

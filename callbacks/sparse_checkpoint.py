@@ -11,12 +11,12 @@ from torch import Tensor
 from lightning_sparse import _checks, counts
 from lightning_sparse._construction import Constructed, typed
 from lightning_sparse.callbacks import _averages, _report
-from lightning_sparse.callbacks.compatibility import ModelCheckpoint
+from lightning_sparse.callbacks.compatibility import AnyModelCheckpoint
 from lightning_sparse.callbacks.sparsity_monitor import SparsityMonitor
 from lightning_sparse.select import select
 
 
-class SparseCheckpoint(ModelCheckpoint, metaclass=Constructed):
+class SparseCheckpoint(AnyModelCheckpoint, metaclass=Constructed):
     """ModelCheckpoint that saves a best (the top k) only while at least ``target`` of the weights in the file are zero.
 
     The share is counted anew for every file: ``sparsity/total`` of the sparsity callbacks in the Trainer, after their

@@ -11,11 +11,11 @@ from lightning_sparse._construction import Constructed, typed
 from lightning_sparse.callbacks import _logged
 from lightning_sparse.callbacks._averages import averaging
 from lightning_sparse.callbacks.base import Sparsifier
-from lightning_sparse.callbacks.compatibility import Callback
+from lightning_sparse.callbacks.compatibility import AnyCallback
 from lightning_sparse.select import countable
 
 
-class SparsityMonitor(Callback, metaclass=Constructed):
+class SparsityMonitor(AnyCallback, metaclass=Constructed):
     """Logs ``sparsity/total`` and ``sparsity/<parameter name>``, the share of exact zeros in [0, 1], tied weights once.
 
     For a dense model, a loaded sparse one, or one pruned by other means; list it after Lightning's ModelPruning, whose
