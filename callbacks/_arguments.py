@@ -15,6 +15,7 @@ from lightning_sparse._construction import Constructed, typed
 from lightning_sparse._joint import Joint
 from lightning_sparse.callbacks import _refusals, _report, _strengths
 from lightning_sparse.callbacks._averages import Averages
+from lightning_sparse.callbacks._clock import Clock
 from lightning_sparse.callbacks._groups import Members
 from lightning_sparse.callbacks.compatibility import AnyCallback
 from lightning_sparse.duality import MaskRule, Penalty
@@ -91,7 +92,7 @@ class Arguments(AnyCallback, metaclass=Constructed):
         self._places: dict[str, tuple[torch.optim.Optimizer, int]] = {}  # optimiser and group of each parameter
         self._restored: dict[str, Any] | None = None
         self._batch: tuple[Any, int] | None = None  # the last one trained on, for the duality gap
-        self._closures, self._manual, self._offset, self._whole = 0, False, 0, math.inf
+        self._clock, self._manual, self._offset, self._whole, self._drift = Clock(), False, 0, math.inf, 0
         self._own_hooks: frozenset[str] = frozenset()  # of the module, that may mend or clip gradients
         self._begun, self._applied = False, False  # training has started; the restored state is in place
         self._averages: Averages | None = None

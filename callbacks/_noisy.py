@@ -83,11 +83,10 @@ class Noisy(Sparsifier):
         for name, layer in self._local.items():
             attachment.on_forward(layer, partial(self._blur, name))
         attachment.mask_gradients()
-        if self._manual:
-            self._handles += [optimizer.register_step_pre_hook(self._before_manual_step) for optimizer in self._optimizers]
 
-    def _before_manual_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self.attachment is not None and not is_skipped(optimizer):  # else the noise goes on to the next forward
+    def _before(self, optimizer: torch.optim.Optimizer) -> None:
+        super()._before(optimizer)
+        if self._manual and self.attachment is not None and not is_skipped(optimizer):  # else the noise goes on to the next forward
             self.attachment.restore()
 
     def _stream(self, index: int, call: int = 0) -> torch.Generator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sparse import _checks, duality, shards
-from lightning_sparse.callbacks._averages import extra_epochs
 from lightning_sparse.callbacks.compatibility import is_a, overrides
 from lightning_sparse.duality import MaskRule, Penalty
-from lightning_sparse.schedules import Constant
 from lightning_sparse.select import left_out
 
 if TYPE_CHECKING:
@@ -154,29 +151,6 @@ def check_closures(callback: Form, module: LightningModule, optimizer: torch.opt
             f"{type(optimizer).__name__} evaluates the loss several times a step, which {type(callback).__name__} does not support; "
             "use an optimiser that calls its closure once"
         )
-
-
-def total_steps(callback: Form, trainer: Trainer) -> float:
-    """The run's optimiser steps (batches under manual optimisation); inf without an end, which shares cannot use."""
-    total = _length(trainer)
-    if total == trainer.max_steps:  # which counts the steps of all optimisers
-        total = math.ceil(total / max(len(trainer.optimizers), 1))
-    if not math.isfinite(total) and (callback.freeze or not isinstance(callback.schedule, Constant)):
-        raise ValueError(
-            f"freeze={callback.freeze:g} and {callback.schedule!r} need the length of the run: give the Trainer max_epochs or max_steps"
-        )
-    return total
-
-
-def _length(trainer: Trainer) -> float:
-    """Lightning's own estimate, which knows neither a GradientAccumulationScheduler nor epochs that only renew batch norm."""
-    total, batches, extra = float(trainer.estimated_stepping_batches), trainer.num_training_batches, extra_epochs(trainer)
-    schedule = next((one for one in trainer.callbacks if is_a(one, "GradientAccumulationScheduler")), None)  # type: ignore[attr-defined]
-    if (schedule is None and not extra) or trainer.max_epochs in (None, -1) or not math.isfinite(batches):
-        return total
-    factor = schedule.get_accumulate_grad_batches if schedule else lambda epoch: trainer.accumulate_grad_batches
-    steps = sum(math.ceil(batches / factor(epoch)) for epoch in range(trainer.max_epochs - extra))
-    return float(steps if trainer.max_steps == -1 else min(steps, trainer.max_steps))
 
 
 def check_state(callback: Form, state: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ class Saved(Supported):
         held = {name: shards.full(where).cpu() for name, where in self.held.items()}
         clock |= {"recipe": self.recipe(), "clipped": self._clipping.mean} | ({"held": held} if held else {})
         clock |= {} if self.ascent is None else {"ascent": self.ascent.state_dict()}
+        clock |= {"drift": self._drift} if self._drift else {}
         return clock | {"frozen": self.frozen, "taken": taken} | ({"averaged": averaged} if averaged else {})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -73,6 +74,7 @@ class Saved(Supported):
         _recipes.say_changes(self, state)
         self.held |= {name: self._part(name, held) for name, held in state.get("held", {}).items() if name in self.held}
         self.step, self._begun, self._applied = state["step"], state.get("begun", True), True
+        self._drift = state.get("drift", 0)
         self._begin_at(state["offset"])
         self._clipping.resume(state.get("clipped", 1.0))
         if self.ascent is not None and "ascent" in state:

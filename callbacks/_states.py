@@ -59,6 +59,10 @@ def are_tensors(value: Any) -> bool:
     )
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -98,6 +102,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "frozen": _FLAG,
     "taken": _TAKEN,
     "begun": _FLAG,
+    "drift": (_is_whole, "a whole number"),
     "averaged": _TAKEN,
     "held": (_are_masks, "a dict of boolean tensors by parameter name"),
     "clipped": (_is_factor, "a finite number > 0"),

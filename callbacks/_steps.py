@@ -83,7 +83,7 @@ def alike(optimizer: torch.optim.Optimizer, members: Iterable[tuple[Tensor, dict
 
 def check_hooked(callback: Sparsifier, optimizer: torch.optim.Optimizer) -> None:
     """RuntimeError for an optimiser that was stepped behind Lightning's back, so that nothing was added to its gradients."""
-    if callback._closures == 0 and not callback.frozen:
+    if not callback._clock.is_prepared(optimizer) and not callback.frozen:
         raise RuntimeError(
             f"{type(optimizer).__name__}.step() was called without Lightning's on_before_optimizer_step, where "
             f"{type(callback).__name__} adds its gradient; step the optimisers of self.optimizers(), or use AdaptiveProx"

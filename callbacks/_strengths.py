@@ -11,7 +11,7 @@ from lightning_sparse.schedules import Constant, Schedule
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._supported import Supported
 
-_SHORTEST = 20  # optimiser steps in which an ascent can find lam
+SHORTEST = 20  # optimiser steps in which an ascent can find lam
 
 
 def strength(form: str, given: Penalty | MaskRule, lam: float | Schedule | None, target: float | None) -> float | Schedule:
@@ -22,9 +22,7 @@ def strength(form: str, given: Penalty | MaskRule, lam: float | Schedule | None,
         return given.lam
     if target is not None:
         return START
-    raise ValueError(
-        f"{form} needs lam, because {given!r} knows no strength; for example lam=1e-3, or target_sparsity=0.95 to find it"
-    )
+    raise ValueError(f"{form} needs lam, because {given!r} knows no strength; for example lam=1e-3, or target_sparsity=0.95 to find it")
 
 
 def given(form: str, name: str, lam: float | Schedule | None, target: float | None) -> float | Schedule:
@@ -48,9 +46,9 @@ def ascent(penalty: Penalty, schedule: Schedule, target: float | None) -> Ascent
 def check_way(callback: Supported) -> None:
     """Before training: a target that the run's length or the zeros it starts with put out of reach."""
     way = callback.total * (1 - callback.freeze)
-    if callback.ascent is not None and way < _SHORTEST:
+    if callback.ascent is not None and way < SHORTEST:
         raise ValueError(
-            f"target_sparsity={callback.ascent.target:g} needs at least {_SHORTEST} optimiser steps before the support is frozen, "
+            f"target_sparsity={callback.ascent.target:g} needs at least {SHORTEST} optimiser steps before the support is frozen, "
             f"got {way:.0f} of {callback.total:.0f} with freeze={callback.freeze:g}; train longer, or lower freeze"
         )
     held = callback.share_of_zeros() if callback.ascent is not None and callback.keep_zeros else 0.0

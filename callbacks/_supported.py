@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sparse import counts, shards
 from lightning_sparse.ascent import FAR, ROUNDS
-from lightning_sparse.callbacks import _together
+from lightning_sparse.callbacks import _strengths, _together
 from lightning_sparse.callbacks._form import Form
 from lightning_sparse.mask_rules.ranked import shrunk
 
@@ -40,7 +40,9 @@ class Supported(Form):
     def _climb(self) -> bool:
         """On the way to a target sparsity, ROUNDS times; whether it is there."""
         way = self.total * (1 - self.freeze)
-        if self.ascent is None or self.frozen or self.step * ROUNDS // way == (self.step - 1) * ROUNDS // way:
+        if self.ascent is None or self.frozen or way < _strengths.SHORTEST:  # so short is a fast_dev_run alone
+            return False
+        if self.step * ROUNDS // way == (self.step - 1) * ROUNDS // way:
             return False
         zeros = self.share_of_zeros()
         self.ascent.climb(zeros, self.step / way)

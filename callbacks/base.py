@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sparse import _memory, attach
-from lightning_sparse.callbacks import _averages, _faults, _joining, _ranks, _refusals, _report, _strengths
+from lightning_sparse import _memory, _step_hooks, attach
+from lightning_sparse.callbacks import _averages, _faults, _joining, _length, _ranks, _refusals, _report, _strengths
 from lightning_sparse.callbacks._shown import Shown
 
 
@@ -57,7 +57,7 @@ class Sparsifier(Shown):
         self._places = _joining.places(self.parameters, self._optimizers)
         self.attachment = attach.Attachment(pl_module, self.parameters, self.thresholded)
         self._averages = _averages.Averages(self, trainer)
-        self._handles = [optimizer.register_step_post_hook(partial(self._after, trainer)) for optimizer in self._optimizers]
+        self._handles = [_step_hooks.around(one, self._before, partial(self._after, trainer)) for one in self._optimizers]
         self._install(pl_module, self.attachment)
         self._seen = _joining.signature(self, trainer)
 
@@ -86,29 +86,37 @@ class Sparsifier(Shown):
         _faults.check_start(self)
         self._measure(trainer)
         if not self._begun:  # a run that began without this callback has that much less to go
-            batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-            self._begin_at(batches if self._manual else trainer.global_step)
+            self._begin_at(self._batches(trainer) if self._manual else trainer.global_step)
         self._begun = True
         self._maybe_freeze()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._averages is not None and self._averages.hand_over_early(trainer):  # an epoch of plain forwards
             self.support = {name: parameter.detach() != 0 for name, parameter in self.parameters.items()}
+        drift = _length.drift(trainer, self._batches(trainer) if self._manual else trainer.global_step)
+        if drift != self._drift:  # the loader was made anew, with another length
+            self._drift = drift
+            self._measure(trainer)
 
     def _measure(self, trainer: Trainer) -> None:
         """The run's length; asked for earlier, the Trainer would forget where a stateful loader stood in its epoch."""
-        self._whole = _refusals.total_steps(self, trainer)
+        self._whole = _length.total_steps(self, trainer)
         self._begin_at(self._offset)
-        _strengths.check_way(self)
+        if not trainer.fast_dev_run:  # which reaches nothing, and is not meant to
+            _strengths.check_way(self)
+
+    def _batches(self, trainer: Trainer) -> int:
+        """The batches that have been trained on."""
+        return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0 or _joining.signature(self, trainer) != self._seen:
             self._admit(trainer, pl_module)
-        self._batch, self._closures = (batch, batch_idx), 0
+        self._batch = (batch, batch_idx)
+        self._clock.begin_batch(trainer.global_step)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        self._closures += 1
-        _refusals.check_closures(self, pl_module, optimizer, self._closures)
+        _refusals.check_closures(self, pl_module, optimizer, self._clock.prepare(optimizer))
         _faults.check_gradients(self, trainer, optimizer)
         if not self.frozen:
             self.before_step(trainer, optimizer)
@@ -125,29 +133,39 @@ class Sparsifier(Shown):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         _faults.check_loss(self, trainer, loss)
 
-    def _after(self, trainer: Trainer, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimiser's step begins; in automatic optimisation before its forward and backward."""
+        self._clock.enter(optimizer)
+
+    def _after(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         listed = self in trainer.callbacks  # type: ignore[attr-defined] # a tuner's trial run has none, and is undone
-        if listed and not is_skipped(optimizer) and not (self._closures == 0 and is_idle(optimizer)):
+        skipped = is_skipped(optimizer)
+        if listed and not skipped and (self._clock.is_prepared(optimizer) or not is_idle(optimizer)):
             self._stepped(optimizer)
+        self._clock.leave(optimizer, stepped=not skipped)
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """After a real optimiser step (not a skipped one, not an accumulation batch)."""
-        self._closures = 0
         self._clipping.after(parameter.grad for _, parameter, _ in self._owned(optimizer))
         if self.frozen:
             self._hold(optimizer, self.support or {})
         else:
             self.after_step(optimizer)
             self._hold(optimizer, self.held)
-        if optimizer is self._optimizers[0] and not self._manual:  # the clock
+        if not self._manual and not self._clock.counted:
             self._tick()
 
     def _tick(self) -> None:
-        self.step += 1
+        self.step, self._clock.counted = self.step + 1, True
         self._maybe_freeze(self._climb())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._manual:  # how often the user steps is not known: batches are the clock
+        if not self._manual:
+            if self._clock.is_behind(trainer.global_step):
+                self._tick()
+            return
+        ends = self._whole, _length.of_epochs(trainer, self._drift), trainer.max_steps
+        for _ in range(self._clock.steps_since(trainer.global_step, self._batches(trainer), *ends)):
             self._tick()
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -13,11 +13,13 @@ from lightning_sparse.conformance import (
     damage,
     faults,
     files,
+    lengths,
     life_cycle,
     loops,
     memory,
     models,
     neighbours,
+    optimizers,
     precision,
     ranks,
     resume,
@@ -40,3 +42,4 @@ from lightning_sparse.conformance._registry import (
 __all__ = ["CHECKS", "Check", "NotApplicable", "Outcome", "Subject", "check", "chosen", "outcome", "require", "subject", "undisturbed"]
 __all__ += ["arguments", "averages", "changes", "counts", "damage", "faults", "files", "life_cycle", "loops", "memory", "models"]
 __all__ += ["neighbours", "precision", "ranks", "resume", "steps"]
+__all__ += ["lengths", "optimizers"]

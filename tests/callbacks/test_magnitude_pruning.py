@@ -310,7 +310,7 @@ def test_bad_arguments_are_refused_in_one_line(given, message):
 
 
 def test_a_run_without_an_end_is_refused():
-    with pytest.raises(ValueError, match="need the length of the run: give the Trainer max_epochs or max_steps"):
+    with pytest.raises(ValueError, match=r"needs the length of the run.* give the Trainer max_steps"):
         trainer(MagnitudePruning(0.9), epochs=-1).fit(Toy(), data())
 
 

@@ -69,8 +69,8 @@ RUNS = {
     "not optimised": (lambda: ReweightedPenalty(LOG_SUM, 1.0), {"optimizer": only_biases}, {}, r"no optimiser updates"),
     "shrinks only": (lambda: ReweightedPenalty(penalties.Ridge(c=1.0), 0.1), {}, {}, r"only shrinks: .* name a magnitude threshold"),
     "shrinking rule": (lambda: AdaptiveMask(mask_rules.Standout()), {}, {}, "only shrinks"),
-    "endless": (lambda: ReweightedPenalty(LOG_SUM, schedules.LinearWarmup(1.0)), {}, {"epochs": -1}, "need the length of the run"),
-    "endless freeze": (lambda: ReweightedPenalty(LOG_SUM, 1.0, freeze=0.5), {}, {"epochs": -1}, "need the length of the run"),
+    "endless": (lambda: ReweightedPenalty(LOG_SUM, schedules.LinearWarmup(1.0)), {}, {"epochs": -1}, "needs the length of the run"),
+    "endless freeze": (lambda: ReweightedPenalty(LOG_SUM, 1.0, freeze=0.5), {}, {"epochs": -1}, "needs the length of the run"),
     "adam metric": (
         lambda: AdaptiveProx(LOG_SUM, 1.0, metric="adam"),
         {"optimizer": lambda p: torch.optim.SGD(p, 0.1)},

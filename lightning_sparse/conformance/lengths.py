@@ -1,0 +1,82 @@
+"""Runs whose length is unknown, or changes: a schedule arrives when the run ends, not before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._registry import Subject, check, require
+from lightning_sparse.conformance.life_cycle import zeros
+from lightning_sparse.conformance.steps import GROUP, some_zeros
+
+
+class Stream(IterableDataset[Any]):
+    """The toy data without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([*toys.data()])
+
+
+def stream() -> DataLoader[Any]:
+    """A loader of the toy data that has no length."""
+    return DataLoader(Stream(), batch_size=None)
+
+
+class _First(Callback):
+    """Counts the zeros after the first batch."""
+
+    zeros: int | None = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.zeros = zeros(pl_module) if self.zeros is None else self.zeros
+
+
+@check("a loader without length: refused before training, naming max_steps, or no whole schedule at once", GROUP)
+def unknown_length_is_refused_or_works(subject: Subject, folder: Path) -> None:
+    module = subject.model()
+    before, first = toys.weights(module), _First()
+    try:
+        subject.fit(module, first, loader=stream(), epochs=4)
+    except Exception as error:
+        touched = [name for name, w in toys.weights(module).items() if not torch.equal(w, before[name])]
+        require(first.zeros is None and not touched, f"it failed in mid-run, with {touched} changed: {error}")
+        require("max_steps" in str(error), f"the refusal does not name max_steps: {error}")
+        limited = subject.model()
+        subject.fit(limited, loader=stream(), epochs=-1, max_steps=16)
+        some_zeros(limited, "with max_steps")
+    else:
+        end = zeros(module)
+        require(first.zeros is not None and 2 * first.zeros <= end, f"{first.zeros} of {end} zeros were there after the first batch")
+
+
+class Shrinking(toys.Toy):
+    """Its loader has six batches in the first epoch and two in each later one, the same batch throughout."""
+
+    lengths = (6, 2, 2, 2)
+
+    def train_dataloader(self) -> Any:
+        batch = next(iter(toys.data()))
+        return toys.Repeated(batch, self.lengths[self.trainer.current_epoch])
+
+
+class Even(Shrinking):
+    """As many batches in as many epochs, three in each."""
+
+    lengths = (3, 3, 3, 3)
+
+
+@check("epochs that change their length end with the zeros of as many batches in equal ones", GROUP)
+def changing_lengths_keep_the_zeros(subject: Subject, folder: Path) -> None:
+    found = []
+    for kind in (Shrinking, Even):
+        module = kind(**({"optimizer": subject.optimizer} if subject.optimizer else {}))
+        torch.manual_seed(0)
+        subject.trainer(epochs=4, reload_dataloaders_every_n_epochs=1).fit(module)
+        found.append(zeros(module))
+    require(abs(found[0] - found[1]) <= 2, f"{found[0]} weights are zero, {found[1]} with equal epochs")

@@ -1,0 +1,89 @@
+"""Optimisers that step within their own step, and modules that do not step at each batch: each step counts once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._registry import Subject, check, require
+from lightning_sparse.conformance.life_cycle import zeros
+from lightning_sparse.conformance.steps import GROUP, own_steps, some_zeros
+
+
+class Super(torch.optim.Adam):
+    """Adam with a step of its own, which calls Adam's."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Holding(torch.optim.Optimizer):
+    """Steps another optimiser, as Lookahead does, and never calls ``Optimizer.__init__``."""
+
+    def __init__(self, held: torch.optim.Optimizer) -> None:
+        self.held, self.defaults = held, held.defaults
+        self.param_groups, self.state = held.param_groups, held.state
+        for hooks in ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+            setattr(self, f"_optimizer_{hooks}_hooks", OrderedDict())
+
+    def step(self, closure: Any = None) -> Any:
+        return self.held.step(closure)
+
+
+def super_step(parameters: Any) -> torch.optim.Optimizer:
+    """:class:`Super` after a plain Adam, which makes torch call hooks at both classes' steps."""
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    return Super(parameters, 1e-2)
+
+
+def held_step(parameters: Any) -> torch.optim.Optimizer:
+    """:class:`Holding` around Adam."""
+    return Holding(torch.optim.Adam(parameters, 1e-2))
+
+
+def _end(subject: Subject, make: Any) -> dict[str, Tensor]:
+    module = toys.Toy(optimizer=make)
+    torch.manual_seed(0)
+    subject.fit(module, epochs=4)
+    return toys.weights(module)
+
+
+@check("an optimiser that calls super().step(), or holds another, ends as the plain one", GROUP)
+def a_step_counts_once(subject: Subject, folder: Path) -> None:
+    own_steps(subject)
+    plain = _end(subject, lambda parameters: torch.optim.Adam(parameters, 1e-2))
+    for name, make in {"super().step()": super_step, "an optimiser that it holds": held_step}.items():
+        for key, w in _end(subject, make).items():
+            far = float((w - plain[key]).abs().max())
+            require(far == 0, f"{key} ends up to {far:.2g} from the plain run's where the optimiser steps by {name}")
+
+
+class EverySecond(toys.Toy):
+    """Steps after every second batch, on the gradients of both."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if batch_idx % 2:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+
+
+@check("a module whose optimizer_step steps every second batch ends with the zeros of one that accumulates", GROUP)
+def every_second_batch_steps(subject: Subject, folder: Path) -> None:
+    options: Any = {"optimizer": subject.optimizer} if subject.optimizer else {}
+    found = []
+    for module, accumulate in ((EverySecond(**options), 1), (toys.Toy(**options), 2)):
+        torch.manual_seed(0)
+        subject.fit(module, epochs=8, accumulate_grad_batches=accumulate)
+        some_zeros(module, "where every second batch steps" if accumulate == 1 else "where two batches are accumulated")
+        found.append(zeros(module))
+    require(found[0] * 2 > found[1], f"{found[0]} weights are zero, {found[1]} where Lightning accumulates two batches")
