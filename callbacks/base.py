@@ -102,7 +102,7 @@ class Sparsifier(Shown):
         """The run's length; asked for earlier, the Trainer would forget where a stateful loader stood in its epoch."""
         self._whole = _length.total_steps(self, trainer)
         self._begin_at(self._offset)
-        if not trainer.fast_dev_run:  # which reaches nothing, and is not meant to
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined] # which reaches nothing, and is not meant to
             _strengths.check_way(self)
 
     def _batches(self, trainer: Trainer) -> int:

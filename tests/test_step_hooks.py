@@ -113,6 +113,8 @@ def test_a_copy_of_an_optimiser_steps_itself_and_calls_no_hook():
     optimizer, seen = torch.optim.SGD([weight()], 0.1), []
     _step_hooks.around(optimizer, None, seen.append)
     twin = copy.deepcopy(optimizer)
+    (copied,) = twin.param_groups[0]["params"]
+    copied.grad = torch.ones(2)
     twin.step()
     assert seen == []
     assert torch.equal(twin.param_groups[0]["params"][0], torch.full((2,), 0.9))

@@ -75,7 +75,8 @@ class Even(Shrinking):
 def changing_lengths_keep_the_zeros(subject: Subject, folder: Path) -> None:
     found = []
     for kind in (Shrinking, Even):
-        module = kind(**({"optimizer": subject.optimizer} if subject.optimizer else {}))
+        options: Any = {"optimizer": subject.optimizer} if subject.optimizer else {}
+        module = kind(**options)
         torch.manual_seed(0)
         subject.trainer(epochs=4, reload_dataloaders_every_n_epochs=1).fit(module)
         found.append(zeros(module))
