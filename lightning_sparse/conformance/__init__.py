@@ -20,6 +20,7 @@ from lightning_sparse.conformance import (
     models,
     neighbours,
     optimizers,
+    packages,
     precision,
     ranks,
     resume,
@@ -42,4 +43,4 @@ from lightning_sparse.conformance._registry import (
 __all__ = ["CHECKS", "Check", "NotApplicable", "Outcome", "Subject", "check", "chosen", "outcome", "require", "subject", "undisturbed"]
 __all__ += ["arguments", "averages", "changes", "counts", "damage", "faults", "files", "life_cycle", "loops", "memory", "models"]
 __all__ += ["neighbours", "precision", "ranks", "resume", "steps"]
-__all__ += ["lengths", "optimizers"]
+__all__ += ["lengths", "optimizers", "packages"]

@@ -61,7 +61,7 @@ def _run(writer: Any, function: Callable[..., Any], args: Sequence[Any]) -> None
     import torch
 
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger(os.environ.get("LIGHTNING_SPARSE_PACKAGE", "lightning.pytorch")).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     try:
         answer = pickle.dumps((True, function(*args)))  # by value: torch's own way shares memory with a child that has ended

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_sparse import _checks
 from lightning_sparse._contract import ContractError
+from lightning_sparse.callbacks.compatibility import is_a
 from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import NAME, Callback, LightningModule, Trainer
 
 
 class NotApplicable(Exception):
@@ -93,12 +94,12 @@ class _Made:
 
     def __call__(self) -> list[Callback]:
         made = self.make()
-        return [made] if isinstance(made, Callback) else [*made]
+        return [made] if is_a(made, "Callback") else [*made]
 
 
 def subject(given: Any) -> Subject:
     """The :class:`Subject` of a callback, or of a function that makes one or several."""
-    if isinstance(given, Callback):
+    if is_a(given, "Callback"):
         return Subject(type(given).__name__, _Copies(given))
     if callable(given) and not isinstance(given, type):
         return Subject(getattr(given, "__name__", repr(given)), _Made(given))
@@ -148,7 +149,7 @@ def outcome(subject: Subject, name: str) -> Outcome:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """The caller's random numbers, warnings and log level stay as they are."""
-    logger = logging.getLogger("lightning.pytorch")
+    logger = logging.getLogger(NAME)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

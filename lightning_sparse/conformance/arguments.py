@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback
 
+from lightning_sparse.conformance._lightning import Callback
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 
 GROUP = "files"

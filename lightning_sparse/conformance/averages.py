@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, callbacks
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 
 from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import Callback, ModelCheckpoint, StochasticWeightAveraging, callbacks
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 from lightning_sparse.conformance.resume import first_difference
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_sparse.conformance import _networks, toys
+from lightning_sparse.conformance._lightning import LightningModule
 from lightning_sparse.conformance._registry import Subject, check, require
 from lightning_sparse.conformance.life_cycle import zeros
 from lightning_sparse.conformance.models import GROUP, LOOSE

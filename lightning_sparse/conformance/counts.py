@@ -10,10 +10,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 
+from lightning_sparse.conformance._lightning import CSVLogger, Logger, ModelCheckpoint, TensorBoardLogger, WandbLogger
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 
 GROUP = "counts"

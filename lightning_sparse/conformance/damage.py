@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import Callback, ModelCheckpoint
 from lightning_sparse.conformance._processes import call
 from lightning_sparse.conformance._registry import Subject, check, require
 from lightning_sparse.conformance.faults import EPOCHS, GROUP, STEP, Accident, Unlucky, fails, is_as_before, unlucky

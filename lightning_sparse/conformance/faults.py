@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import ModelCheckpoint
 from lightning_sparse.conformance._processes import call
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import Callback
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 
 GROUP = "files"

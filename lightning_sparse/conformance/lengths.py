@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import Callback
 from lightning_sparse.conformance._registry import Subject, check, require
 from lightning_sparse.conformance.life_cycle import zeros
 from lightning_sparse.conformance.steps import GROUP, some_zeros

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import Callback
 from lightning_sparse.conformance._registry import Subject, check, require
 from lightning_sparse.conformance.life_cycle import only_new, storages
 

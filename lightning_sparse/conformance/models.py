@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_sparse.conformance import _networks, toys
+from lightning_sparse.conformance._lightning import Callback, LightningModule, Trainer
 from lightning_sparse.conformance._networks import CLASSES, batches
 from lightning_sparse.conformance._registry import Subject, check, require
 from lightning_sparse.conformance.life_cycle import zeros

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import (
+from torch import Tensor, nn
+
+from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import (
     BackboneFinetuning,
     BatchSizeFinder,
+    Callback,
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
 )
-from torch import Tensor, nn
-
-from lightning_sparse.conformance import toys
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 from lightning_sparse.conformance.averages import STEPS, matrices
 from lightning_sparse.conformance.resume import first_difference

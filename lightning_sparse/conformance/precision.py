@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import Callback, MixedPrecision
 from lightning_sparse.conformance._registry import Subject, check, require
 from lightning_sparse.conformance.steps import GROUP, Make, close, own_steps, some_zeros
 

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import NAME, Callback, ModelCheckpoint, ModelParallelStrategy
 from lightning_sparse.conformance._processes import call
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 from lightning_sparse.conformance.resume import first_difference
@@ -43,7 +41,7 @@ def as_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
 def _rank(rank: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str]:
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     os.environ.update(addresses | {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in (NAME, "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return function(rank, *arguments), ""

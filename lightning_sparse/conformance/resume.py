@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import Callback, ModelCheckpoint
 from lightning_sparse.conformance._processes import Died, call
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 

@@ -1,0 +1,38 @@
+"""The package of Lightning that the checks run under: ``lightning.pytorch``, or ``pytorch_lightning``.
+
+The environment variable ``LIGHTNING_SPARSE_PACKAGE`` names it, also for the processes that the checks start. Checks import
+Lightning's classes from here, so that all of them are of one package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+NAME = os.environ.get("LIGHTNING_SPARSE_PACKAGE", PACKAGES[0])
+if NAME not in PACKAGES:
+    raise ValueError(f"LIGHTNING_SPARSE_PACKAGE must be one of {', '.join(PACKAGES)}, got {NAME!r}")
+
+if TYPE_CHECKING:
+    from lightning.pytorch import *  # noqa: F403
+    from lightning.pytorch import callbacks as callbacks
+    from lightning.pytorch.callbacks import *  # noqa: F403
+    from lightning.pytorch.loggers import *  # noqa: F403
+    from lightning.pytorch.plugins.precision import *  # noqa: F403
+    from lightning.pytorch.strategies import *  # noqa: F403
+else:
+    callbacks = importlib.import_module(f"{NAME}.callbacks")
+    for _room in ("", ".callbacks", ".loggers", ".plugins.precision", ".strategies"):
+        _module = importlib.import_module(NAME + _room)
+        globals().update({name: getattr(_module, name) for name in _module.__all__ if not name.startswith("__")})
+
+
+def other() -> Any | None:
+    """The package that the checks do not run under, or None where it is not installed."""
+    (name,) = (name for name in PACKAGES if name != NAME)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None
