@@ -12,7 +12,7 @@ import yaml
 from lightning_sparse.callbacks import AdaptiveMask, ReweightedPenalty
 from lightning_sparse.cli import main
 from lightning_sparse.cli.check import CheckCLI
-from lightning_sparse.cli.training import SparseCLI, fit, launch
+from lightning_sparse.cli.training import RecipeCLI, fit, launch
 from lightning_sparse.mask_rules import Standout
 from lightning_sparse.penalties import LogSum
 
@@ -89,7 +89,7 @@ def test_the_dense_twin_is_the_run_without_the_callback() -> None:
     result = fit(["--config", "digits", *SHORT, "--report.pictures", "false"]).result
     assert result is not None
     assert result.dense is not None
-    plain = launch(SparseCLI, ["fit", "--config", "digits", *SHORT, "--sparsify", "null", "--trainer.default_root_dir", "plain"])
+    plain = launch(RecipeCLI, ["fit", "--config", "digits", *SHORT, "--sparsify", "null", "--trainer.default_root_dir", "plain"])
     twin = torch.load(result.dense.file, weights_only=True)["state_dict"]
     torch.testing.assert_close(dict(plain.model.state_dict()), dict(twin), rtol=0, atol=0)
 

@@ -9,13 +9,18 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from lightning_sparse import _checks
 from lightning_sparse._version import __version__
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.failures import RunError
+from lightning_sparse.cli.text import speak_utf8
 
-__all__ = ["RunError", "UsageError", "main"]
+if TYPE_CHECKING:
+    from lightning_sparse.cli.sparse_cli import SparseCLI
+
+__all__ = ["RunError", "SparseCLI", "UsageError", "main"]
 
 _TRAINING = "lightning_sparse.cli.training"
 _VERBS = {
@@ -29,6 +34,14 @@ _VERBS = {
     "reproduce": ("lightning_sparse.cli.reproduce", "rerun the paper's case study: its table and figures beside the published ones"),
     "plot": ("lightning_sparse.cli.plot", "draw omega, eta_hat, f and alpha of penalties to a PNG"),
 }
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SparseCLI":  # on first use, because it imports Lightning
+        from lightning_sparse.cli.sparse_cli import SparseCLI
+
+        return SparseCLI
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def usage() -> str:
@@ -48,6 +61,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     0: done; 1: the run failed, by a loss that is not finite, say, or a full disk; 2: a mistake in the input.
     """
+    speak_utf8()
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] == ["--version"]:
         print(__version__)

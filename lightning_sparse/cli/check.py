@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning_sparse import duality
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.cli import recipes
-from lightning_sparse.cli.training import SparseCLI, launch
+from lightning_sparse.cli.training import RecipeCLI, launch
 
 _STAND_IN = ["--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
 
 
-class CheckCLI(SparseCLI):
+class CheckCLI(RecipeCLI):
     """Parses, instantiates, checks selection and penalty; ``fit`` itself is left out."""
 
     def fit(self, **_: Any) -> None:
@@ -27,12 +28,20 @@ def run(verb: str, words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: lightning-sparse {verb} RECIPE [overrides as in fit, e.g. --sparsify.lam 1e-3]")
         return 0 if words else 2
-    path, rest = recipes.find(words[0]), words[1:]
-    overlay = "model" not in recipes.content(path) and not any(word.startswith(("--model", "--config", "-c")) for word in rest)
-    cli = launch(CheckCLI, ["fit", "--config", str(path), *(_STAND_IN if overlay else []), *rest])
+    name, rest = words[0], words[1:]
+    path = recipes.find(name)
+    words = recipes.with_paths(["--config", str(path), *rest])
+    models = ["model" in recipes.content(Path(file)) for file in recipes.files_of(words)]
+    overlay = not any(models) and not any(word.startswith("--model") for word in rest)
+    cli = launch(CheckCLI, ["fit", *words, *(_STAND_IN if overlay else [])])
     for callback in cli.sparsifiers():
         print(_line(callback, cli, overlay))
-    print(f"ok: {words[0]}" + ("" if cli.sparsifiers() else ", without a sparsity callback"))
+    for added, replacing in cli.overruled:
+        print(
+            f"note: {replacing} stands after {added}, and its plain 'callbacks:' list replaces what that adds. This command and SparseCLI "
+            "keep both; in a script with LightningCLI give the added file last, or write 'callbacks+:' in both"
+        )
+    print(f"ok: {name}" + ("" if cli.sparsifiers() else ", without a sparsity callback"))
     return 0
 
 

@@ -38,6 +38,8 @@ def explain(text: str, keys: Iterable[str] = ()) -> str:
     """
     causes = list(dict.fromkeys(_causes(text, list(keys))))
     clear = [cause for cause in causes if not _OTHER_KIND.search(cause)]  # where one of a union's types says what is wrong
+    hinted = [unknown[1] for cause in clear if (unknown := re.search(r"takes no ('[^']+'); closest", cause))]
+    clear = [cause for cause in clear if not any(cause.endswith(f"takes no {key}") for key in hinted)]  # a base class's answer
     return "\n".join(clear or causes) or text
 
 

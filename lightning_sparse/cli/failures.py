@@ -28,6 +28,14 @@ def in_one_line(checkpoint: Any = None) -> Iterator[None]:
         raise told from error
 
 
+def is_refusal(error: Exception) -> bool:
+    """This package refuses something, by an error that it raised itself, or that jsonargparse made of such a one."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, Exception) and _places(error)[-1].startswith("jsonargparse."):
+        return is_refusal(cause)
+    return isinstance(error, (ValueError, TypeError, RuntimeError)) and _places(error)[-1].startswith("lightning_sparse.")
+
+
 def _told(error: Exception, checkpoint: Any) -> Exception | None:
     places = _places(error)
     own = places[-1].startswith("lightning_sparse.")
@@ -37,7 +45,9 @@ def _told(error: Exception, checkpoint: Any) -> Exception | None:
         return UsageError(f"{checkpoint} cannot be loaded here: {in_words(error)}")
     if isinstance(error, OSError) or (own and isinstance(error, FloatingPointError)):
         return RunError(in_words(error))
-    if not (own and isinstance(error, (ValueError, TypeError, RuntimeError))):
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
+        return UsageError(f"this locale cannot name files such as {error.object!r}, or print them: set PYTHONUTF8=1 or LC_ALL=C.UTF-8")
+    if not is_refusal(error):
         return None
     of_file = checkpoint is not None and "the checkpoint" in str(error)
     return UsageError((f"{checkpoint}: " if of_file else "") + in_words(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -83,14 +84,57 @@ def with_paths(words: Sequence[str]) -> list[str]:
         if equals and flag in ("--config", "-c"):
             done.append(f"{flag}={_checked(name)}")
         else:
-            done.append(str(_checked(word)) if done[-1:] in (["--config"], ["-c"]) else word)
+            done.append(_checked(word) if done[-1:] in (["--config"], ["-c"]) else word)
     return done
 
 
-def _checked(name: str) -> Path:
+def with_added(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The command line, on which callbacks that a file adds by ``callbacks+:`` also outlast a later file's plain ``callbacks:``.
+
+    jsonargparse lets that list replace what was added before, without a word. What a file added is added again after it. The
+    second value names both files of each such pair.
+    """
+    done, added, pairs = list[str](), dict[str, Any](), list[tuple[str, str]]()
+    for word, file in zip(words, _files(words), strict=True):
+        done.append(word)
+        trainer = content(Path(file)).get("trainer") if file else None
+        if not isinstance(trainer, dict):
+            continue
+        if "callbacks" in trainer and added:
+            again = [one for given in added.values() for one in (given if isinstance(given, list) else [given])]
+            done.append(f"--config={json.dumps({'trainer': {'callbacks+': again}})}")
+            pairs += [(before, file) for before in added]
+        if "callbacks+" in trainer:
+            added[file] = trainer["callbacks+"]
+    return done, pairs
+
+
+def files_of(words: Sequence[str]) -> list[str]:
+    """The files after ``--config`` or ``-c`` on a command line, in their order."""
+    return [file for file in _files(words) if file]
+
+
+def _files(words: Sequence[str]) -> list[str]:
+    """The file that each word names, empty for other words."""
+    joined = [word.partition("=")[2] if word.startswith(("--config=", "-c=")) else "" for word in words]
+    flagged = [False, *(word in ("--config", "-c") for word in words[:-1])] if words else []
+    named = [word if flag else name for word, name, flag in zip(words, joined, flagged, strict=True)]
+    return [name if name and Path(name).is_file() else "" for name in named]
+
+
+def _checked(name: str) -> str:
+    if "://" in name or (not Path(name).is_file() and _is_mapping(name)):  # an address, or the configuration itself
+        return name
     path = find(name)
     content(path)
-    return path
+    return str(path)
+
+
+def _is_mapping(word: str) -> bool:
+    try:
+        return isinstance(yaml.safe_load(word), dict)
+    except yaml.YAMLError:
+        return False
 
 
 def run(verb: str, words: list[str]) -> int:

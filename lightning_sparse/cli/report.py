@@ -19,9 +19,10 @@ from torch import Tensor
 from lightning_sparse import counts
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.cli.table import show
+from lightning_sparse.cli.text import readable
 
 if TYPE_CHECKING:
-    from lightning_sparse.cli.training import SparseCLI
+    from lightning_sparse.cli.training import RecipeCLI
 
 
 class Scribe(Callback):
@@ -29,7 +30,7 @@ class Scribe(Callback):
 
     def __init__(self, recipe: str) -> None:
         self.names: list[str] = []
-        self.recipe = recipe
+        self.recipe = readable(recipe)
         self.history: list[dict[str, float]] = []
         self.began = time.perf_counter()
 
@@ -39,7 +40,7 @@ class Scribe(Callback):
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
         if folder and trainer.is_global_zero:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            (run_folder(Path(folder)) / "config.yaml").write_text(self.recipe)
+            (run_folder(Path(folder)) / "config.yaml").write_text(self.recipe, encoding="utf-8")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -104,7 +105,7 @@ class Report:
     pictures: bool = True
     table: bool = True
 
-    def write(self, cli: SparseCLI) -> Result | None:
+    def write(self, cli: RecipeCLI) -> Result | None:
         """Train the twin if asked for, print the table, save the pictures; None on other ranks than the first."""
         if not cli.trainer.is_global_zero or not cli.scribe.names:
             return None
@@ -131,7 +132,7 @@ def _hushed() -> Iterator[None]:
         notes.setLevel(level)
 
 
-def _twin(cli: SparseCLI, folder: Path) -> Trained:
+def _twin(cli: RecipeCLI, folder: Path) -> Trained:
     """The same model on the same data, seed and length, without a Sparsifier and without a logger."""
     print("training the dense twin ...", flush=True)
     began = time.perf_counter()
@@ -157,7 +158,7 @@ def _saved(trainer: Trainer, folder: Path | None = None) -> tuple[Path, Path]:
     return run_folder(file.parent), file
 
 
-def _measure(cli: SparseCLI, file: Path, seconds: float) -> Trained:
+def _measure(cli: RecipeCLI, file: Path, seconds: float) -> Trained:
     """Load the file into a fresh model, test that model and count the zeros in the file."""
     state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
     model, data, _ = cli.another()
@@ -175,7 +176,7 @@ def _test(model: LightningModule, data: Any) -> dict[str, float]:
     return {name: float(value) for metrics in found for name, value in metrics.items()}
 
 
-def _files(cli: SparseCLI, folder: Path, sparse: Trained, dense: Trained | None, pictures: bool) -> dict[str, Path]:
+def _files(cli: RecipeCLI, folder: Path, sparse: Trained, dense: Trained | None, pictures: bool) -> dict[str, Path]:
     files = {"checkpoint": sparse.file} | ({"dense checkpoint": dense.file} if dense else {})
     for logger in cli.trainer.loggers:
         run = getattr(getattr(logger, "experiment", None), "dir", None)

@@ -125,7 +125,7 @@ def check_kept(jobs: Iterable[Job]) -> None:
 def _check_kept(job: Job) -> None:
     from lightning_sparse.reproduction.written import portable
 
-    kept: str = json.loads(job.result.read_text())["overrides"]
+    kept: str = json.loads(job.result.read_text(encoding="utf-8"))["overrides"]
     had, asked = (portable(words.split()) for words in (kept, " ".join(job.overrides)))
     if had != asked:
         raise UsageError(f"{job.folder} holds a run with the overrides {had!r}, not {asked!r}; name another folder with --out")

@@ -1,84 +1,65 @@
-"""SparseCLI: LightningCLI with packaged recipes, a top-level ``sparsify`` key and a report at the end of ``fit``."""
+"""RecipeCLI: the front of ``lightning-sparse``, with a report at the end of ``fit``."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import lightning_sparse.curvature
-import lightning_sparse.mask_rules
-import lightning_sparse.noise
-import lightning_sparse.penalties
-import lightning_sparse.schedules  # noqa: F401  (short class names resolve once their classes are imported)
 from lightning_sparse.callbacks import Sparsifier, _refusals
-from lightning_sparse.cli import checkpoints, recipes
+from lightning_sparse.cli import checkpoints
 from lightning_sparse.cli.errors import UsageError, class_of, explain
 from lightning_sparse.cli.failures import in_one_line
 from lightning_sparse.cli.report import Report, Result, Scribe
+from lightning_sparse.cli.sparse_cli import SparseCLI
 
 MISTAKES = (ValueError, TypeError, ImportError, AttributeError, MisconfigurationException)
-_STRICT = {"exit_on_error": False, "allow_abbrev": False}
-Front = TypeVar("Front", bound="SparseCLI")
+Front = TypeVar("Front", bound="RecipeCLI")
 
 
-class SparseCLI(LightningCLI):
+class RecipeCLI(SparseCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` from a recipe.
 
-    ``--config`` takes a file or a packaged recipe's name. The callback under ``sparsify`` is appended to the Trainer's, so
-    that ``--sparsify AdaptiveMask`` swaps the form and ``--sparsify.penalty L1`` the penalty. After ``fit`` the figures
-    stand in ``result``. Raises UsageError, naming the closest keys or classes, before anything is trained or written.
+    After ``fit`` the figures stand in ``result``. Raises UsageError, naming the closest keys or classes, before anything is
+    trained or written.
     """
 
-    trainer: Any
     result: Result | None = None
     checkpoint: Any = None  # the content of --ckpt_path until it has been checked
 
     def __init__(self, args: Sequence[str]) -> None:
-        self.words = recipes.with_paths(args)
-        super().__init__(save_config_callback=None, seed_everything_default=0, args=self.words)
+        super().__init__(save_config_callback=None, seed_everything_default=0, args=list(args))
+
+    def refuse(self, error: UsageError) -> NoReturn:
+        """Raise it: ``main`` prints it."""
+        raise error from None
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The verb that was asked for alone: each takes a tenth of a second to build."""
         every = LightningCLI.subcommands()
         return {verb: taken for verb, taken in every.items() if verb in self.words[:1]} or every
 
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(**(kwargs | _STRICT))
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_subclass_arguments(Sparsifier, "sparsify", required=False, help="The callback that makes the network sparse.")
         parser.add_class_arguments(Report, "report")
         parser.add_argument("--threads", type=PositiveInt | None, help="CPU threads of torch; small networks run faster on one.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        try:
-            self.config = parser.parse_args(args)
-        except argparse.ArgumentError as error:
-            known = {key for sub in self._subcommand_parsers.values() for key in sub.get_defaults().keys(branches=True)}
-            raise UsageError(explain(str(error.message), known)) from None
+        super().parse_arguments(parser, args)
         chosen = self.config.get(self.config.get("subcommand") or "") or {}
         if not _is_seed(chosen.get("seed_everything")):
             raise UsageError(f"seed_everything must be true, false or a whole number from 0 to 2**32 - 1, got {chosen['seed_everything']}")
         if "weights_only" in chosen:  # Lightning 2.5 loads any object
             self.checkpoint = checkpoints.read(chosen.get("ckpt_path"))
 
-    def _parse_ckpt_path(self) -> None:
-        try:  # Lightning lets the file's hyper_parameters replace the command line's
-            super()._parse_ckpt_path()
-        except argparse.ArgumentError as error:
-            raise UsageError(f"hyper_parameters of --ckpt_path: {explain(str(error.message))}") from None
-
     def instantiate_classes(self) -> None:
         try:
-            super().instantiate_classes()
+            LightningCLI.instantiate_classes(self)
         except MISTAKES as error:
             raise UsageError(explain(str(error))) from error
 
@@ -86,20 +67,11 @@ class SparseCLI(LightningCLI):
         settings = self.settings
         if settings["threads"]:
             torch.set_num_threads(settings["threads"])
-        self.scribe = Scribe(self.recipe())
-        extra = [callback for callback in (settings.get("sparsify"), self.scribe) if callback is not None]
-        own = settings["trainer"].get("callbacks") or []
-        settings["trainer"]["callbacks"] = [*(own if isinstance(own, list) else [own]), *extra]
         return super().instantiate_trainer(**kwargs)
 
-    @property
-    def settings(self) -> Any:
-        """The instantiated configuration of the chosen verb."""
-        return self.config_init[self.subcommand]
-
-    def sparsifiers(self) -> list[Sparsifier]:
-        """The sparsity callbacks of the Trainer."""
-        return [callback for callback in self.trainer.callbacks if isinstance(callback, Sparsifier)]
+    def extra_callbacks(self) -> list[Callback]:
+        self.scribe = Scribe(self.recipe())
+        return [*super().extra_callbacks(), self.scribe]
 
     def before_fit(self) -> None:
         """Check what can be known before a logger opens a file: selection, strategy, penalty."""
@@ -158,20 +130,20 @@ class SparseCLI(LightningCLI):
 
     def recipe(self) -> str:
         """The whole configuration of the run as YAML."""
-        text: str = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
-        return text
+        words: str = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        return words
 
 
 def _is_seed(given: Any) -> bool:
     return given is None or isinstance(given, bool) or 0 <= given < 2**32
 
 
-def fit(words: Sequence[str]) -> SparseCLI:
+def fit(words: Sequence[str]) -> RecipeCLI:
     """``lightning-sparse fit`` in this process; the figures stand in the returned object's ``result``.
 
     Raises UsageError for a mistake in the arguments or the recipe.
     """
-    return launch(SparseCLI, ["fit", *words])
+    return launch(RecipeCLI, ["fit", *words])
 
 
 def launch(front: type[Front], words: Sequence[str]) -> Front:
@@ -185,5 +157,5 @@ def launch(front: type[Front], words: Sequence[str]) -> Front:
 
 def run(verb: str, words: list[str]) -> int:
     """Run a verb of LightningCLI."""
-    launch(SparseCLI, [verb, *words])
+    launch(RecipeCLI, [verb, *words])
     return 0

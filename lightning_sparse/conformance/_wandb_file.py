@@ -75,7 +75,7 @@ def read_run(folder: Path) -> Run:
                 _put(target, item)
     for row in run.history:
         tables = {name: value["path"] for name, value in row.items() if isinstance(value, dict) and value.get("_type") == "table-file"}
-        run.tables.update({name: json.loads((path.parent / "files" / file).read_text()) for name, file in tables.items()})
+        run.tables.update({name: json.loads((path.parent / "files" / file).read_text(encoding="utf-8")) for name, file in tables.items()})
     return run
 
 

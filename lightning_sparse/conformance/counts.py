@@ -34,7 +34,7 @@ def _compare(figures: Mapping[str, float], file: Mapping[str, Tensor], where: st
 
 def _by_csv(folder: Path) -> dict[int, dict[str, float]]:
     rows: dict[int, dict[str, float]] = {}
-    with next(folder.rglob("metrics.csv")).open() as lines:
+    with next(folder.rglob("metrics.csv")).open(encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
             rows.setdefault(int(row["step"]), {}).update({k: float(v) for k, v in row.items() if k.startswith(PREFIX) and v})
     return rows

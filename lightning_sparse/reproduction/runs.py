@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_sparse._version import __version__
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.cli.errors import UsageError
-from lightning_sparse.cli.training import SparseCLI, launch
+from lightning_sparse.cli.training import RecipeCLI, launch
 
 FIELDS = ("epoch", "nonzero", "nonzero_file", "val_error", "train_loss", "seconds")
 GAP = "duality_gap"  # a column after FIELDS where the form has ``gap_samples``
@@ -59,7 +59,7 @@ def read(trajectory: Path) -> list[dict[str, float]]:
     """The lines of a trajectory as numbers, an unfinished last line left out; none where the file does not exist yet."""
     if not trajectory.is_file():
         return []
-    text = trajectory.read_text()
+    text = trajectory.read_text(encoding="utf-8")
     rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
     return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
@@ -113,7 +113,7 @@ class Recorder(Callback):
         if columns(before) != columns([row]):
             write(self.file, [*before, row])
             return
-        with self.file.open("a", newline="") as out:
+        with self.file.open("a", newline="", encoding="utf-8") as out:
             csv.DictWriter(out, columns(before)).writerow(row)
 
 
@@ -124,7 +124,7 @@ def share_above_tol(trainer: Trainer) -> float:
     return float(sum(part.sum() for part in kept)) / sum(part.numel() for part in kept)
 
 
-class _Front(SparseCLI):
+class _Front(RecipeCLI):
     """``fit`` with a Recorder."""
 
     job: Job
@@ -142,15 +142,15 @@ def train(job: Job) -> dict[str, Any]:
     Raises UsageError for a recipe that cannot be trained or has no sparsity callback.
     """
     if job.result.is_file():
-        found: dict[str, Any] = json.loads(job.result.read_text())
+        found: dict[str, Any] = json.loads(job.result.read_text(encoding="utf-8"))
         return found
     job.folder.mkdir(parents=True, exist_ok=True)
-    with (job.folder / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        front: SparseCLI = launch(type("Front", (_Front,), {"job": job}), ["fit", *_words(job)])
+    with (job.folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        front: RecipeCLI = launch(type("Front", (_Front,), {"job": job}), ["fit", *_words(job)])
     if front.result is None:
         raise UsageError(f"{job.recipe} has no sparsity callback, so there is nothing to record")
     found = _summary(job, front)
-    job.result.write_text(json.dumps(found, indent=1))
+    job.result.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
 
 
@@ -161,7 +161,7 @@ def _words(job: Job) -> list[str]:
     return ["--config", job.recipe, *_QUIET, *length, *job.overrides, "--seed_everything", str(job.seed), *resumed]
 
 
-def _summary(job: Job, front: SparseCLI) -> dict[str, Any]:
+def _summary(job: Job, front: RecipeCLI) -> dict[str, Any]:
     result, last = front.result, read(job.trajectory)[-1]
     assert result is not None
     versions = {"lightning-sparse": __version__, "torch": torch.__version__, "lightning": lightning.__version__}
