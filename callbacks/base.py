@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sparse import _memory, _step_hooks, attach
-from lightning_sparse.callbacks import _averages, _faults, _joining, _length, _ranks, _refusals, _report, _strengths
+from lightning_sparse.callbacks import _averages, _faults, _joining, _length, _notices, _ranks, _refusals, _report, _strengths
 from lightning_sparse.callbacks._shown import Shown
 
 
@@ -38,6 +38,7 @@ class Sparsifier(Shown):
         _refusals.check_optimizers(self, trainer)
         _refusals.check_overlap(self, trainer)
         _refusals.say_left_out(self, pl_module)
+        _notices.say_coverage(self, trainer, pl_module)
         self.check_form(trainer, pl_module)
         _ranks.check_start(self, trainer)
         self._manual, self._own_hooks = not pl_module.automatic_optimization, _faults.own_hooks(pl_module)
@@ -72,6 +73,7 @@ class Sparsifier(Shown):
             _refusals.check_overlap(self, trainer)
             self._attach(trainer, pl_module)
             self._hold_zeros(new)
+            _notices.say_never_learning(self, new)
             self._freeze(new)
 
     def check_form(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,8 +89,9 @@ class Sparsifier(Shown):
         self._measure(trainer)
         if not self._begun:  # a run that began without this callback has that much less to go
             self._begin_at(self._batches(trainer) if self._manual else trainer.global_step)
-        self._begun = True
+        begun, self._begun = self._begun, True
         self._maybe_freeze()
+        _notices.say_never_learning(self, () if begun else self.parameters)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._averages is not None and self._averages.hand_over_early(trainer):  # an epoch of plain forwards

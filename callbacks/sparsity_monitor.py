@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sparse import _checks, counts
 from lightning_sparse._construction import Constructed, typed
-from lightning_sparse.callbacks import _logged
+from lightning_sparse.callbacks import _logged, _notices
 from lightning_sparse.callbacks._averages import averaging
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.callbacks.compatibility import AnyCallback
@@ -39,6 +39,7 @@ class SparsityMonitor(AnyCallback, metaclass=Constructed):
         self.select, self.every_n_epochs = select, every_n_epochs
         self._names: list[str] = []
         self._fresh = False
+        self._said = False  # what the selection passes over
 
     def __repr__(self) -> str:
         return typed(self)
@@ -53,7 +54,7 @@ class SparsityMonitor(AnyCallback, metaclass=Constructed):
         return counts.figures(counts.count_zeros({name: w for name, w in weights.items() if name not in (skip or set())}))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._choose(pl_module)
+        self._start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fresh = False
@@ -77,17 +78,23 @@ class SparsityMonitor(AnyCallback, metaclass=Constructed):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._choose(pl_module)
+            self._start(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
             self._log(trainer, pl_module, self.figures(pl_module))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._choose(pl_module)
+        self._start(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log(trainer, pl_module, self.figures(pl_module))
+
+    def _start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._choose(module)
+        if not self._said and not any(isinstance(one, Sparsifier) for one in trainer.callbacks):  # type: ignore[attr-defined] # which says it
+            _notices.say_counted(self, module, self._names)
+        self._said = True
 
     def _choose(self, module: LightningModule) -> None:
         self._names = [counts.weight_in_use(module, name)[0] for name in countable(module, self.select)]

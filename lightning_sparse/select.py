@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from lightning_sparse import _checks, _unfit
+from lightning_sparse import _checks, _roles, _unfit
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 OWNERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -24,8 +24,8 @@ def owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramete
 def default_selection(module: nn.Module, trainable: bool = True) -> dict[str, nn.Parameter]:
     """Floating, trainable parameters of two or more dimensions owned by linear, convolution, attention or recurrent layers.
 
-    Not embeddings, norms or biases, nor what a weight is computed from (see :func:`left_out`). A parameter with several
-    names is listed once, under the first of them.
+    Not embeddings, norms or biases, nor what a weight is computed from (see :func:`left_out`), nor the matrices of other
+    layers (see :func:`passed_over`). A parameter with several names is listed once, under the first of them.
     """
     return _once({name: parameter for name, parameter in _weights(module).items() if _fits(parameter, trainable)})
 
@@ -47,9 +47,10 @@ def _fits(parameter: nn.Parameter, trainable: bool) -> bool:
 def select(module: nn.Module, patterns: Sequence[str] | None = None, trainable: bool = True) -> dict[str, nn.Parameter]:
     """The parameters to sparsify, by full name.
 
-    ``None`` is :func:`default_selection`. A pattern with a wildcard (``*``, ``?``, ``[``) picks from that set; a plain
-    name picks any floating, trainable parameter. A leading ``!`` excludes; with exclusions alone the rest is kept.
-    ``trainable=False`` lets frozen parameters in.
+    ``None`` is :func:`default_selection`. A pattern with a wildcard (``*``, ``?``, ``[``) picks from that set and from the
+    matrices of other layers (:func:`passed_over`); a plain name picks any floating, trainable parameter. A leading ``!``
+    excludes; with exclusions alone the rest of the default is kept. A pattern that is the full name of a parameter means
+    that one alone, whatever characters the name has. ``trainable=False`` lets frozen parameters in.
 
     Raises ValueError, listing the closest names, for a pattern that matches nothing and for an empty selection; and where
     a weight is picked that is complex, quantised, lazy without a shape, or given sparse gradients, saying how to exclude it.
@@ -65,9 +66,38 @@ def countable(module: nn.Module, patterns: Sequence[str] | None = None) -> list[
 def left_out(module: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, str]:
     """Weights that ``patterns`` ask for but that are no parameters: each name with the reason why it is left out."""
     included, excluded = _split(patterns or ())
-    computed = _unfit.computed(module, OWNERS, trainable=True)
-    asked = {name for name in computed if _any_match(name, included or ["*"]) and not _any_match(name, excluded)}
-    return {name: weight.reason for name, weight in computed.items() if name in asked}
+    kinds = {type(part) for part in module.modules() if not _roles.is_other(part)}
+    computed = _unfit.computed(module, (*OWNERS, *kinds), trainable=True)
+    known = {*computed, *(name for name, *_ in owners(module))}
+    asked = {name for pattern in included or ["*"] for name in _matching(pattern, computed, known)}
+    spared = {name for pattern in excluded for name in _matching(pattern, computed, known)}
+    return {name: weight.reason for name, weight in computed.items() if name in asked - spared}
+
+
+def passed_over(module: nn.Module, patterns: Sequence[str] | None = None, trainable: bool = True) -> dict[str, nn.Parameter]:
+    """Matrices that the default selection leaves out because their layers are not torch's own, by full name.
+
+    Floating parameters of two or more dimensions that are not embeddings, norms or biases, such as those of the Conv1D in
+    GPT-2 or of 3-D experts. ``patterns`` leaves out those that it picks or excludes; where it names what to pick, nothing
+    is passed over. Wildcards in :func:`select` reach these matrices. ``trainable`` leaves out frozen ones.
+    """
+    included, excluded = _split(patterns or ())
+    if included:
+        return {}
+    own, known = _own(module, trainable), {name for name, *_ in owners(module)}
+    spared = {name for pattern in excluded for name in _matching(pattern, known, known)}
+    return {name: parameter for name, parameter in own.items() if name not in spared}
+
+
+def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Every matrix that a selection could reach if nothing were in its way: frozen, packed and complex ones too."""
+    return _weights(module) | {name: parameter for name, _, parameter in _roles.own_matrices(module, OWNERS)}
+
+
+def _own(module: nn.Module, trainable: bool) -> dict[str, nn.Parameter]:
+    found = {name: parameter for name, _, parameter in _roles.own_matrices(module, OWNERS)}
+    lazy = nn.UninitializedParameter
+    return {name: p for name, p in found.items() if (p.requires_grad or not trainable) and (isinstance(p, lazy) or not _unfit.obstacle(p))}
 
 
 class _Selection:
@@ -86,6 +116,10 @@ class _Selection:
             self.default |= {name: weight.matrix for name, weight in self.computed.items()}
         else:
             self._add_packed()
+        self.own = _own(module, trainable)
+        self.reach = self.default | self.own  # of a wildcard
+        self.all_computed = _unfit.computed(module, OWNERS, trainable=False)
+        self.known = {*self.every, *self.reach, *self.all_computed}
 
     def _reason(self, parameter: nn.Parameter) -> str:
         """Why a parameter must not be picked; a frozen one that nothing else is wrong with is passed over instead."""
@@ -103,7 +137,7 @@ class _Selection:
         if not self.default and not patterns:
             raise ValueError(
                 f"{type(self.module).__name__} has no selectable weight: none of its layers is linear, convolutional, attention "
-                f"or recurrent with trainable floating weights{self._aside()}; name parameters with select=[...]"
+                f"or recurrent with trainable floating weights{self._aside()}; {self._way_out()}"
             )
         included, excluded = _split(patterns)
         chosen = dict(self.default) if not included else {}
@@ -113,21 +147,51 @@ class _Selection:
             chosen = self._exclude(pattern, chosen)
         self._check(chosen)
         if not chosen:
-            raise ValueError(f"select={patterns} leaves no parameter; selectable: {sorted(self.default)}")
+            raise ValueError(f"select={patterns} leaves no parameter; selectable: {sorted(self.reach)}")
         return _once(chosen)
 
     def _aside(self) -> str:
         return "".join(f" ({name!r} {weight.reason})" for name, weight in list(self.computed.items())[:1])
 
+    def _way_out(self) -> str:
+        if self.own:
+            more = f" and {len(self.own) - 5} more" if len(self.own) > 5 else ""
+            return f"other layers have the matrices {list(self.own)[:5]}{more}: select=['*'] takes them"
+        return "name parameters with select=[...]"
+
     def _match(self, pattern: str) -> dict[str, nn.Parameter]:
-        if not any(wildcard in pattern for wildcard in "*?["):
+        if pattern in self.known or not _is_wild(pattern):
             return {pattern: self._named(pattern)}
-        hits = {name: parameter for name, parameter in self.default.items() if fnmatchcase(name, pattern)}
+        hits = {name: parameter for name, parameter in self.reach.items() if fnmatchcase(name, pattern)}
         if not hits:
-            others = [name for name in self.every if fnmatchcase(name, pattern)]
-            aside = f"; it matches only {others[:5]}, which are not selected by default: name them in full" if others else ""
-            raise ValueError(f"select pattern {pattern!r} matches no selectable parameter{aside}{_hint(pattern, self.default)}")
+            raise ValueError(f"select pattern {pattern!r} matches no selectable parameter{self._why_none(pattern)}")
         return hits
+
+    def _why_none(self, pattern: str) -> str:
+        """What a pattern matches that cannot be picked by it, and what to write instead."""
+        others = [name for name in self.every if fnmatchcase(name, pattern)]
+        named = [name for name in others if not self._bar(name)]
+        if named:
+            return f"; it matches only {named[:5]}, which are not selected by default: name them in full{_hint(pattern, self.reach)}"
+        if others:
+            return f"; it matches only {others[:5]}, of which {others[0]!r} {self._bar(others[0])}{_hint(pattern, self.reach)}"
+        literal = pattern.replace("[", "[[]")
+        if any(fnmatchcase(name, literal) for name in self.reach):
+            return f"; a [ begins a set of characters in a pattern: write {literal!r}"
+        return _hint(pattern, self.reach)
+
+    def _bar(self, name: str) -> str:
+        """Why a parameter cannot be picked by its name either; empty where it can."""
+        if reason := self.reasons.get(name, ""):
+            return reason
+        for weight, (reason, sources, _) in self.all_computed.items():
+            if name in sources and not self.counting:
+                return f"is no weight of its own: {weight!r} {reason}"
+        if not self.every[name].is_floating_point():
+            return f"is {self.every[name].dtype}: only floating parameters can become sparse"
+        if not self.every[name].requires_grad and self.trainable:
+            return "is frozen: only trained parameters can become sparse, so unfreeze it before the fit with requires_grad_(True)"
+        return ""
 
     def _named(self, name: str) -> nn.Parameter:
         if name in self.default:
@@ -142,15 +206,17 @@ class _Selection:
         return parameter
 
     def _check_computed(self, name: str) -> None:
-        for weight, (reason, sources, _) in _unfit.computed(self.module, OWNERS, trainable=False).items():
+        for weight, (reason, sources, _) in self.all_computed.items():
             if name in (weight, *sources):
                 raise ValueError(f"select name {name!r} cannot be sparsified: {weight!r} {reason}")
 
     def _exclude(self, pattern: str, chosen: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        kept = {name: parameter for name, parameter in chosen.items() if not fnmatchcase(name, pattern)}
-        if len(kept) == len(chosen) and not any(fnmatchcase(name, pattern) for name in self.computed):
-            raise ValueError(f"select exclusion {'!' + pattern!r} matches nothing{_hint(pattern, chosen or self.default)}")
-        return kept
+        """Without what the pattern matches, a shared parameter by any of its names."""
+        hits = _matching(pattern, self.known, self.known)
+        if not hits:
+            raise ValueError(f"select exclusion {'!' + pattern!r} matches nothing{_hint(pattern, chosen or self.reach)}")
+        out = {id(self.every[name]) for name in hits if name in self.every}
+        return {name: parameter for name, parameter in chosen.items() if name not in hits and id(parameter) not in out}
 
     def _check(self, chosen: Iterable[str]) -> None:
         odd = [name for name in chosen if name in self.reasons]
@@ -164,8 +230,15 @@ def _split(patterns: Sequence[str]) -> tuple[list[str], list[str]]:
     return [p for p in patterns if not p.startswith("!")], [p[1:] for p in patterns if p.startswith("!")]
 
 
-def _any_match(name: str, patterns: list[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _is_wild(pattern: str) -> bool:
+    return any(wildcard in pattern for wildcard in "*?[")
+
+
+def _matching(pattern: str, names: Iterable[str], known: Container[str]) -> list[str]:
+    """The ``names`` that a pattern means: the one that it spells, where that is ``known``, else those that it matches."""
+    if pattern in known:
+        return [name for name in names if name == pattern]
+    return [name for name in names if fnmatchcase(name, pattern)]
 
 
 def _hint(pattern: str, names: dict[str, nn.Parameter]) -> str:

@@ -45,7 +45,7 @@ def test_default_selection_is_the_weight_matrices():
 @pytest.mark.parametrize(
     ("patterns", "expected"),
     [
-        (["*", "!head.*"], DEFAULT - {"head.weight"}),
+        (["*", "!head.*"], (DEFAULT | {"free"}) - {"head.weight"}),
         (["!recurrent.*", "!attention.*"], {"encoder.0.weight", "encoder.2.weight", "encoder.3.weight", "head.weight"}),
         (["encoder.?.weight"], {"encoder.0.weight", "encoder.2.weight", "encoder.3.weight"}),
         (["free", "encoder.0.*"], {"free", "encoder.0.weight"}),

@@ -24,6 +24,7 @@ from lightning_sparse.conformance import (
     precision,
     ranks,
     resume,
+    selection,
     steps,
 )
 from lightning_sparse.conformance._registry import (
@@ -42,5 +43,5 @@ from lightning_sparse.conformance._registry import (
 
 __all__ = ["CHECKS", "Check", "NotApplicable", "Outcome", "Subject", "check", "chosen", "outcome", "require", "subject", "undisturbed"]
 __all__ += ["arguments", "averages", "changes", "counts", "damage", "faults", "files", "life_cycle", "loops", "memory", "models"]
-__all__ += ["neighbours", "precision", "ranks", "resume", "steps"]
+__all__ += ["neighbours", "precision", "ranks", "resume", "selection", "steps"]
 __all__ += ["lengths", "optimizers", "packages"]

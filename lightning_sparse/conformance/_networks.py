@@ -152,3 +152,30 @@ def discriminator(channels: int = 8) -> nn.Module:
         nn.Conv2d(2 * channels, 1, 4, 1, 0, bias=False),
         nn.Flatten(),
     )
+
+
+class Conv1D(nn.Module):
+    """A linear layer with a matrix (in, out) of its own, as in GPT-2."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Experts(nn.Module):
+    """The sum of several experts, whose matrices are one 3-D parameter."""
+
+    def __init__(self, width: int, count: int = 2) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(count, width, width) / width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eij->bj", x, self.gate_up)
+
+
+def own_layers() -> nn.Sequential:
+    """Most weights in layers that are not torch's."""
+    return nn.Sequential(Conv1D(FEATURES, 32), nn.ReLU(), Experts(32), nn.ReLU(), nn.Linear(32, CLASSES))

@@ -1,0 +1,33 @@
+"""What a callback works on: nothing that holds most of a network is passed over without a word."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from lightning_sparse.conformance import _networks, toys
+from lightning_sparse.conformance._registry import Subject, check, require
+
+GROUP = "selection"
+
+
+@check("matrices of layers that are not torch's own: some of their weights become zero, or a warning names them", GROUP)
+def own_matrices_are_trained_or_named(subject: Subject, folder: Path) -> None:
+    module = subject.model(_networks.own_layers())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        subject.fit(module)
+    texts = " ".join(str(one.message) for one in said)
+    for name in ("network.0.weight", "network.2.gate_up"):
+        trained = bool((module.get_parameter(name) == 0).any())
+        require(trained or f"'{name}'" in texts, f"{name!r} has no zero weight, and no warning names it")
+
+
+@check("a network of torch's layers, embeddings and norms alone: no warning about the selection", GROUP)
+def ordinary_networks_get_no_warning(subject: Subject, folder: Path) -> None:
+    module = subject.model(_networks.Attention())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        subject.fit(module, loader=toys.Repeated(_networks.batches("tokens")[0], 4), limit_val_batches=0)
+    spurious = [str(one.message) for one in said if "select=" in str(one.message)]
+    require(not spurious, f"a warning about the selection: {spurious[:1]}")

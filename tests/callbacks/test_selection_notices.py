@@ -1,0 +1,188 @@
+"""What is said when a run starts of what the selection passes over, and of zeros that are kept by mistake."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from every_form import FORMS, LOG_SUM, every_form
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning
+from torch import nn
+from toys import Toy, data, trainer
+
+from lightning_sparse.callbacks import MagnitudePruning, ReweightedPenalty, SparsityMonitor
+from lightning_sparse.conformance._networks import Conv1D, own_layers
+
+PASSES = r"1 of 3 weight matrices, 3.9% of the parameters: by default not those of layers other than torch's own"
+ZERO = r"all weights of 'network.2.weight' are zero at the start"
+Penalty = partial(ReweightedPenalty, LOG_SUM, 0.5)
+
+
+def matrices(module):
+    return {name: p for name, p in module.named_parameters() if p.dim() > 1}
+
+
+def texts(said, word):
+    return [str(one.message) for one in said if word in str(one.message)]
+
+
+def zero_head():
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    nn.init.zeros_(network[2].weight)
+    return network
+
+
+# -- matrices of the user's own layers ------------------------------------------------------------------------------------
+
+
+def test_the_default_selection_names_what_it_passes_over_once():
+    module, callback = Toy(own_layers()), Penalty()
+    with pytest.warns(UserWarning, match=PASSES) as said:
+        trainer(callback).fit(module, data())
+    (text,) = texts(said, "selects")
+    assert text.startswith("ReweightedPenalty selects")
+    assert "'network.0.weight' (Conv1D), 'network.2.gate_up' (Experts) with 94.6% of the parameters" in text
+    assert list(callback.parameters) == ["network.4.weight"]
+
+
+@every_form
+def test_wildcards_train_matrices_of_own_layers_to_true_zeros_in_every_form(form):
+    module = Toy(own_layers())
+    run = trainer(form(select=["*"]), epochs=6)
+    run.fit(module, data())
+    weights = matrices(module)
+    zeros, size = sum(int((w == 0).sum()) for w in weights.values()), sum(w.numel() for w in weights.values())
+    assert set(run.callbacks[0].parameters) == weights.keys()
+    assert all(bool(w.isfinite().all()) for w in weights.values())
+    assert float(run.callback_metrics["sparsity/total"]) == pytest.approx(zeros / size, abs=1e-6)
+    assert any((weights[name] == 0).any() for name in ("network.0.weight", "network.2.gate_up"))
+
+
+@pytest.mark.parametrize("name", ["mask", "VarDrop, local", "VarDrop, additive"])
+def test_noise_falls_back_to_the_weights_of_own_layers(name):
+    callback = FORMS[name](select=["*"])
+    trainer(callback, epochs=1).fit(Toy(own_layers()), data())
+    assert list(callback._local) == ["network.4.weight"]  # of a layer whose input and output are seen
+    assert len(callback.parameters) == 3
+
+
+def test_small_shares_are_logged_and_not_warned_of(caplog):
+    logging.getLogger("lightning.pytorch").propagate = True
+    network = nn.Sequential(nn.Linear(8, 200), nn.ReLU(), nn.Linear(200, 3), Conv1D(3, 3))
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        trainer(Penalty(), epochs=1).fit(Toy(network), data())
+    assert any("selects 2 of 3 weight matrices" in record.getMessage() for record in caplog.records)
+
+
+def test_another_callbacks_weights_are_not_passed_over():
+    own = [Penalty(), Penalty(select=["network.0.weight", "network.2.gate_up"])]
+    run = trainer(*own, epochs=1)
+    run.fit(Toy(own_layers()), data())
+    assert [len(one.parameters) for one in own] == [1, 2]
+
+
+@pytest.mark.parametrize("others", [[], [partial(ModelPruning, "l1_unstructured", amount=0.5)]], ids=["alone", "ModelPruning"])
+def test_a_monitor_says_once_what_it_does_not_count(others):
+    run = trainer(*(make() for make in others), SparsityMonitor(), epochs=1)
+    module = Toy(own_layers())
+    with pytest.warns(UserWarning, match="SparsityMonitor counts 1 of 3 weight matrices") as said:
+        run.fit(module, data())
+    assert len(texts(said, "SparsityMonitor")) == 1
+    run.validate(module, data(), verbose=False)
+
+
+def test_a_monitor_beside_a_sparsity_callback_leaves_it_to_that():
+    with pytest.warns(UserWarning, match=PASSES) as said:
+        trainer(SparsityMonitor(), Penalty(), epochs=1).fit(Toy(own_layers()), data())
+    assert len(texts(said, "weight matrices")) == 1
+    trainer(SparsityMonitor(["*"]), Penalty(select=["*"]), epochs=1).fit(Toy(own_layers()), data())
+
+
+def test_a_frozen_body_is_said_unless_the_selection_names_the_rest():
+    def body():
+        network = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+        network[0].requires_grad_(False)
+        return Toy(network)
+
+    with pytest.warns(UserWarning, match=r"selects 1 weight matrix, 24.8% of the module's parameters; 66.1% are matrices that are frozen"):
+        trainer(Penalty(), epochs=1).fit(body(), data())
+    trainer(Penalty(select=["network.2.*"]), epochs=1).fit(body(), data())
+
+
+class Thawed(Toy):
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)))
+
+    @property
+    def backbone(self):
+        return self.network[0]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+
+
+def test_a_body_that_a_finetuning_callback_will_unfreeze_is_not_said():
+    callback = Penalty()
+    trainer(BackboneFinetuning(1, train_bn=False), callback, epochs=3).fit(Thawed(), data())
+    assert len(callback.parameters) == 2
+
+
+# -- zeros that are kept by mistake ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (partial(ReweightedPenalty, LOG_SUM, 0.01, keep_zeros=True), "and keep_zeros=True keeps them there"),
+        (partial(MagnitudePruning, 0.5, keep_zeros=True), "and keep_zeros=True keeps them there"),
+        (partial(MagnitudePruning, 0.6, start=0.5), "and MagnitudePruning prunes them before the first step and keeps them there"),
+    ],
+)
+def test_a_zero_initialised_layer_that_is_held_at_zero_is_named(make, why):
+    module = Toy(zero_head())
+    with pytest.warns(UserWarning, match=ZERO) as said:
+        trainer(make()).fit(module, data())
+    (text,) = texts(said, "at the start")
+    assert why in text
+    assert "select=['!network.2.weight']" in text
+    assert (module.network[2].weight == 0).all()
+
+
+def test_leaving_it_out_as_advised_lets_it_learn_without_a_word():
+    module = Toy(zero_head())
+    trainer(ReweightedPenalty(LOG_SUM, 0.01, keep_zeros=True, select=["!network.2.weight"])).fit(module, data())
+    assert (module.network[2].weight != 0).any()
+
+
+@pytest.mark.parametrize("name", sorted(FORMS.keys() - {"frozen", "mask, Bernoulli"}))  # at lam 0.5 these hold such a layer at zero
+def test_without_keep_zeros_a_zero_initialised_layer_learns(name):
+    module, moved = Toy(zero_head()), []
+    callback = FORMS[name]()
+    run = trainer(callback, epochs=2)
+    module.on_train_batch_end = lambda *args: moved.append(bool((callback._live("network.2.weight") != 0).any()))
+    run.fit(module, data())
+    assert any(moved)
+
+
+def test_a_resumed_run_does_not_say_it_again(tmp_path):
+    make = partial(ReweightedPenalty, LOG_SUM, 0.01, keep_zeros=True)
+    first = trainer(make(), epochs=1)
+    with pytest.warns(UserWarning, match=ZERO):
+        first.fit(Toy(zero_head()), data())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(make(), epochs=2).fit(Toy(zero_head()), data(), ckpt_path=tmp_path / "a.ckpt")
+    assert texts(said, "at the start") == []
+
+
+def test_a_sparse_start_with_some_weights_in_each_layer_is_not_named():
+    network = zero_head()
+    nn.init.eye_(network[2].weight)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(ReweightedPenalty(LOG_SUM, 0.01, keep_zeros=True)).fit(Toy(network), data())
+    assert texts(said, "at the start") == []
