@@ -34,11 +34,19 @@ def _package(kind: type) -> str:
 
 
 class _Joins:
-    """Joins the classes of ``pytorch_lightning`` whenever an instance is made."""
+    """Joins the classes of ``pytorch_lightning`` whenever an instance is made or a class derived.
+
+    A class path given to the LightningCLI of ``pytorch_lightning`` does neither: import that package before this one there.
+    """
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         join()
         return super().__new__(cls)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "join" in globals():  # not while this module is being imported
+            join()
 
 
 class AnyCallback(_Joins, callbacks.Callback):  # named so, because a recipe's `class_path: ModelCheckpoint` is Lightning's

@@ -175,6 +175,14 @@ def test_pytorch_lightning_is_not_imported_by_us_and_may_be_imported_later():
     assert run_alone(code) == ["False", "True", "True"]
 
 
+def test_a_class_derived_later_is_of_both_packages():
+    code = (
+        "from lightning_sparse.callbacks import AdaptiveMask\nimport pytorch_lightning as pl\n"
+        "class Mine(AdaptiveMask): pass\nprint(issubclass(Mine, pl.Callback))"
+    )
+    assert run_alone(code) == ["True"]
+
+
 def test_no_callback_asks_isinstance_of_one_package_alone():
     """``isinstance`` and ``issubclass`` with a class of ``lightning.pytorch``, and its ``is_overridden``: all know one package only."""
     odd = []
