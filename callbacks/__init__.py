@@ -9,6 +9,7 @@ if __name__ != "lightning_sparse.callbacks":
 from lightning_sparse.callbacks.adaptive_mask import AdaptiveMask
 from lightning_sparse.callbacks.adaptive_prox import AdaptiveProx
 from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.callbacks.best_after_target import BestAfterTarget
 from lightning_sparse.callbacks.eta_trick import EtaTrick
 from lightning_sparse.callbacks.hard_concrete import HardConcrete
 from lightning_sparse.callbacks.magnitude_pruning import MagnitudePruning
@@ -21,6 +22,7 @@ from lightning_sparse.callbacks.variational_dropout import VariationalDropout
 __all__ = [
     "AdaptiveMask",
     "AdaptiveProx",
+    "BestAfterTarget",
     "EtaTrick",
     "HardConcrete",
     "MagnitudePruning",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,13 @@ from lightning_sparse.callbacks import _refusals, _report, _strengths
 from lightning_sparse.callbacks._averages import Averages
 from lightning_sparse.callbacks._clock import Clock
 from lightning_sparse.callbacks._groups import Members
+from lightning_sparse.callbacks._swaps import Swaps
 from lightning_sparse.callbacks.compatibility import AnyCallback
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Constant, Schedule, as_schedule
+
+if TYPE_CHECKING:
+    from lightning_sparse.callbacks._endings import Ending
 
 Other = TypeVar("Other", bound="Arguments")
 FINE_TUNED = 0.25  # the share of a run to a target sparsity that is trained with its support frozen
@@ -99,6 +103,8 @@ class Arguments(AnyCallback, metaclass=Constructed):
         self._clipping = Clipping()
         self._seen: tuple[int, ...] = ()  # what shows that parameters join
         self._members: dict[int, Members] = {}  # of each optimiser
+        self._swaps = Swaps()
+        self._ending: Ending | None = None  # training is over
 
     # -- conversion ---------------------------------------------------------------------------------------------------
 

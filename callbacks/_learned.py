@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_sparse import _checks, attach
-from lightning_sparse.callbacks import _groups, _joining, _states
+from lightning_sparse.callbacks import _groups, _joining, _states, _swaps
 from lightning_sparse.callbacks.base import Sparsifier
 
 
@@ -56,6 +56,7 @@ class Learned(Sparsifier):
         super()._install(pl_module, attachment)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _swaps.train(self._optimizers)  # while its learned parameters are outside, a switch would not reach them
         self._leave(trainer)
         super().on_train_epoch_start(trainer, pl_module)
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sparse import archive, attach, shards
-from lightning_sparse.callbacks import _joining, _ranks, _recipes, _refusals, _states
+from lightning_sparse.callbacks import _endings, _joining, _ranks, _recipes, _refusals, _states
 from lightning_sparse.callbacks._supported import Supported
 
 
@@ -25,23 +25,30 @@ class Saved(Supported):
         """An average takes the weights' place in validation and in files."""
         return self._averages is not None and bool(self._averages.saved)
 
+    @property
+    def _finished(self) -> bool:
+        """Training has ended, and not by an exception."""
+        return self._ending is not None and not self._ending.failed
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the step, and the live values where the file holds the threshold's zeros."""
         if self._restored is not None and not self._applied:  # a tuner saves before on_fit_start
             return self._restored
-        taken = {name: shards.picked(self._live(name), self.thresholded(name) == 0) for name in self.parameters}
+        taken = {name: shards.picked(self._live(name), _endings.filed(self, name) == 0) for name in self.parameters}
         clock: dict[str, Any] = {"step": self.step, "offset": self._offset, "begun": self._begun}
         averaged = {} if self._averages is None else self._averages.taken()
         held = {name: shards.full(where).cpu() for name, where in self.held.items()}
         clock |= {"recipe": self.recipe(), "clipped": self._clipping.mean} | ({"held": held} if held else {})
         clock |= {} if self.ascent is None else {"ascent": self.ascent.state_dict()}
         clock |= {"drift": self._drift} if self._drift else {}
-        return clock | {"frozen": self.frozen, "taken": taken} | ({"averaged": averaged} if averaged else {})
+        return clock | {"frozen": _endings.is_frozen(self), "taken": taken} | ({"averaged": averaged} if averaged else {})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         waiting = self._restored is not None and not self._applied
-        if self.attachment is None and self.parameters and not waiting:  # after an exception: the views are gone, the state is not
-            attach.write_view(checkpoint["state_dict"], pl_module, self.parameters, self.thresholded)
+        gone = self.attachment is None and not self._finished  # after an exception: the views are gone, the state is not
+        if gone and self.parameters and not waiting:
+            attach.write_view(checkpoint["state_dict"], pl_module, self.parameters, partial(_endings.filed, self))
+        _endings.leave_out(self, pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         _ranks.on_rank_zero(trainer, partial(archive.check, trainer.ckpt_path))

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sparse.callbacks import _faults
+from lightning_sparse.callbacks import _faults, _swaps
 from lightning_sparse.callbacks._saved import Saved
 
 
@@ -18,16 +18,15 @@ class Shown(Saved):
         if self.attachment is not None:
             _faults.check_weights(self)
             self.attachment.restore()
-        if not self._averaged:  # else an average is about to take the weights' place
-            self._show()
+            self._swaps.begin(self, trainer)
+            self.attachment.show_in_forwards(pl_module)  # others are about to exchange the weights
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._show()
-
-    def _show(self) -> None:
         if self.attachment is not None and not self.attachment.shown:
+            self.attachment.end_forwards()
+            self._swaps.look(self)
             self.attachment.show()
 
     def evaluated(self, name: str) -> Tensor:
@@ -36,16 +35,20 @@ class Shown(Saved):
         return self._live(name) if average is None else average.detach().to(self.parameters[name].device)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._averaged and self.attachment is not None:  # the average goes back as it came
-            self.attachment.restore()
+        if self.attachment is not None:
+            _swaps.check_undone(self, trainer, pl_module)
+            self.attachment.restore()  # what was exchanged goes back as it came
+            self.attachment.show_in_forwards(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.attachment is not None:
+            self.attachment.end_forwards()
             self.attachment.restore()
 
     def _release(self) -> None:
         """Live weights back; optimisers no longer listened to."""
         if self.attachment is not None:
+            self.attachment.end_forwards()
             self.attachment.restore()
         for handle in self._handles:
             handle.remove()

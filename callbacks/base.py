@@ -10,7 +10,20 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sparse import _memory, _step_hooks, attach
-from lightning_sparse.callbacks import _averages, _faults, _joining, _length, _notices, _ranks, _refusals, _report, _strengths
+from lightning_sparse.callbacks import (
+    _averages,
+    _best,
+    _endings,
+    _faults,
+    _joining,
+    _length,
+    _notices,
+    _ranks,
+    _refusals,
+    _report,
+    _strengths,
+    _swaps,
+)
 from lightning_sparse.callbacks._shown import Shown
 
 
@@ -56,7 +69,7 @@ class Sparsifier(Shown):
         self._let_averages_go()
         self._optimizers = [optimizer for optimizer in trainer.optimizers if self._owned(optimizer)] or trainer.optimizers[:1]
         self._places = _joining.places(self.parameters, self._optimizers)
-        self.attachment = attach.Attachment(pl_module, self.parameters, self.thresholded)
+        self.attachment = attach.Attachment(pl_module, self.parameters, partial(_endings.filed, self))
         self._averages = _averages.Averages(self, trainer)
         self._handles = [_step_hooks.around(one, self._before, partial(self._after, trainer)) for one in self._optimizers]
         self._install(pl_module, self.attachment)
@@ -92,6 +105,7 @@ class Sparsifier(Shown):
         begun, self._begun = self._begun, True
         self._maybe_freeze()
         _notices.say_never_learning(self, () if begun else self.parameters)
+        _best.say_unmet(self, trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._averages is not None and self._averages.hand_over_early(trainer):  # an epoch of plain forwards
@@ -113,6 +127,7 @@ class Sparsifier(Shown):
         return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        _swaps.train(self._optimizers)
         if batch_idx == 0 or _joining.signature(self, trainer) != self._seen:
             self._admit(trainer, pl_module)
         self._batch = (batch, batch_idx)
@@ -182,20 +197,30 @@ class Sparsifier(Shown):
         _report.epoch(self, trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _swaps.evaluate(self._optimizers)
         self.prune()
         if self._averages is not None:
             self._averages.hand_over(trainer)
         _report.finish(self, trainer)
+        self._ending = _endings.Ending(self)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._compared:  # this rank has no batches: those that have some wait for its answer
             _ranks.check_batches(self, trainer)
-        self.prune()  # a run resumed at its end trains nothing and has no on_train_end
+        if self._ending is None:  # a run resumed at its end trains nothing and has no on_train_end
+            self.prune()
+        else:
+            self._ending.settle(self, trainer, "on_train_end")
         if self._averages is not None:
             self._averages.prune()
+        self._ending = _endings.Ending(self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self._finished and self._ending is not None:
+            self._ending.settle(self, trainer, "on_fit_end")
         self._close()
+        if stage == "fit" and self._ending is None:  # a tuner stopped before training
+            self._ending = _endings.Ending(self)
         self._let_averages_go()
         self._optimizers, self._places, self._members = [], {}, {}
 
@@ -204,6 +229,7 @@ class Sparsifier(Shown):
             self._release()
         else:
             self._close()
+        self._ending = self._ending or _endings.Ending(self, failed=True)
 
 
 def is_idle(optimizer: torch.optim.Optimizer) -> bool:

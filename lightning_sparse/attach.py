@@ -46,6 +46,8 @@ class Attachment:
         self._aside: set[str] = set()  # of the live weights, those whose own memory was set aside
         self._backward: dict[str, Callable[[Tensor], Tensor]] = {}
         self._handles: list[Any] = []
+        self._around: list[Any] = []  # hooks of show_in_forwards
+        self._depth, self._shows = 0, False  # of nested forwards; the outermost one shows the view
         self._units = shards.units(module)
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         for _, owner, attribute, parameter in owners(module):
@@ -111,6 +113,42 @@ class Attachment:
         self._aside.clear()
         self._backward.clear()
 
+    def altered(self) -> list[str]:
+        """Names of shown parameters whose data are neither live weights nor zeros any more: another wrote there."""
+        live = {name: shards.local(w) for name, w in self._live.items() if name not in self._aside}
+        data = {name: shards.local(self.parameters[name].detach()) for name in live}
+        return [name for name, w in live.items() if not bool(((data[name] == w) | (data[name] == 0)).all())]
+
+    def show_in_forwards(self, module: nn.Module) -> None:
+        """Show the view during each outermost forward inside ``module``, and only there, until :meth:`end_forwards`.
+
+        Compiled parts are left out, because they take no new hooks, and so is FSDP2, which gathers weights in hooks of its own.
+        """
+        self.end_forwards()
+        for part in [] if self._units else _uncompiled(module):
+            if isinstance(part, torch.jit.ScriptModule):
+                continue
+            before = part.register_forward_pre_hook(_Hook(lambda *_: self._enter()))
+            self._around += [before, part.register_forward_hook(_Hook(lambda *_: self._leave()), always_call=True)]
+
+    def end_forwards(self) -> None:
+        """Remove the hooks of :meth:`show_in_forwards`."""
+        for handle in self._around:
+            handle.remove()
+        self._around, self._depth, self._shows = [], 0, False
+
+    def _enter(self) -> None:
+        if self._depth == 0 and not self.shown:
+            self.show()
+            self._shows = True
+        self._depth += 1
+
+    def _leave(self) -> None:
+        self._depth = max(self._depth - 1, 0)
+        if self._depth == 0 and self._shows:
+            self.restore()
+            self._shows = False
+
     def renew(self) -> None:
         """The next forward uses the parameters' data as they are now: FSDP2 keeps what it gathered for an evaluation."""
         for unit in self._units:
@@ -136,6 +174,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Undo everything: live weights back, hooks removed."""
+        self.end_forwards()
         self.restore()
         for handle in self._handles:
             handle.remove()
@@ -163,6 +202,12 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or any(getattr(module, mark, None) is not None for mark in marks)
 
 
+def _uncompiled(module: nn.Module) -> list[nn.Module]:
+    """The parts of ``module`` that are neither compiled nor inside a compiled one."""
+    compiled = {id(part) for root in module.modules() if _is_compiled(root) for part in root.modules()}
+    return [part for part in module.modules() if id(part) not in compiled]
+
+
 def layers(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Module]:
     """For each selected ``weight`` of a Linear or ConvNd layer that is really called: its layer, by parameter name.
 
@@ -170,12 +215,12 @@ def layers(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[st
     is compiled is left out: what happens to it cannot be seen from one layer's input and output, or only at the price of
     a graph that breaks at every layer.
     """
-    compiled = {id(part) for root in module.modules() if _is_compiled(root) for part in root.modules()}
+    open_to_hooks = {id(part) for part in _uncompiled(module)}
     names = {id(parameter): name for name, parameter in parameters.items()}
     found: dict[str, list[nn.Module]] = {}
     for _, owner, attribute, parameter in owners(module):
         if id(parameter) in names:
-            known = type(owner) in LAYERS and attribute == "weight" and id(owner) not in compiled
+            known = type(owner) in LAYERS and attribute == "weight" and id(owner) in open_to_hooks
             found.setdefault(names[id(parameter)], []).extend([owner] if known else [owner, owner])
     return {name: hits[0] for name, hits in found.items() if len(hits) == 1}
 

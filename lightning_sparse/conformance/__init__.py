@@ -26,6 +26,7 @@ from lightning_sparse.conformance import (
     resume,
     selection,
     steps,
+    swaps,
 )
 from lightning_sparse.conformance._registry import (
     CHECKS,
@@ -43,5 +44,5 @@ from lightning_sparse.conformance._registry import (
 
 __all__ = ["CHECKS", "Check", "NotApplicable", "Outcome", "Subject", "check", "chosen", "outcome", "require", "subject", "undisturbed"]
 __all__ += ["arguments", "averages", "changes", "counts", "damage", "faults", "files", "life_cycle", "loops", "memory", "models"]
-__all__ += ["neighbours", "precision", "ranks", "resume", "selection", "steps"]
+__all__ += ["neighbours", "precision", "ranks", "resume", "selection", "steps", "swaps"]
 __all__ += ["lengths", "optimizers", "packages"]

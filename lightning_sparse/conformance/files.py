@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.conformance import toys
-from lightning_sparse.conformance._lightning import Callback
+from lightning_sparse.conformance._lightning import Callback, ModelCheckpoint
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 
 GROUP = "files"
@@ -160,6 +160,40 @@ def validation_evaluates_the_file(subject: Subject, folder: Path) -> None:
             require(name in file, f"the file has no {name}; it has {_short(list(file))}")
             odd = int((file[name] != w).sum())
             require(not odd, f"the file's {name} differs from the evaluated one in {odd} of {w.numel()} weights")
+
+
+def _equal_its_file(trainer: Any, module: toys.Toy, path: Path, where: str) -> None:
+    trainer.save_checkpoint(path)
+    file, own = torch.load(path, weights_only=True)["state_dict"], module.state_dict()
+    require(file.keys() == own.keys(), f"the file written {where} has the keys {_short(list(file))}, the module {_short(list(own))}")
+    for name, w in own.items():
+        odd = int((file[name] != w).sum())
+        require(not odd, f"the file written {where}: {name} differs from the module's in {odd} of {w.numel()} weights")
+
+
+@check("a file written after fit, or after it failed, holds what the module holds, whatever was loaded into that since", GROUP)
+def files_after_fit_hold_the_module(subject: Subject, folder: Path) -> None:
+    module, keeper = subject.model(), ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    trainer = subject.fit(module, keeper, epochs=4, enable_checkpointing=True)
+    _equal_its_file(trainer, module, folder / "end.ckpt", "right after fit")
+    early = torch.load(folder / "epoch=0.ckpt", weights_only=True)["state_dict"]
+    dense = toys.Toy(seed=9).state_dict()
+    for state, what in ((early, "an earlier file's weights"), (dense, "a dense network's weights")):
+        module.load_state_dict(state)
+        _equal_its_file(trainer, module, folder / "later.ckpt", f"when {what} had been loaded after fit")
+        subject.fit(subject.model(seed=1), epochs=6, ckpt_path=folder / "later.ckpt")
+    other = toys.Toy(seed=8)
+    trainer.validate(other, toys.data(seed=1), verbose=False)
+    _equal_its_file(trainer, other, folder / "other.ckpt", "when another module had been validated after fit")
+    subject.fit(subject.model(seed=1), epochs=6, ckpt_path=folder / "other.ckpt")
+    failing = Watched(optimizer=subject.optimizer) if subject.optimizer else Watched()
+    failing.fails_at = 13
+    trainer = subject.trainer(epochs=4)
+    with suppress(InterruptedError):
+        trainer.fit(failing, toys.data(), toys.data(seed=1))
+    failing.load_state_dict(dense)
+    _equal_its_file(trainer, failing, folder / "failed.ckpt", "when a dense network's weights had been loaded after fit had failed")
+    subject.fit(subject.model(seed=1), epochs=6, ckpt_path=folder / "failed.ckpt")
 
 
 _PLAIN = """

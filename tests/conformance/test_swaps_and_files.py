@@ -1,0 +1,66 @@
+"""Forms that show zeros too early, make them true too early, or write files that the module does not hold: each is caught."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from test_broken_forms import Alone
+
+from lightning_sparse import attach, conformance, penalties
+from lightning_sparse.callbacks import MagnitudePruning, ReweightedPenalty
+
+LOG_SUM = penalties.LogSum(eps=2.0)
+
+
+class Early(ReweightedPenalty):
+    """Thresholds the weights before others put theirs in, and gives them back after others have taken theirs."""
+
+    def on_validation_start(self, trainer, module):
+        super().on_validation_start(trainer, module)
+        self.attachment.end_forwards()
+        self.attachment.show()
+
+    def on_validation_epoch_end(self, trainer, module):
+        pass
+
+
+class Hasty(ReweightedPenalty):
+    """Makes zeros true in training mode, and does not look again."""
+
+    def on_train_end(self, trainer, module):
+        optimizers, self._optimizers = self._optimizers, []
+        super().on_train_end(trainer, module)
+        self._optimizers = optimizers
+
+    def on_fit_end(self, trainer, module):
+        self._ending = None
+
+    def teardown(self, trainer, module, stage):
+        self._ending = None
+        super().teardown(trainer, module, stage)
+
+
+class Insists(MagnitudePruning):
+    """Puts its last zeros into every file."""
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        super().on_save_checkpoint(trainer, module, checkpoint)
+        attach.write_view(checkpoint["state_dict"], module, self.parameters, self.thresholded)
+
+
+MUTANTS = {
+    "own_average_changes_nothing": (partial(Early, LOG_SUM, 0.5), "the weights differ by"),
+    "own_average_is_sparse": (partial(Early, LOG_SUM, 0.5), "0 of 176 weights were zero in validation"),
+    "optimiser_modes_are_kept": (partial(Hasty, LOG_SUM, 0.5), "of 176 weights are zero after fit"),
+    "files_after_fit_hold_the_module": (partial(Insists, 0.5, every=2), "when an earlier file's weights had been loaded"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", MUTANTS)
+def test_a_broken_form_is_caught_by_the_check_that_should(check):
+    make, reason = MUTANTS[check]
+    outcome = conformance.outcome(conformance.Subject("broken", Alone(make)), check)
+    assert outcome.verdict == "fail", outcome
+    assert reason in outcome.reason
