@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sparse import _checks
-from lightning_sparse._construction import Constructed
+from lightning_sparse._construction import Constructed, typed
 from lightning_sparse.callbacks import _averages, _best, _report
 from lightning_sparse.callbacks.compatibility import AnyCallback
 
@@ -34,6 +34,9 @@ class BestAfterTarget(AnyCallback, metaclass=Constructed):
         given = target_sparsity
         self.target_sparsity = None if given is None else _checks.between("target_sparsity", given, 0, 1, closed="lr")
         self.held = False
+
+    def __repr__(self) -> str:
+        return typed(self)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":

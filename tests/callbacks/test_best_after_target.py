@@ -11,6 +11,7 @@ from toys import Toy, data, trainer
 
 from lightning_sparse import penalties
 from lightning_sparse.callbacks import BestAfterTarget, MagnitudePruning, ReweightedPenalty, SparseCheckpoint
+from lightning_sparse.conformance.ranks import DDP, as_ranks
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 
@@ -112,3 +113,20 @@ def test_it_goes_on_waiting_or_not_where_a_run_is_resumed():
     waiting.held = True
     again.load_state_dict(waiting.state_dict())
     assert again.held
+    assert repr(BestAfterTarget(0.9)) == "BestAfterTarget(target_sparsity=0.9)"
+
+
+def _two_ranks(rank, folder):
+    keeper, waiting = ModelCheckpoint(folder, filename="{epoch}", monitor="score"), BestAfterTarget()
+    run = trainer(pruning(), keeper, waiting, epochs=6, enable_checkpointing=True, **DDP)
+    run.fit(Rising(), data(seed=2 * rank), data(seed=1))
+    return waiting.held, Path(keeper.best_model_path).name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
+def test_two_ranks_wait_for_the_same_epoch(tmp_path):
+    one, two = as_ranks(_two_ranks, tmp_path)
+    assert one == two
+    assert one[0]
+    assert share(tmp_path / one[1]) == pytest.approx(0.5, abs=0.01)

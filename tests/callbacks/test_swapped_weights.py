@@ -11,6 +11,7 @@ from toys import Toy, data, hooks, trainer, weights
 
 from lightning_sparse import noise, penalties
 from lightning_sparse.callbacks import AdaptiveMask, MagnitudePruning, ReweightedPenalty
+from lightning_sparse.conformance.ranks import DDP, as_ranks
 from lightning_sparse.conformance.swaps import Average, ScheduleFree
 
 LOG_SUM = penalties.LogSum(eps=2.0)
@@ -220,3 +221,18 @@ def test_weights_restored_in_the_end_are_left_as_they_are_and_that_is_said(end, 
     run.save_checkpoint(tmp_path / "end.ckpt")
     file = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(file[name], w) for name, w in restores.first.items())
+
+
+def _two_ranks(rank):
+    """A run whose average is handed over in the end, on data of the rank's own."""
+    module = Toy()
+    run = trainer(FORMS["pruning"](), HandsOver("on_fit_end"), epochs=4, **DDP)
+    run.fit(module, data(seed=2 * rank), data(seed=1))
+    return dict(module.state_dict()), float(run.callback_metrics["sparsity/total"])
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_on_an_average_that_is_handed_over():
+    one, two = as_ranks(_two_ranks)
+    assert all(torch.equal(w, two[0][name]) for name, w in one[0].items())
+    assert one[1] == two[1] == pytest.approx(sum(int((w == 0).sum()) for w in one[0].values() if w.dim() > 1) / 176)
