@@ -19,7 +19,8 @@ class Noisy(Sparsifier):
     """When noise is drawn, from which generator, and where: what is drawn is the subclass's.
 
     Noise goes onto the weights at a batch's start, or onto the outputs of ``local`` layers as their forwards come; where a
-    layer's forward is bypassed or compiled, onto its weights all the same.
+    layer's forward is bypassed or compiled, onto its weights all the same. Forwards in evaluation mode without gradients
+    have none, as with dropout.
     """
 
     takes_parts = False
@@ -40,8 +41,8 @@ class Noisy(Sparsifier):
         self._loud = False  # this batch's noise on outputs is in force
         self._calls: dict[str, int] = {}  # of each layer's forward since the noise was drawn
         self._heard: set[str] = set()  # local layers whose forward ran in this batch
-        self._bypassed: set[str] = set()  # those whose forward does not: their weights get the noise
-        self._ran = False  # this batch had a backward
+        self._used: set[str] = set()  # those whose weight got a gradient in it
+        self._bypassed: set[str] = set()  # those whose weight is used without their forward: it gets the noise
         self._trained: set[str] = set()  # parameters that are trained in this batch, though toggled off for a while
 
     # -- what a subclass draws --------------------------------------------------------------------------------------------
@@ -82,7 +83,10 @@ class Noisy(Sparsifier):
         self._local = {name: layer for name, layer in known.items() if name not in self._bypassed}
         for name, layer in self._local.items():
             attachment.on_forward(layer, partial(self._blur, name))
+            attachment.on_gradient(name, partial(self._note_use, name))
         attachment.mask_gradients()
+        attachment.bare_in_evaluation(name for name in self.parameters if name not in self._local)
+        attachment.ignore()  # until a batch begins
 
     def _before(self, optimizer: torch.optim.Optimizer) -> None:
         super()._before(optimizer)
@@ -97,6 +101,8 @@ class Noisy(Sparsifier):
     def _blur(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if not self._loud or name not in self._local or name not in self._trained:
             return output
+        if not layer.training and not torch.is_grad_enabled():
+            return output
         # two calls inside one checkpointed block would be recomputed first call first, and swap their draws
         again = torch._C._current_graph_task_id() != -1  # recomputed in backward, last call first
         call = self._calls.get(name, 0) - (1 if again else 0)
@@ -104,10 +110,15 @@ class Noisy(Sparsifier):
         self._heard.add(name)
         return output + self.draw_outputs(name, layer, inputs[0], self._stream(list(self.parameters).index(name), call))
 
+    def _note_use(self, name: str, grad: Tensor) -> None:
+        if self._loud:
+            self._used.add(name)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._heard, self._ran = set(), False
+        self._heard, self._used = set(), set()
         if self.attachment is not None and not self.frozen and self.parameters:
+            self.attachment.listen()
             self._trained = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
             self.begin_batch(batch)
             self._draw(self.attachment)
@@ -122,10 +133,6 @@ class Noisy(Sparsifier):
                 self.prepare_outputs(name)
         self.draw_all([name for name in self.parameters if name in self._trained and name not in self._local], attachment)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        super().on_before_backward(trainer, pl_module, loss)
-        self._ran = self._loud and bool(self._trained & self._local.keys())
-
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._manual:  # else more forwards of this batch may come before a step
             self._end_batch()
@@ -139,15 +146,20 @@ class Noisy(Sparsifier):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _end_batch(self) -> None:
+        unseen = self._used - self._heard  # a layer whose forward is bypassed, or compiled before this run, is never asked
+        if unseen:
+            self._bypassed |= unseen
+            self._local = {name: layer for name, layer in self._local.items() if name not in unseen}
         if self.attachment is not None:
             self.attachment.restore()
-        if self._ran or self._heard:  # a layer whose forward is bypassed, or compiled before this run, is never asked
-            self._bypassed |= self._local.keys() - self._heard
-            self._local = {name: layer for name, layer in self._local.items() if name in self._heard}
+            self.attachment.bare_in_evaluation(sorted(unseen))
+            self.attachment.ignore()
         self._calls, self._loud = {}, False
 
     def _release(self) -> None:
         super()._release()
+        if self.attachment is not None:
+            self.attachment.ignore()
         self._calls, self._loud = {}, False
 
     # -- state --------------------------------------------------------------------------------------------------------------
@@ -168,12 +180,7 @@ class Noisy(Sparsifier):
         self._seed, self._draws = state.get("seed", self._seed), state.get("draws", 0)
         self._bypassed = set(state.get("bypassed", ()))
         self._local = {name: layer for name, layer in self._local.items() if name not in self._bypassed}
+        if self.attachment is not None:
+            self.attachment.bare_in_evaluation(sorted(self._bypassed & self.parameters.keys()))
+            self.attachment.ignore()
         super()._resume(state)
-
-
-def batch_size(batch: Any) -> int:
-    """Samples in a batch: the length of the first tensor found in it."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 1
-    items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((size for size in map(batch_size, items) if size > 1), 1)

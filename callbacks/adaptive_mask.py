@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_sparse import _checks, _masks, attach
 from lightning_sparse._curvature import noise_eta
+from lightning_sparse._labels import batch_size
 from lightning_sparse._memory import Kept
 from lightning_sparse._pieces import mapped
-from lightning_sparse.callbacks._noisy import Noisy, batch_size
+from lightning_sparse.callbacks._noisy import Noisy
 from lightning_sparse.curvature import Curvature, EmpiricalFisher
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.noise import Gaussian, Noise, output_noise
@@ -79,6 +81,7 @@ class AdaptiveMask(Noisy):
     def _forget(self) -> None:
         super()._forget()
         self._kept = Kept()
+        self._doubted = False  # and said so
         self._spread: dict[str, Tensor] = {}  # Var s of each local layer's weights in this batch
 
     def own_settings(self) -> dict[str, Any]:
@@ -129,7 +132,8 @@ class AdaptiveMask(Noisy):
 
     def begin_batch(self, batch: Any) -> None:
         if self.curvature is not None:
-            self.curvature.begin(self.step, batch_size(batch))
+            self.curvature.begin(self.step, batch_size(batch) or 1)
+            self.curvature.observe_batch(batch)
 
     def begin_draw(self) -> None:
         if self.curvature is not None:
@@ -156,6 +160,7 @@ class AdaptiveMask(Noisy):
         if self.curvature is not None and not self.frozen:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             factor = 1.0 if scaler is None else float(scaler.get_scale())
+            self.curvature.observe_loss(loss)
             self.curvature.before_backward(factor / (1 if self._manual else trainer.accumulate_grad_batches))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -172,6 +177,17 @@ class AdaptiveMask(Noisy):
         if self.curvature is not None:
             reduce = partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
             self.curvature.end(reduce, self.parameters, more)
+            self._say_doubt(self.curvature.doubt)
+
+    def _say_doubt(self, doubt: str) -> None:
+        """Warn, once a fit on rank 0, where H rests on a number of labels that is not known."""
+        if doubt and not self._doubted:
+            self._doubted = True
+            rank_zero_warn(
+                f"{type(self.curvature).__name__} cannot read from the loss how many labels it averages over; {doubt}. If that is wrong, "
+                f"masks are as much too strong: give the labels a sample, such as curvature={type(self.curvature).__name__}(labels=128), "
+                "or a function of the batch that counts them; in manual optimisation call self.manual_backward(loss)"
+            )
 
     def _end_batch(self) -> None:
         super()._end_batch()

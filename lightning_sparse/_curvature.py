@@ -1,7 +1,8 @@
 """The exponential mean that every curvature estimate keeps, and what the mask form does with it.
 
-H is the diagonal of the generalised Gauss-Newton matrix of the loss. For a layer with input x and output gradient g of
-one sample's loss, H = mean over samples of (sum over positions of g x^T)^2.
+H is the diagonal of the generalised Gauss-Newton matrix of the loss as it is averaged: over N labels, which are samples,
+tokens or pixels. For a layer with input x and output gradient g of the batch's loss, H = N times the sum over samples of
+(sum over positions of g x^T)^2.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,20 @@ from torch import Tensor, nn
 from lightning_sparse import _checks
 from lightning_sparse._construction import Constructed
 from lightning_sparse._finite import unfit
+from lightning_sparse._labels import LabelCount, Labels
 from lightning_sparse.attach import Attachment
 from lightning_sparse.duality import Penalty
 from lightning_sparse.sample_gradients import Reduction
 
 Reduce = Callable[[Tensor], Tensor]
+
+
+class _Squares(NamedTuple):
+    """The sum of ``used`` samples' squared gradients, of ``rows`` that there are: to be multiplied by the number of labels."""
+
+    value: Tensor
+    rows: int
+    used: int
 
 
 class Curvature(metaclass=Constructed):
@@ -33,18 +43,26 @@ class Curvature(metaclass=Constructed):
         every: optimiser steps between updates; between them nothing is recorded.
         samples: how many samples of a batch an update looks at where they are taken one by one.
         reduction: how the loss reduces over the batch, "mean" or "sum".
+        labels: how many labels a "mean" averages over: None reads it from the loss (padding and ignore_index do not count); a
+            whole number of labels a sample; or a function of the batch that returns their number in it. Where the loss cannot
+            be read (it comes from compiled code, or backward() is called on it directly), None takes the batch's samples.
 
     Other layers than Linear and ConvNd, weights with several owners or calls, and compiled modules fall back to the batch
-    gradient squared, times the batch size for a mean: right up to the square of the full gradient, which vanishes at a
+    gradient squared, times the number of labels for a mean: right up to the square of the full gradient, which vanishes at a
     minimum.
     """
 
-    def __init__(self, decay: float = 0.9, every: int = 10, samples: int = 16, reduction: Reduction = "mean") -> None:
+    def __init__(
+        self, decay: float = 0.9, every: int = 10, samples: int = 16, reduction: Reduction = "mean", labels: Labels = None
+    ) -> None:
         self.decay = _checks.between("decay", decay, 0, 1, closed="l")
-        self.every, self.samples = int(_checks.positive("every", every)), int(_checks.positive("samples", samples))
+        self.every, self.samples = _checks.whole("every", every, 1), _checks.whole("samples", samples, 1)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         self.reduction: Reduction = reduction
+        if labels is not None and not callable(labels):
+            labels = _checks.whole("labels", labels, 1)
+        self.labels = labels
         self.reset()
 
     def settings(self) -> dict[str, Any]:
@@ -58,11 +76,13 @@ class Curvature(metaclass=Constructed):
         """Forget every estimate, before a new fit."""
         self.mean: dict[str, Tensor] = {}
         self.weight: dict[str, float] = {}
-        self._pending: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor | _Squares] = {}
         self._calls: dict[str, int] = {}  # of each layer in the batch that is being recorded
         self._done: set[str] = set()  # what an earlier backward of this batch gave an estimate for
         self._active = False
         self._scale, self._batch = 1.0, 1
+        self._count: LabelCount | None = None  # of a batch that was seen whole
+        self._doubt = ""
         self.generator: torch.Generator | None = None
 
     @abstractmethod
@@ -72,7 +92,34 @@ class Curvature(metaclass=Constructed):
     def begin(self, step: int, batch: int, scale: float = 1.0) -> None:
         """Before a batch: record it if ``step`` is due. ``scale`` is what the loss was multiplied by before backward."""
         self._active, self._batch, self._scale = step % self.every == 0, max(batch, 1), scale
+        self._count = None  # ``batch`` is all that is known
         self._done.clear()
+
+    def observe_batch(self, batch: Any) -> None:
+        """After :meth:`begin`: the batch itself, which tells how many labels it has where the loss does not."""
+        if self._active:
+            self._count = LabelCount(self.labels)
+            self._count.begin(batch)
+
+    def observe_loss(self, loss: Tensor) -> None:
+        """Between forward and backward: the loss, whose backward tells how many labels it averages over."""
+        if self._active and self._count is not None:
+            self._count.listen(loss)
+
+    @property
+    def doubt(self) -> str:
+        """Why the number of labels of some batch may be wrong; empty where it is known."""
+        return self._doubt
+
+    def label_count(self) -> float:
+        """The labels that this batch's loss averages over."""
+        if self.reduction == "sum":
+            return 1
+        if self._count is None:
+            return self._batch
+        count = self._count.count(self._scale)
+        self._doubt = self._doubt or self._count.doubt
+        return count
 
     def before_backward(self, scale: float) -> None:
         """Between forward and backward, when the graph is alive; ``scale`` as in :meth:`begin`, now exact."""
@@ -84,7 +131,8 @@ class Curvature(metaclass=Constructed):
         ``reduce`` averages a tensor over ranks; then every rank calls this after the same batches, with the same
         ``parameters``, and what a rank recorded nothing of (a layer that its batch did not use) is the mean of the others.
         """
-        found = self._agreed(reduce, parameters) if reduce and parameters and self._active else self._pending.items()
+        own = self._settled()
+        found = self._agreed(own, reduce, parameters) if reduce and parameters and self._active else own.items()
         self._active &= more
         keep = self.decay**self.every
         for name, value in found:
@@ -96,14 +144,26 @@ class Curvature(metaclass=Constructed):
             self.weight[name] = keep * self.weight.get(name, 0.0) + 1 - keep
         self._pending.clear()
         self._calls.clear()
+        if self._count is not None:
+            self._count.forget()
 
-    def _agreed(self, reduce: Reduce, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _settled(self) -> dict[str, Tensor]:
+        """What was recorded, now that backward has told how many labels there are."""
+        if not any(isinstance(part, _Squares) for part in self._pending.values()):
+            return dict(self._pending)  # type: ignore[arg-type]
+        count, settled = self.label_count(), {}
+        for name, part in self._pending.items():
+            value = part.value * (count * part.rows / part.used) / self._scale**2 if isinstance(part, _Squares) else part
+            settled[name] = value
+        return settled
+
+    def _agreed(self, recorded: Mapping[str, Tensor], reduce: Reduce, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The mean over the ranks that recorded something, name by name in an order that all ranks share."""
         device = next(iter(parameters.values())).device
-        shares = reduce(torch.tensor([float(name in self._pending) for name in parameters], device=device)).tolist()
+        shares = reduce(torch.tensor([float(name in recorded) for name in parameters], device=device)).tolist()
         for (name, parameter), share in zip(parameters.items(), shares, strict=True):
             if share > 0:
-                own = self._pending.get(name)
+                own = recorded.get(name)
                 yield name, reduce(torch.zeros_like(parameter) if own is None else own.detach().to(parameter.dtype)) / share
 
     def estimate(self, name: str) -> Tensor | None:
@@ -133,14 +193,17 @@ class Curvature(metaclass=Constructed):
         self.weight = dict(state["weight"])
 
     def _add(self, name: str, value: Tensor) -> None:
-        """``value`` is the sum over ``samples`` of squared per-sample gradients of the mean (or summed) loss."""
-        if name in self._done:
-            return
-        self._pending[name] = value / self._scale**2
-        self._calls[name] = self._calls.get(name, 0) + 1
+        """``value`` is H_jj of this batch, times the square of what the loss was multiplied by."""
+        if name not in self._done:
+            self._pending[name] = value / self._scale**2
+            self._calls[name] = self._calls.get(name, 0) + 1
 
-    def _sample_factor(self, batch: int, used: int) -> float:
-        return batch * batch / used if self.reduction == "mean" else batch / used
+    def _add_squares(self, name: str, value: Tensor, rows: int = 1, used: int = 1) -> None:
+        """``value`` is the sum over ``used`` of ``rows`` samples of the squared gradient of the batch's loss in each."""
+        if name not in self._done:
+            if used:  # a layer that got no rows tells nothing
+                self._pending[name] = _Squares(value, rows, used)
+            self._calls[name] = self._calls.get(name, 0) + 1
 
     def _attach_fallback(self, attachment: Attachment) -> None:
         for name in attachment.parameters:
@@ -149,7 +212,7 @@ class Curvature(metaclass=Constructed):
     def _on_gradient(self, name: str, grad: Tensor) -> None:
         if self._active and self._calls.get(name, 0) != 1:  # one call was read at the layer, before this gradient came
             self._pending.pop(name, None)
-            self._add(name, grad.detach() ** 2 * (self._batch if self.reduction == "mean" else 1))
+            self._add_squares(name, grad.detach() ** 2)
 
 
 def _is_estimate(mean: Any, parameter: Tensor | None) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_sparse import shards
 from lightning_sparse.select import owners
@@ -32,6 +33,24 @@ class _Hook:
         return _Hook, ()
 
 
+class _Call:
+    """A hook on a module's forward that is put on and taken off at every batch: through the module's own dicts, which is quick."""
+
+    def __init__(self, hooks: dict[int, Any], with_names: dict[int, bool] | None, hook: _Hook) -> None:
+        self.hooks, self.with_names, self.hook = hooks, with_names, hook
+        self.key = RemovableHandle(hooks).id
+
+    def listen(self) -> None:
+        self.hooks[self.key] = self.hook
+        if self.with_names is not None:
+            self.with_names[self.key] = True
+
+    def ignore(self) -> None:
+        self.hooks.pop(self.key, None)
+        if self.with_names is not None:
+            self.with_names.pop(self.key, None)
+
+
 class Attachment:
     """Holds the live weights while the parameters' data are masked or thresholded, and serves files a view of them.
 
@@ -48,11 +67,17 @@ class Attachment:
         self._handles: list[Any] = []
         self._around: list[Any] = []  # hooks of show_in_forwards
         self._depth, self._shows = 0, False  # of nested forwards; the outermost one shows the view
+        self._calls: list[_Call] = []
+        self._bare: list[tuple[nn.Module, dict[str, Tensor]]] = []  # noisy data of weights that are live for one call, and whose
         self._units = shards.units(module)
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        for _, owner, attribute, parameter in owners(module):
+        open_to_hooks = {id(part) for part in _uncompiled(module) if not isinstance(part, torch.jit.ScriptModule)}
+        self._users: dict[str, list[nn.Module]] = {}  # whose forwards use each weight
+        for key, owner, attribute, parameter in owners(module):
             if id(parameter) in names:
                 self._serve(owner, attribute, names[id(parameter)])
+                above = module.get_submodule(".".join(key.split(".")[:-2]))  # attention uses its projection's weight, not its forward
+                self._users.setdefault(names[id(parameter)], []).extend(user for user in (owner, above) if id(user) in open_to_hooks)
 
     def _serve(self, owner: nn.Module, attribute: str, name: str) -> None:
         def replace(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
@@ -102,6 +127,7 @@ class Attachment:
     @torch.no_grad()
     def restore(self) -> None:
         """Put the live weights back, bit for bit."""
+        self._bare.clear()
         for name, live in self._live.items():
             if name in self._aside:
                 self.parameters[name].data = live
@@ -169,16 +195,66 @@ class Attachment:
             self._handles.append(self.parameters[name].register_hook(_Hook(function)))
 
     def on_forward(self, layer: nn.Module, function: Callable[[nn.Module, tuple[Any, ...], Any], Any]) -> None:
-        """Call ``function(layer, inputs, output)`` after each forward of ``layer``; what it returns replaces the output."""
-        self._handles.append(layer.register_forward_hook(_Hook(function)))
+        """Call ``function(layer, inputs, output)`` after each forward of ``layer``; what it returns replaces the output.
+
+        ``inputs`` also holds what the layer was given by keyword, after what it was given by position.
+        """
+
+        def called(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+            return function(layer, (*inputs, *named.values()) if named else inputs, output)
+
+        self._add_call(_Call(layer._forward_hooks, layer._forward_hooks_with_kwargs, _Hook(called)))
+
+    def bare_in_evaluation(self, names: Iterable[str]) -> None:
+        """Let forwards in evaluation mode without gradients use these weights as they live, also while masked ones are in force.
+
+        Not in compiled parts, whose graphs a hook would break.
+        """
+        users: dict[nn.Module, list[str]] = {}
+        for name in names:
+            for user in self._users.get(name, ()):
+                users.setdefault(user, []).append(name)
+        for user, used in users.items():
+            before, after = _Hook(lambda user, _, used=used: self._lay_bare(user, used)), _Hook(lambda user, *_: self._cover(user))
+            self._add_call(_Call(user._forward_pre_hooks, None, before))
+            self._add_call(_Call(user._forward_hooks, None, after))
+
+    def _lay_bare(self, user: nn.Module, names: list[str]) -> None:
+        if self._live and not user.training and not torch.is_grad_enabled():
+            bare = {name for _, laid in self._bare for name in laid}
+            noisy = {name: self.parameters[name].data for name in names if name in self._aside and name not in bare}
+            for name in noisy:
+                self.parameters[name].data = self._live[name]
+            self._bare.append((user, noisy))
+
+    def _cover(self, user: nn.Module) -> None:
+        if self._bare and self._bare[-1][0] is user:
+            for name, data in self._bare.pop()[1].items():
+                self.parameters[name].data = data
+
+    def _add_call(self, call: _Call) -> None:
+        call.listen()
+        self._calls.append(call)
+
+    def listen(self) -> None:
+        """Let the hooks on forwards be called again, after :meth:`ignore`."""
+        for call in self._calls:
+            call.listen()
+
+    def ignore(self) -> None:
+        """Take the hooks on forwards off until :meth:`listen`: scripting a module compiles the hooks that it finds."""
+        for call in self._calls:
+            call.ignore()
 
     def detach(self) -> None:
         """Undo everything: live weights back, hooks removed."""
         self.end_forwards()
         self.restore()
+        self.ignore()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._calls.clear()
 
 
 def write_view(state: dict[str, Any], module: nn.Module, parameters: Mapping[str, nn.Parameter], view: View) -> None:

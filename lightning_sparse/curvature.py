@@ -1,21 +1,23 @@
 r"""Estimates of H_jj, the curvature that calibrates the mask form: (1 - alpha_j) / alpha_j = lam / (H_jj eta_j).
 
-H is the diagonal of the generalised Gauss-Newton matrix of the loss. For a layer with input x and output gradient g of
-one sample's loss, H = mean over samples of (sum over positions of g x^T)^2.
+H is the diagonal of the generalised Gauss-Newton matrix of the loss as it is averaged: over N labels, which are samples,
+tokens or pixels. For a layer with input x and output gradient g of the batch's loss, H = N times the sum over samples of
+(sum over positions of g x^T)^2: the gradients of a sample's labels are summed before they are squared.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sparse import _checks
 from lightning_sparse._curvature import Curvature, calibrated
+from lightning_sparse._labels import Labels, read_categorical
 from lightning_sparse.attach import Attachment, layers
-from lightning_sparse.sample_gradients import Reduction, draw_residual, squared_gradients
+from lightning_sparse.sample_gradients import Reduction, draw_residual, label_places, squared_gradients
 
 __all__ = ["Curvature", "EmpiricalFisher", "InputMoment", "SampledFisher", "calibrated"]
 
@@ -42,8 +44,10 @@ class EmpiricalFisher(Curvature):
     def _on_output_gradient(self, name: str, layer: nn.Module, x: Tensor, grad: Tensor) -> None:
         if self._is_sequence_first(layer, x):
             x, grad = x.transpose(0, 1), grad.transpose(0, 1)
+        if x.dim() < (2 if isinstance(layer, nn.Linear) else cast(nn.Parameter, layer.weight).dim()):  # one sample, not in a batch
+            x, grad = x[None], grad[None]
         value, used = squared_gradients(layer, x, grad, self.samples)
-        self._add(name, value * self._sample_factor(len(x), used))
+        self._add_squares(name, value, len(x), used)
 
     def _is_sequence_first(self, layer: nn.Module, x: Tensor) -> bool:
         """(T, B, ...) of a batch of B samples: seen by the length of the batch's own first tensor, unless T = B."""
@@ -56,8 +60,9 @@ class SampledFisher(EmpiricalFisher):
     It takes one more backward pass on the steps that update it.
 
     Args:
-        likelihood: "categorical" for cross-entropy over dimension 1; "gaussian" for ``nn.MSELoss`` (curvature 2 / outputs
-            per sample for a mean, 2 for a sum).
+        likelihood: "categorical" for cross-entropy, wherever its classes lie and whichever labels it ignores (where the loss
+            cannot be read, over dimension 1 of ``output``, each position a label); "gaussian" for ``nn.MSELoss`` (curvature
+            2 / outputs per sample for a mean, 2 for a sum).
         output: the name of the module whose output the loss compares with the targets; "" is the LightningModule's own
             forward.
     """
@@ -70,8 +75,9 @@ class SampledFisher(EmpiricalFisher):
         every: int = 10,
         samples: int = 16,
         reduction: Reduction = "mean",
+        labels: Labels = None,
     ) -> None:
-        super().__init__(decay, every, samples, reduction)
+        super().__init__(decay, every, samples, reduction, labels)
         if likelihood not in ("categorical", "gaussian"):
             raise ValueError(f"likelihood must be 'categorical' or 'gaussian', got {likelihood!r}")
         self.likelihood, self.output = likelihood, output
@@ -80,6 +86,8 @@ class SampledFisher(EmpiricalFisher):
         super().reset()
         self._seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
         self._prediction: Tensor | None = None
+        self._loss: Tensor | None = None
+        self._drawn: float = 1  # labels in the loss that they were drawn for
 
     def attach(self, module: nn.Module, attachment: Attachment) -> None:
         known = layers(module, attachment.parameters)
@@ -101,7 +109,13 @@ class SampledFisher(EmpiricalFisher):
 
     def begin(self, step: int, batch: int, scale: float = 1.0) -> None:
         super().begin(step, batch, scale)
-        self._seen, self._prediction = [], None  # of forwards without a backward, or a bare one
+        self._seen, self._prediction, self._loss = [], None, None  # of forwards without a backward, or a bare one
+
+    def observe_loss(self, loss: Tensor) -> None:
+        self._loss = loss if self._active and self.labels is None else None
+
+    def label_count(self) -> float:
+        return self._drawn
 
     def before_backward(self, scale: float) -> None:
         super().before_backward(scale)
@@ -112,13 +126,27 @@ class SampledFisher(EmpiricalFisher):
             )
         if self._prediction is not None and self._seen:
             outputs = [output for *_, output in self._seen]
-            exact = self._prediction.detach().to(torch.promote_types(self._prediction.dtype, torch.float32))
-            drawn = draw_residual(exact, self.likelihood, self.reduction, self.generator) * scale  # which keeps fp16 from underflow
-            grads = torch.autograd.grad(self._prediction, outputs, drawn.to(self._prediction), retain_graph=True, allow_unused=True)
+            drawn, self._drawn = self._draw(self._prediction, scale)
+            grads = torch.autograd.grad(
+                [tensor for tensor, _ in drawn], outputs, [residual for _, residual in drawn], retain_graph=True, allow_unused=True
+            )
             for (name, layer, x, _), grad in zip(self._seen, grads, strict=True):
                 if grad is not None:
                     self._on_output_gradient(name, layer, x, grad)
-        self._seen, self._prediction = [], None
+        self._seen, self._prediction, self._loss = [], None, None
+
+    def _draw(self, prediction: Tensor, scale: float) -> tuple[list[tuple[Tensor, Tensor]], float]:
+        """Tensors of the graph with the loss's gradient in each for drawn labels, and how many labels the loss averages over."""
+        given = None if self._count is None or self.labels is None or self.reduction == "sum" else self._count.count()
+        count = 1.0 if self.reduction == "sum" else float(len(prediction) if self.likelihood == "gaussian" else label_places(prediction))
+        read = read_categorical(self._loss, scale) if self._loss is not None and self.likelihood == "categorical" else None
+        if read is not None and not (prediction.dim() == 2 and read.is_plain(prediction, count)):
+            return read.drawn(self.generator), read.count
+        exact = prediction.detach().to(torch.promote_types(prediction.dtype, torch.float32))
+        residual = draw_residual(exact, self.likelihood, self.reduction, self.generator) * scale  # which keeps fp16 from underflow
+        if given is not None and self.likelihood == "categorical":
+            residual, count = residual * (count / given), given
+        return [(prediction, residual.to(prediction))], count
 
 
 class InputMoment(Curvature):
@@ -143,7 +171,7 @@ class InputMoment(Curvature):
             attachment.on_forward(known[name], partial(self._on_input, name))
 
     def _on_input(self, name: str, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if self._active and layer.training:
+        if self._active and layer.training and inputs[0].numel():
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
             self._scale = 1.0
             self._add(name, (self.scale * (x * x).mean(0)).expand_as(layer.weight).clone())

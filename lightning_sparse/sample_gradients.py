@@ -45,9 +45,14 @@ def _conv_gradient(layer: Any, x: Tensor, grad: Tensor) -> Tensor:
     return gradient
 
 
+def label_places(prediction: Tensor) -> int:
+    """Labels that a prediction with its classes on dimension 1 can be compared with."""
+    return prediction.shape[0] * math.prod(prediction.shape[2:])
+
+
 def draw_residual(prediction: Tensor, likelihood: str, reduction: Reduction, generator: torch.Generator | None = None) -> Tensor:
     """dL/d prediction with the target drawn from the model: one draw whose square has the loss's curvature as its mean."""
-    count = prediction.shape[0] * math.prod(prediction.shape[2:]) if likelihood == "categorical" else prediction.numel()
+    count = label_places(prediction) if likelihood == "categorical" else prediction.numel()
     share = 1.0 / count if reduction == "mean" else 1.0
     if likelihood == "categorical":
         chance = prediction.movedim(1, -1).softmax(-1)

@@ -27,6 +27,7 @@ FLOORS = [
         "sample_gradients",
         "shards",
         "_curvature",
+        "_labels",
         "curvature",
         "counts",
         "gates",

@@ -174,7 +174,7 @@ def test_calibrated_noise_realises_the_penalty_where_the_curvature_is_not_one():
     ("arguments", "message"),
     [
         ({"decay": 1.0}, r"decay must lie in \[0, 1\), got 1.0"),
-        ({"every": 0}, "every must be a finite number > 0, got 0"),
+        ({"every": 0}, "every must be a whole number >= 1, got 0"),
         ({"reduction": "none"}, "reduction must be 'mean' or 'sum', got 'none'"),
     ],
 )
