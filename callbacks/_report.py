@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,17 +25,19 @@ _SMALLEST_KEEP = 1e-3  # bounds the drawn noise of forms that draw none in train
 
 
 def describe(value: Any) -> Any:
-    """A frozen dataclass or a Curvature as class_path and init_args; numbers, strings and lists of them as Python's own."""
+    """A frozen dataclass or a Curvature as class_path and init_args; a function by its name; numbers, strings and lists of them as Python's own."""
     value = plain(value)
     if isinstance(value, enum.Enum):
         return describe(value.value)
     if isinstance(value, (list, tuple)):
         return [describe(one) for one in value]
     if isinstance(value, Curvature):
-        return {"class_path": type(value).__name__, "init_args": value.settings()}
+        return {"class_path": type(value).__name__, "init_args": {name: describe(part) for name, part in value.settings().items()}}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         arguments = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"class_path": type(value).__name__, "init_args": arguments}
+    if isinstance(value, FunctionType):  # whose repr is another in every process
+        return f"{value.__module__}.{value.__qualname__}"
     return value if type(value) in (int, float, str, bool, type(None)) else repr(value)
 
 

@@ -1,0 +1,284 @@
+"""Where noise goes as layers are used: by keyword, not in each batch, with no rows, in evaluation; and modules that are exported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+from torch.nn import functional
+from toys import Repeated, Toy, data, trainer
+
+from lightning_sparse import noise, penalties
+from lightning_sparse.callbacks import AdaptiveMask, HardConcrete, VariationalDropout
+from lightning_sparse.curvature import EmpiricalFisher, SampledFisher
+
+LOG_SUM = penalties.LogSum(eps=2.0)
+FORMS = {
+    "mask": lambda: AdaptiveMask(LOG_SUM, 1.0, curvature=EmpiricalFisher(every=1)),
+    "mask, sampled": lambda: AdaptiveMask(LOG_SUM, 1.0, curvature=SampledFisher(output="network", every=1)),
+    "mask on the weights": lambda: AdaptiveMask(LOG_SUM, 1.0, noise=noise.ScaledBernoulli(), curvature=None),
+    "dropout": lambda: VariationalDropout(1e-3, log_start=-1.0),
+    "dropout on the weights": lambda: VariationalDropout(1e-3, noise="weight", log_start=-1.0),
+    "gates": lambda: HardConcrete(1e-3, log_start=-1.0),
+}
+forms = pytest.mark.parametrize("make", FORMS.values(), ids=FORMS.keys())
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, 0.1)
+
+
+class ByKeyword(nn.Module):
+    """Layers whose input is named."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.conv, self.b = nn.Linear(8, 16), nn.Conv1d(1, 1, 3, padding=1), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.b(input=functional.relu(self.conv(input=self.a(input=x)[:, None])[:, 0]))
+
+
+class ByPosition(ByKeyword):
+    def forward(self, x):
+        return self.b(functional.relu(self.conv(self.a(x)[:, None])[:, 0]))
+
+
+@forms
+def test_layers_called_by_keyword_train_as_those_called_by_position(make):
+    ends = []
+    for network in (ByKeyword, ByPosition):
+        torch.manual_seed(0)
+        module = Toy(network(), sgd)
+        trainer(make()).fit(module, data())
+        ends.append(module.state_dict())
+    assert all(torch.equal(w, ends[1][name]) for name, w in ends[0].items())
+
+
+class Experts(nn.Module):
+    """Two experts, of which the second gets no sample in most batches."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.experts, self.out, self.least = nn.ModuleList([nn.Linear(8, 16), nn.Linear(8, 16)]), nn.Linear(16, 3), least
+
+    def forward(self, x):
+        first = x[:, 0] > self.least
+        return self.out(functional.relu(torch.cat([self.experts[0](x[first]), self.experts[1](x[~first])])))
+
+
+@forms
+def test_a_layer_that_gets_no_rows_trains_on(make):
+    module, callback = Toy(Experts(-9.0), sgd), make()
+    trainer(callback).fit(module, data())
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    assert (module.network.experts[0].weight == 0).any() or callback.keep_probability("network.experts.0.weight").min() < 1
+
+
+@pytest.mark.parametrize("curvature", [EmpiricalFisher, SampledFisher])
+def test_no_rows_are_no_estimate_and_leave_the_others_as_they_are(curvature):
+    alone = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    experts = Experts(-9.0)
+    experts.experts[0].load_state_dict(alone[0].state_dict())
+    experts.out.load_state_dict(alone[2].state_dict())
+    found = []
+    for network in (alone, experts):
+        given = {"output": "network"} if curvature is SampledFisher else {}
+        callback = AdaptiveMask(LOG_SUM, 1e-9, noise=noise.Gaussian(), curvature=curvature(every=1, **given))
+        torch.manual_seed(0)
+        trainer(callback, epochs=1).fit(Toy(network, lambda p: torch.optim.SGD(p, 0.0)), data())
+        found.append(callback.curvature)
+    assert found[1].estimate("network.experts.1.weight") is None
+    torch.testing.assert_close(found[1].estimate("network.experts.0.weight"), found[0].estimate("network.0.weight"), rtol=1e-4, atol=1e-7)
+
+
+def test_an_experts_estimate_counts_all_labels_of_the_batch():
+    """An expert's rows are a part of those that the loss averages over: H is a mean over all."""
+    experts = Experts(0.0)
+    callback = AdaptiveMask(LOG_SUM, 1e-9, curvature=EmpiricalFisher(every=1))
+    batch = next(iter(data(batch_size=64)))
+    order = (batch[0][:, 0] <= 0).int().argsort(stable=True)
+    batch = batch[0][order], batch[1][order]
+    trainer(callback, epochs=1).fit(Toy(experts, lambda p: torch.optim.SGD(p, 0.0)), Repeated(batch))
+    total = torch.zeros(16, 8)
+    for x, y in zip(*batch, strict=True):
+        loss = functional.cross_entropy(experts(x[None]), y[None])
+        (grad,) = torch.autograd.grad(loss, experts.experts[0].weight, allow_unused=True)
+        total += 0 if grad is None else grad**2 / len(batch[0])
+    torch.testing.assert_close(callback.curvature.estimate("network.experts.0.weight"), total, rtol=1e-3, atol=1e-6)
+
+
+class Watch(Callback):
+    """What a weight's data and its layer's outputs do in each batch."""
+
+    def __init__(self, callback, names):
+        self.callback, self.names = callback, names
+        self.moved, self.local = [], []
+
+    def on_before_backward(self, trainer, module, loss):
+        attachment = self.callback.attachment
+        self.moved.append({name for name in self.names if not torch.equal(attachment.live(name), self.callback.parameters[name])})
+        self.local.append(set(self.callback._local) & set(self.names))
+
+
+class Heads(Toy):
+    """Each batch is of one of two tasks, with a head each."""
+
+    def __init__(self):
+        super().__init__(nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, 3)]), sgd)
+
+    def training_step(self, batch, index):
+        return functional.cross_entropy(self.network[1 + index % 2](functional.relu(self.network[0](batch[0]))), batch[1])
+
+
+@pytest.mark.parametrize("make", [FORMS["mask"], FORMS["dropout"]], ids=["mask", "dropout"])
+def test_a_layer_that_a_batch_does_not_use_keeps_its_noise_on_the_outputs(make):
+    names = [f"network.{i}.weight" for i in range(3)]
+    callback = make()
+    watch = Watch(callback, names)
+    trainer(callback, watch).fit(Heads(), data())
+    assert len(watch.moved) == 8
+    assert all(moved == set() for moved in watch.moved)
+    assert all(local == set(names) for local in watch.local)
+
+
+class Late(Toy):
+    """From the third batch on, the first layer's weight is used without its forward."""
+
+    def training_step(self, batch, index):
+        first = self.network[0]
+        x = first(batch[0]) if index < 2 else functional.linear(batch[0], first.weight, first.bias)
+        return functional.cross_entropy(self.network[2](functional.relu(x)), batch[1])
+
+
+@pytest.mark.parametrize("make", [FORMS["mask"], FORMS["dropout"]], ids=["mask", "dropout"])
+def test_noise_moves_to_the_weights_once_a_forward_is_bypassed(make):
+    callback = make()
+    watch = Watch(callback, ["network.0.weight", "network.2.weight"])
+    trainer(callback, watch, epochs=1).fit(Late(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), sgd), data())
+    assert watch.moved == [set(), set(), set(), {"network.0.weight"}]
+
+
+class Teacher(Toy):
+    """Runs itself in evaluation without gradients in each step, before the training pass and after it."""
+
+    def __init__(self, mode=torch.no_grad, network=None):
+        super().__init__(network or nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), sgd)
+        self.mode, self.seen, self.x = mode, [], torch.randn(5, 8)
+
+    def look(self):
+        self.eval()
+        with self.mode():
+            self.seen.append(self(self.x).clone())
+        self.train()
+
+    def training_step(self, batch, index):
+        self.look()
+        loss = super().training_step(batch, index)
+        self.look()
+        return loss
+
+
+class Expect(Callback):
+    """What the network computes with its own weights, before a batch begins."""
+
+    def __init__(self):
+        self.outputs = []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.outputs.append(module(module.x).detach())
+
+
+class Projected(nn.Module):
+    """A weight that is used without its layer's forward, as attention uses its projection's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return functional.linear(functional.relu(self.first(x)), self.last.weight, self.last.bias)
+
+
+@forms
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("network", [None, Projected], ids=["layers", "bypassed"])
+def test_evaluation_without_gradients_has_no_noise_in_the_middle_of_a_step(make, mode, network):
+    torch.manual_seed(0)
+    module, expect = Teacher(mode, network() if network else None), Expect()
+    trainer(make(), expect, epochs=1).fit(module, data())
+    assert len(module.seen) == 8
+    for i, expected in enumerate(expect.outputs[:3]):
+        assert torch.equal(module.seen[2 * i + 2], expected)
+        assert torch.equal(module.seen[2 * i + 3], expected)
+    assert not torch.equal(expect.outputs[0], expect.outputs[1])
+
+
+@pytest.mark.parametrize("make", [FORMS["mask on the weights"], FORMS["dropout on the weights"], FORMS["gates"]])
+def test_the_step_around_such_an_evaluation_is_the_same(make):
+    ends = []
+    for look in (True, False):
+        torch.manual_seed(0)
+        module = Teacher()
+        if not look:
+            module.look = lambda: None
+        torch.manual_seed(1)
+        trainer(make()).fit(module, data())
+        ends.append(module.state_dict())
+    assert all(torch.equal(w, ends[1][name]) for name, w in ends[0].items())
+
+
+class Export(Callback):
+    """Scripts, traces and exports the network in the middle of a run, and compares what comes out."""
+
+    def __init__(self):
+        self.count, self.x = 0, torch.randn(4, 8)
+
+    def _export(self, module):
+        was = module.training
+        module.eval()
+        expected = module(self.x).detach()
+        made = [
+            torch.jit.script(module.network),
+            module.to_torchscript(method="trace", example_inputs=self.x),
+            torch.export.export(module.network, (self.x,)).module(),
+        ]
+        module.train(was)
+        for one in made:
+            with torch.no_grad():
+                torch.testing.assert_close(one(self.x), expected)
+            self.count += 1
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if index == 1:
+            self._export(module)
+
+    def on_validation_end(self, trainer, module):
+        self._export(module)
+
+    def on_train_epoch_end(self, trainer, module):
+        self._export(module)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@forms
+def test_a_module_is_scripted_traced_and_exported_in_the_middle_of_a_run(make):
+    export = Export()
+    trainer(export, make(), epochs=1, num_sanity_val_steps=0).fit(Toy(), data(), data(seed=1))
+    assert export.count == 9
+
+
+@forms
+def test_between_batches_no_forward_has_a_hook(make):
+    class Count(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, module, *args):
+            self.seen.append(sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()))
+
+    count = Count()
+    trainer(make(), count, epochs=1).fit(Toy(), data())
+    assert count.seen == [0] * 4
