@@ -25,7 +25,7 @@ _SMALLEST_KEEP = 1e-3  # bounds the drawn noise of forms that draw none in train
 
 
 def describe(value: Any) -> Any:
-    """A frozen dataclass or a Curvature as class_path and init_args; a function by its name; numbers, strings and lists of them as Python's own."""
+    """A dataclass or a Curvature as class_path and init_args, a function by its name; numbers, strings, lists of them as Python's own."""
     value = plain(value)
     if isinstance(value, enum.Enum):
         return describe(value.value)

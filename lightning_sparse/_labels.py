@@ -39,7 +39,8 @@ class Place(NamedTuple):
 def places(loss: Tensor) -> list[Place]:
     """The nodes at which the loss stops being linear in what comes before it: log-softmax and whole losses, else squares and the like."""
     found: list[Place] = []
-    waiting, seen = [(loss.grad_fn, False)], set()
+    waiting: list[tuple[Any, bool]] = [(loss.grad_fn, False)]
+    seen: set[Any] = set()
     while waiting and len(seen) < _MOST:
         node, summed = waiting.pop()
         if node is None or node in seen:
@@ -102,12 +103,12 @@ class Categorical(NamedTuple):
 
     places: list[Place]
     sizes: list[Tensor]
-    count: float
+    labels: float
 
     def is_plain(self, prediction: Tensor, count: float) -> bool:
         """A mean over the rows of this prediction, each with one label."""
         logs = self.places[0].node._saved_result
-        return len(self.places) == 1 and self.count == count and logs.shape == prediction.shape
+        return len(self.places) == 1 and self.labels == count and logs.shape == prediction.shape
 
     def drawn(self, generator: torch.Generator | None) -> list[tuple[Tensor, Tensor]]:
         """Each log-softmax with the loss's gradient in it, for labels drawn from it."""

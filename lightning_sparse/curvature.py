@@ -141,7 +141,7 @@ class SampledFisher(EmpiricalFisher):
         count = 1.0 if self.reduction == "sum" else float(len(prediction) if self.likelihood == "gaussian" else label_places(prediction))
         read = read_categorical(self._loss, scale) if self._loss is not None and self.likelihood == "categorical" else None
         if read is not None and not (prediction.dim() == 2 and read.is_plain(prediction, count)):
-            return read.drawn(self.generator), read.count
+            return read.drawn(self.generator), read.labels
         exact = prediction.detach().to(torch.promote_types(prediction.dtype, torch.float32))
         residual = draw_residual(exact, self.likelihood, self.reduction, self.generator) * scale  # which keeps fp16 from underflow
         if given is not None and self.likelihood == "categorical":
