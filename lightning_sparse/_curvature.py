@@ -40,7 +40,8 @@ class Curvature(metaclass=Constructed):
 
     Args:
         decay: weight of the past in the mean, per optimiser step.
-        every: optimiser steps between updates; between them nothing is recorded.
+        every: optimiser steps between updates; between them nothing is recorded but for weights that the last update's batch
+            did not use.
         samples: how many samples of a batch an update looks at where they are taken one by one.
         reduction: how the loss reduces over the batch, "mean" or "sum".
         labels: how many labels a "mean" averages over: None reads it from the loss (padding and ignore_index do not count); a
@@ -80,6 +81,9 @@ class Curvature(metaclass=Constructed):
         self._calls: dict[str, int] = {}  # of each layer in the batch that is being recorded
         self._done: set[str] = set()  # what an earlier backward of this batch gave an estimate for
         self._active = False
+        self._due, self._step = False, -1  # this batch's update is of all weights
+        self._met: set[str] = set()  # weights that the update of this step has an estimate for
+        self._missed: set[str] = set()  # those that the last one had none for: the next batch that uses them makes up for it
         self._scale, self._batch = 1.0, 1
         self._count: LabelCount | None = None  # of a batch that was seen whole
         self._doubt = ""
@@ -91,7 +95,10 @@ class Curvature(metaclass=Constructed):
 
     def begin(self, step: int, batch: int, scale: float = 1.0) -> None:
         """Before a batch: record it if ``step`` is due. ``scale`` is what the loss was multiplied by before backward."""
-        self._active, self._batch, self._scale = step % self.every == 0, max(batch, 1), scale
+        self._due, self._batch, self._scale = step % self.every == 0, max(batch, 1), scale
+        self._active = self._due or bool(self._missed)
+        if step != self._step:
+            self._step, self._met = step, set()
         self._count = None  # ``batch`` is all that is known
         self._done.clear()
 
@@ -133,7 +140,7 @@ class Curvature(metaclass=Constructed):
         """
         own = self._settled()
         found = self._agreed(own, reduce, parameters) if reduce and parameters and self._active else own.items()
-        self._active &= more
+        active, self._active = self._active, self._active and more
         keep = self.decay**self.every
         for name, value in found:
             self._done.add(name)
@@ -142,6 +149,11 @@ class Curvature(metaclass=Constructed):
             old = self.mean.get(name)
             self.mean[name] = value * (1 - keep) if old is None else old.mul_(keep).add_(value, alpha=1 - keep)
             self.weight[name] = keep * self.weight.get(name, 0.0) + 1 - keep
+        if active and not more:
+            self._met |= self._done
+            self._missed -= self._done
+            if self._due and parameters:
+                self._missed = {name for name, p in parameters.items() if p.requires_grad and name not in self._met}
         self._pending.clear()
         self._calls.clear()
         if self._count is not None:
@@ -175,7 +187,8 @@ class Curvature(metaclass=Constructed):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that continue the estimate exactly."""
-        return {"mean": {name: value.clone() for name, value in self.mean.items()}, "weight": dict(self.weight)}
+        missed = {"missed": sorted(self._missed)} if self._missed else {}
+        return {"mean": {name: value.clone() for name, value in self.mean.items()}, "weight": dict(self.weight)} | missed
 
     def check_state(self, state: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Raise ValueError unless ``state`` is a :meth:`state_dict` of these parameters (of any, where there are none yet)."""
@@ -183,6 +196,9 @@ class Curvature(metaclass=Constructed):
             raise ValueError(f"the checkpoint's curvature must be a dict of 'mean' and 'weight' by parameter name, got {state!r:.80}")
         if state["mean"].keys() != state["weight"].keys() or (parameters and not state["mean"].keys() <= parameters.keys()):
             raise ValueError(f"the checkpoint's curvature is of other parameters: {sorted(map(str, state['mean']))[:5]}")
+        missed = state.get("missed", [])
+        if not isinstance(missed, list) or not all(isinstance(name, str) for name in missed):
+            raise ValueError(f"the checkpoint's curvature has a damaged 'missed', a list of names, got {missed!r:.80}")
         for name, mean in state["mean"].items():
             if not (_is_estimate(mean, parameters.get(name)) and _is_share(state["weight"][name])):
                 raise ValueError(f"the checkpoint's curvature of {name!r} is damaged; resume from another file")
@@ -191,16 +207,21 @@ class Curvature(metaclass=Constructed):
         """Continue from :meth:`state_dict`, on the parameters' devices."""
         self.mean = {name: value.to(parameters[name].device, copy=True) for name, value in state["mean"].items()}
         self.weight = dict(state["weight"])
+        self._missed = set(state.get("missed", ())) & parameters.keys()
+
+    def _wants(self, name: str) -> bool:
+        """This batch's gradient of a weight is to be recorded."""
+        return self._active and name not in self._done and (self._due or name in self._missed)
 
     def _add(self, name: str, value: Tensor) -> None:
         """``value`` is H_jj of this batch, times the square of what the loss was multiplied by."""
-        if name not in self._done:
+        if self._wants(name):
             self._pending[name] = value / self._scale**2
             self._calls[name] = self._calls.get(name, 0) + 1
 
     def _add_squares(self, name: str, value: Tensor, rows: int = 1, used: int = 1) -> None:
         """``value`` is the sum over ``used`` of ``rows`` samples of the squared gradient of the batch's loss in each."""
-        if name not in self._done:
+        if self._wants(name):
             if used:  # a layer that got no rows tells nothing
                 self._pending[name] = _Squares(value, rows, used)
             self._calls[name] = self._calls.get(name, 0) + 1
@@ -210,7 +231,7 @@ class Curvature(metaclass=Constructed):
             attachment.on_gradient(name, partial(self._on_gradient, name))
 
     def _on_gradient(self, name: str, grad: Tensor) -> None:
-        if self._active and self._calls.get(name, 0) != 1:  # one call was read at the layer, before this gradient came
+        if self._wants(name) and self._calls.get(name, 0) != 1:  # one call was read at the layer, before this gradient came
             self._pending.pop(name, None)
             self._add_squares(name, grad.detach() ** 2)
 

@@ -37,7 +37,7 @@ class EmpiricalFisher(Curvature):
         self._attach_fallback(attachment)
 
     def _on_forward(self, name: str, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if self._active and output.requires_grad and layer.weight.requires_grad:
+        if self._wants(name) and output.requires_grad and layer.weight.requires_grad:
             x = inputs[0].detach()
             output.register_hook(lambda grad: self._on_output_gradient(name, layer, x, grad.detach()))
 
@@ -100,7 +100,7 @@ class SampledFisher(EmpiricalFisher):
         self._attach_fallback(attachment)
 
     def _on_forward(self, name: str, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if self._active and output.requires_grad and layer.weight.requires_grad:
+        if self._wants(name) and output.requires_grad and layer.weight.requires_grad:
             self._seen.append((name, layer, inputs[0].detach(), output))
 
     def _on_prediction(self, output: Any) -> None:

@@ -90,7 +90,7 @@ class _Moved(Callback):
 
     def on_before_backward(self, trainer: Any, module: Any, loss: Tensor) -> None:
         now = matrices(module)
-        self.names |= {name for name, w in self.before.items() if not torch.equal(w, now[name])}
+        self.names |= {name for name, w in self.before.items() if name in now and not torch.equal(w, now[name])}
 
 
 @check("a layer that some batches do not use is treated as one that each batch uses", GROUP)

@@ -143,6 +143,29 @@ def test_a_layer_that_a_batch_does_not_use_keeps_its_noise_on_the_outputs(make):
     assert all(local == set(names) for local in watch.local)
 
 
+@pytest.mark.parametrize("curvature", [EmpiricalFisher, SampledFisher])
+def test_an_update_that_misses_a_layer_is_made_up_for(curvature):
+    """Every second batch uses the second head, none of those at which an update is due."""
+    given = {"output": "network.0"} if curvature is SampledFisher else {}  # not what the loss takes, which tells by itself
+    callback, seen = AdaptiveMask(LOG_SUM, 1e-9, curvature=curvature(every=4, decay=0.5, **given)), []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            seen.append({name.split(".")[1]: weight for name, weight in callback.curvature.weight.items()})
+
+    module = Heads()
+    trainer(callback, Look()).fit(module, data())
+    one, two = 1 - 0.5**4, 1 - 0.5**8
+    assert seen[0].keys() <= {"0", "1"}
+    assert [set(weights.values()) for weights in seen] == [{one}] * 4 + [{one, two}] + [{two}] * 3
+    assert all(weights.keys() == {"0", "1", "2"} for weights in seen[1:])
+    state = callback.curvature.state_dict()
+    assert "missed" not in state
+    callback.curvature.check_state(state | {"missed": ["network.2.weight"]}, callback.parameters)
+    with pytest.raises(ValueError, match="has a damaged 'missed', a list of names, got 3"):
+        callback.curvature.check_state(state | {"missed": 3}, callback.parameters)
+
+
 class Late(Toy):
     """From the third batch on, the first layer's weight is used without its forward."""
 
