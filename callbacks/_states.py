@@ -67,7 +67,8 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _is_factor(value: Any) -> bool:
+def is_factor(value: Any) -> bool:
+    """A finite float > 0."""
     return isinstance(value, float) and 0 < value < float("inf")
 
 
@@ -105,7 +106,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "drift": (_is_whole, "a whole number"),
     "averaged": _TAKEN,
     "held": (_are_masks, "a dict of boolean tensors by parameter name"),
-    "clipped": (_is_factor, "a finite number > 0"),
+    "clipped": (is_factor, "a finite number > 0"),
     "ascent": (ascent.is_state, "a dict of finite numbers 'log_lam', 'error' and 't'"),
     "recipe": (_is_recipe, "a dict with 'class_path' and 'init_args'"),
 }

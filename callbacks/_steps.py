@@ -26,6 +26,13 @@ def scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
     return float(scaler.get_scale())
 
 
+def loss_scale(trainer: Trainer, manual: bool) -> float:
+    """What Lightning multiplied the loss by before its backward: an fp16 scale, and one part of the batches of an accumulation."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    factor = 1.0 if scaler is None else float(scaler.get_scale())
+    return factor / (1 if manual else trainer.accumulate_grad_batches)
+
+
 def parts(joint: Joint, penalty: Penalty, columns: Columns, written: int, whole: bool = False) -> Iterable[Row]:
     """The parts of each row's tensors that this process holds, in pieces where a weight's penalty does not depend on the others.
     Large ones stay ``whole`` where one kernel does all.

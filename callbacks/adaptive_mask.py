@@ -17,6 +17,7 @@ from lightning_sparse._curvature import noise_eta
 from lightning_sparse._labels import batch_size
 from lightning_sparse._memory import Kept
 from lightning_sparse._pieces import mapped
+from lightning_sparse.callbacks import _steps
 from lightning_sparse.callbacks._noisy import Noisy
 from lightning_sparse.curvature import Curvature, EmpiricalFisher
 from lightning_sparse.duality import MaskRule, Penalty
@@ -158,10 +159,8 @@ class AdaptiveMask(Noisy):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         super().on_before_backward(trainer, pl_module, loss)
         if self.curvature is not None and not self.frozen:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            factor = 1.0 if scaler is None else float(scaler.get_scale())
             self.curvature.observe_loss(loss)
-            self.curvature.before_backward(factor / (1 if self._manual else trainer.accumulate_grad_batches))
+            self.curvature.before_backward(_steps.loss_scale(trainer, self._manual))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_after_backward(trainer, pl_module)

@@ -21,7 +21,9 @@ from lightning_sparse.schedules import Schedule, as_schedule
 class HardConcrete(LearnedNoise):
     """Each weight is trained behind a hard concrete gate whose log alpha is learned (L0 regularisation).
 
-    It descends on ``loss + (lam / 2) * sum P(s > 0)``, so that ``lam`` is twice the usual L0 weight. The gate acts as the mask
+    It descends on ``loss + (lam / 2) * sum P(s > 0)``, so that ``lam`` is twice the usual L0 weight. Published weights
+    are often given as a number over the size of the data: that counts the labels which the loss averages over (samples; tokens,
+    windows or pixels), not rows. The gate acts as the mask
     s / E s of mean 1: the module's weights are the ones that are evaluated, without the gate, and a weight is zero where
     alpha = (E s)^2 / E s^2 falls below ``tol``.
 

@@ -162,11 +162,11 @@ def test_weights_that_cannot_move_end_the_run_early():
     assert len(watch.seen) < 240 * 0.75 * 0.7
 
 
-@pytest.mark.parametrize(("make", "name"), [(HardConcrete, "lam"), (VariationalDropout, "kl_weight")])
-def test_without_a_target_the_strength_is_required(make, name):
-    with pytest.raises(TypeError, match=f"{name} is required; or give target_sparsity"):
-        make()
-    assert make(target_sparsity=0.9).ascent.target == 0.9
+def test_without_a_target_the_strength_is_required():
+    with pytest.raises(TypeError, match="HardConcrete needs lam; or give target_sparsity"):
+        HardConcrete()
+    assert HardConcrete(target_sparsity=0.9).ascent.target == 0.9
+    assert VariationalDropout(target_sparsity=0.9).ascent.target == 0.9  # without one it finds its own weight
 
 
 def test_magnitude_pruning_has_its_own_share():
