@@ -59,7 +59,7 @@ class PerLabel:
         """1 / N at the first of ``steps`` optimiser steps; every rank calls this."""
         self._close_batch(1.0)
         mean = torch.tensor(self._labels / max(self._batches, 1), dtype=torch.float64)
-        everywhere = float(trainer.strategy.reduce(mean.float().to(trainer.strategy.root_device), reduce_op="sum"))  # type: ignore[arg-type]
+        everywhere = float(trainer.strategy.reduce(mean.float().to(trainer.strategy.root_device), reduce_op="sum"))
         batches = batches_of_run(trainer, steps)
         labels = max(near_whole(everywhere * batches), 1.0)
         self.value = 1.0 / labels
