@@ -47,6 +47,4 @@ __all__ = ["CHECKS", "Check", "NotApplicable", "Outcome", "Subject", "check", "c
 __all__ += ["arguments", "averages", "changes", "counts", "damage", "faults", "files", "life_cycle", "loops", "memory", "models"]
 __all__ += ["neighbours", "precision", "ranks", "resume", "selection", "steps", "swaps"]
 __all__ += ["lengths", "optimizers", "packages"]
-__all__ += ["neighbours", "precision", "ranks", "resume", "steps"]
-__all__ += ["lengths", "optimizers"]
 __all__ += ["forwards"]
