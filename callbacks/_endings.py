@@ -23,7 +23,7 @@ class Ending:
 
     def __init__(self, callback: Supported, failed: bool = False) -> None:
         self.failed = failed
-        self._left = _swaps.Snapshot(callback)
+        self._left = _swaps.Snapshot(callback, alone=failed)  # the other ranks may not have failed
 
     def keeps(self, callback: Supported, name: str) -> bool:
         """Files show a parameter's data as they are: true zeros, or what another wrote there since."""

@@ -36,24 +36,28 @@ def _is_users(hook: Any) -> bool:
 
 
 class Snapshot:
-    """A number for each selected parameter's data, by which a later change is noticed."""
+    """A number for each selected parameter's data, by which a later change is noticed.
 
-    def __init__(self, callback: Form) -> None:
-        self._numbers = {name: _number(parameter.detach()) for name, parameter in callback.parameters.items()}
+    ``alone``: of the part that this process holds, without asking the others.
+    """
+
+    def __init__(self, callback: Form, alone: bool = False) -> None:
+        self._alone = alone
+        self._numbers = {name: self._number(parameter.detach()) for name, parameter in callback.parameters.items()}
 
     def changed(self, callback: Form, name: str) -> bool:
         """The data of a parameter differ from those of the snapshot, or it had none."""
-        return self._numbers.get(name) != _number(callback.parameters[name].detach())
+        return self._numbers.get(name) != self._number(callback.parameters[name].detach())
 
     def differs(self, callback: Form) -> bool:
         """The data of any parameter differ."""
         found = [self.changed(callback, name) for name in callback.parameters]  # all of them: a collective for split ones
         return any(found)
 
-
-def _number(data: Tensor) -> int:
-    part = shards.local(data)
-    return int(shards.total(digest(part, part == 0), data))
+    def _number(self, data: Tensor) -> int:
+        part = shards.local(data)
+        number = digest(part, part == 0)
+        return int(number if self._alone else shards.total(number, data))
 
 
 class Swaps:
