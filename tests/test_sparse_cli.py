@@ -18,7 +18,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 import lightning_sparse
 from lightning_sparse import callbacks
 from lightning_sparse.callbacks import AdaptiveMask, MagnitudePruning, ReweightedPenalty
-from lightning_sparse.cli import SparseCLI, main, recipes
+from lightning_sparse.cli import SparseCLI, main, recipes, text
 
 pytestmark = QUIET
 QUIETLY: dict[str, Any] = {"run": False, "seed_everything_default": False, "save_config_callback": None}
@@ -187,6 +187,22 @@ def test_a_recipe_is_trained_in_an_ascii_locale(monkeypatch: pytest.MonkeyPatch)
     saved = next(path for path in Path.cwd().rglob("config.yaml") if "files" not in path.parts)
     assert "notes: 実験" in saved.read_text(encoding="utf-8")
     assert 'default_root_dir: "出力"' in saved.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_folder_that_an_ascii_locale_cannot_name_is_refused_before_anything_is_written() -> None:
+    Path("own.yaml").write_text("trainer: {default_root_dir: 実験}", encoding="utf-8")
+    before = sorted(Path.cwd().iterdir())
+    done = in_ascii("-m", "lightning_sparse.cli", "fit", "--config", "digits", "--config", "own.yaml")
+    assert (done.returncode, sorted(Path.cwd().iterdir())) == (2, before)
+    assert "do not hold '実験': set PYTHONUTF8=1" in done.stderr.decode("utf-8")
+
+
+def test_names_of_files_alone_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsencode", lambda name: name.encode("ascii", "surrogateescape"))
+    config = {"fit": {"trainer": {"default_root_dir": "runs", "callbacks": [{"init_args": {"monitor": "実験", "dirpath": "出力"}}]}}}
+    assert text.unnameable(config) == "出力"
+    assert text.unnameable({"default_root_dir": "\udce5", "notes": "実験"}) is None
 
 
 def opened_without_encoding(source: str) -> list[int]:

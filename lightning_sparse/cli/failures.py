@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning_sparse.cli.errors import UsageError
 
+NO_NAME = "this locale has ASCII file names alone, which do not hold {!r}: set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
+
 
 class RunError(Exception):
     """A run that went wrong after it had begun as asked for; its text is all that the user is shown."""
@@ -46,7 +48,7 @@ def _told(error: Exception, checkpoint: Any) -> Exception | None:
     if isinstance(error, OSError) or (own and isinstance(error, FloatingPointError)):
         return RunError(in_words(error))
     if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
-        return UsageError(f"this locale cannot name files such as {error.object!r}, or print them: set PYTHONUTF8=1 or LC_ALL=C.UTF-8")
+        return UsageError(NO_NAME.format(error.object))
     if not is_refusal(error):
         return None
     of_file = checkpoint is not None and "the checkpoint" in str(error)

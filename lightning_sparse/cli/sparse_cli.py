@@ -17,7 +17,7 @@ import lightning_sparse.schedules  # noqa: F401  (short class names resolve once
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.cli import recipes, text
 from lightning_sparse.cli.errors import UsageError, explain
-from lightning_sparse.cli.failures import is_refusal
+from lightning_sparse.cli.failures import NO_NAME, is_refusal
 
 _STRICT = {"exit_on_error": False, "allow_abbrev": False}
 
@@ -85,6 +85,8 @@ class SparseCLI(LightningCLI):
             parsers = getattr(self, "_subcommand_parsers", {}).values() or [parser]
             known = {key for one in parsers for key in one.get_defaults().keys(branches=True)}
             self.refuse(UsageError(explain(str(error.message), known)))
+        if name := text.unnameable(self.config.as_dict()):  # before a logger opens its run
+            self.refuse(UsageError(NO_NAME.format(name)))
 
     def _parse_ckpt_path(self) -> None:
         try:  # Lightning lets the file's hyper_parameters replace the command line's

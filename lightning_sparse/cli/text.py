@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,20 @@ def speak_utf8() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and codecs.lookup(stream.encoding or "utf-8").name == "ascii":
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+def unnameable(tree: Any, key: str = "") -> str | None:
+    """The first name of a folder or file in a configuration that this locale cannot give to a file; None where there is none."""
+    if isinstance(tree, (dict, list)):
+        pairs = tree.items() if isinstance(tree, dict) else ((key, one) for one in tree)
+        return next((found for name, value in pairs if (found := unnameable(value, str(name)))), None)
+    if not isinstance(tree, str) or not key.endswith(("dir", "path", "root", "file", "folder")):
+        return None
+    try:
+        os.fsencode(tree)
+    except UnicodeEncodeError:
+        return tree
+    return None
 
 
 def readable(words: str) -> str:
