@@ -17,6 +17,7 @@ from lightning_sparse.callbacks import _refusals, _report, _strengths
 from lightning_sparse.callbacks._averages import Averages
 from lightning_sparse.callbacks._clock import Clock
 from lightning_sparse.callbacks._groups import Members
+from lightning_sparse.callbacks._pictures import Pictures
 from lightning_sparse.callbacks._swaps import Swaps
 from lightning_sparse.callbacks.compatibility import AnyCallback
 from lightning_sparse.duality import MaskRule, Penalty
@@ -95,6 +96,7 @@ class Arguments(AnyCallback, metaclass=Constructed):
         self._optimizers: list[torch.optim.Optimizer] = []
         self._places: dict[str, tuple[torch.optim.Optimizer, int]] = {}  # optimiser and group of each parameter
         self._restored: dict[str, Any] | None = None
+        self._pictures = Pictures()
         self._batch: tuple[Any, int] | None = None  # the last one trained on, for the duality gap
         self._clock, self._manual, self._offset, self._whole, self._drift = Clock(), False, 0, math.inf, 0
         self._own_hooks: frozenset[str] = frozenset()  # of the module, that may mend or clip gradients

@@ -99,22 +99,25 @@ def epoch(callback: Form, trainer: Trainer, pl_module: LightningModule) -> None:
     if callback.gap_samples:
         values["sparsity/duality_gap"] = duality_gap(callback, pl_module)
     _logged.log(trainer, pl_module, values, {f"sparsity/{name}" for name in callback.parameters})
-    if _is_picture_epoch(trainer):
+    if callback._pictures.due_at_epoch_end(callback.step, callback.total):
         _log_pictures(callback, trainer)
 
 
-def _is_picture_epoch(trainer: Trainer) -> bool:
-    """About 50 times a run, and at its end: histograms and tables are large."""
-    epochs = trainer.max_epochs or -1
-    every = max(1, epochs // 50)
-    return trainer.current_epoch % every == 0 or trainer.current_epoch == epochs - 1
+def batch(callback: Form, trainer: Trainer, index: int) -> None:
+    """After a training batch: histograms and the table in the middle of an epoch that is longer than the time between two of them."""
+    left = (trainer.num_training_batches - index - 1) / trainer.accumulate_grad_batches
+    if callback._pictures.due_in_epoch(callback.step, callback.total, left):
+        _log_pictures(callback, trainer)
 
 
-def _log_pictures(callback: Form, trainer: Trainer) -> None:
-    if _wandb.wandb_loggers(trainer.loggers):
-        keep = {name: callback.keep_probability(name) for name in callback.parameters}
-        weights = {name: callback.thresholded(name, callback.evaluated(name)) for name in callback.parameters}
-        _wandb.log_figures(trainer.loggers, trainer.global_step, keep, weights)
+def _log_pictures(callback: Form, trainer: Trainer, final: bool = False) -> None:
+    """Of all sparsity callbacks at once: by the first of them, finally by the last."""
+    peers = peers_of(trainer)
+    if not _wandb.wandb_loggers(trainer.loggers) or callback is not peers[-1 if final else 0]:
+        return
+    keep = {name: peer.keep_probability(name) for peer in peers for name in peer.parameters}
+    weights = {name: peer.thresholded(name, peer.evaluated(name)) for peer in peers for name in peer.parameters}
+    _wandb.log_figures(trainer.loggers, trainer.global_step, keep, weights, table=final or callback._pictures.has_table)
 
 
 def duality_gap(callback: Form, module: LightningModule) -> float:
@@ -133,4 +136,5 @@ def finish(callback: Form, trainer: Trainer) -> None:
     """After training: the figures of the true zeros, once more to every logger, and into a W&B run's summary."""
     values = of_run(callback, trainer, final=True)
     _logged.log_now(trainer, values)
+    _log_pictures(callback, trainer, final=True)
     _wandb.log_summary(trainer.loggers, values)

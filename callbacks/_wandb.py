@@ -32,7 +32,9 @@ def log_recipe(loggers: Iterable[Logger], recipe: Mapping[str, Any] | list[dict[
         logger.experiment.config.update({"sparsify": written}, allow_val_change=True)
 
 
-def log_figures(loggers: Iterable[Logger], step: int, keep: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def log_figures(
+    loggers: Iterable[Logger], step: int, keep: Mapping[str, Tensor], weights: Mapping[str, Tensor], table: bool = True
+) -> None:
     """Log ``sparsity/log_alpha`` and ``sparsity/abs_w`` (histograms) and ``sparsity/layers`` (a table) at ``step``, from rank 0.
 
     Call it on every rank: weights that are split over processes are counted together.
@@ -42,13 +44,14 @@ def log_figures(loggers: Iterable[Logger], step: int, keep: Mapping[str, Tensor]
         step: Lightning's step (``trainer.global_step``), logged as ``trainer/global_step``.
         keep: alpha by parameter name; may be empty. log alpha below counts.LOG_ALPHA_FLOOR is put at the floor.
         weights: the weights as they are evaluated and saved, by parameter name; tied ones are counted once.
+        table: also the table. W&B keeps a file for each, while histograms are lines of the run's one history.
     """
     found = wandb_loggers(loggers)
     if not found:
         return
     shown = counts.distinct(weights)
     alpha, sizes = counts.log_alpha_histogram(keep.values()), counts.magnitude_histogram(shown.values())
-    rows = [[*layer._replace(shape=str(layer.shape))] for layer in counts.layers(shown, keep)]  # type: ignore[arg-type]
+    rows = [[*layer._replace(shape=str(layer.shape))] for layer in counts.layers(shown, keep)] if table else []  # type: ignore[arg-type]
     for logger in found:
         _log(logger, step, {"sparsity/log_alpha": alpha, "sparsity/abs_w": sizes}, rows)
 
@@ -58,8 +61,10 @@ def _log(logger: Any, step: int, histograms: Mapping[str, counts.Histogram], row
     import wandb
 
     pairs: dict[str, Any] = {name: tuple(histogram) for name, histogram in histograms.items() if any(histogram.counts)}
-    drawn = {name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}
-    logger.log_metrics({**drawn, "sparsity/layers": wandb.Table(columns=COLUMNS, data=rows)}, step=step)
+    drawn: dict[str, Any] = {name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}
+    if rows:
+        drawn["sparsity/layers"] = wandb.Table(columns=COLUMNS, data=rows)
+    logger.log_metrics(drawn, step=step)
 
 
 @rank_zero_only

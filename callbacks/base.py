@@ -178,6 +178,11 @@ class Sparsifier(Shown):
         self._maybe_freeze(self._climb())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._catch_up(trainer)
+        _report.batch(self, trainer, batch_idx)
+
+    def _catch_up(self, trainer: Trainer) -> None:
+        """Count the steps of this batch that were not counted as they came."""
         if not self._manual:
             if self._clock.is_behind(trainer.global_step):
                 self._tick()
