@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning_sparse.conformance._lightning import Callback
 from torch import Tensor, nn
 from torch.nn import functional
 
