@@ -21,6 +21,7 @@ from lightning_sparse.callbacks._pictures import Pictures
 from lightning_sparse.callbacks._swaps import Swaps
 from lightning_sparse.callbacks.compatibility import AnyCallback
 from lightning_sparse.duality import MaskRule, Penalty
+from lightning_sparse.optimizer import StepSizes
 from lightning_sparse.schedules import Constant, Schedule, as_schedule
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class Arguments(AnyCallback, metaclass=Constructed):
         self._begun, self._applied = False, False  # training has started; the restored state is in place
         self._averages: Averages | None = None
         self._clipping = Clipping()
+        self._step_sizes = StepSizes()
         self._seen: tuple[int, ...] = ()  # what shows that parameters join
         self._members: dict[int, Members] = {}  # of each optimiser
         self._swaps = Swaps()

@@ -103,13 +103,18 @@ class Form(Arguments):
         if not self.oscillates:
             return w == 0
         optimizer, number = self._places[name]
-        group = optimizer.param_groups[number]
-        return self._rests(w, proximal.step_size(optimizer, self.parameters[name], group, "auto"), group)
+        state, group = self._step_sizes.of(optimizer, self.parameters[name], optimizer.param_groups[number])
+        return self._rests(w, proximal.rate(state, group, "auto"), group)
 
     @property
     def oscillates(self) -> bool:
         """The form's pull carries weights over a zero that it would hold them at."""
         return True
+
+    @property
+    def needs_step_sizes(self) -> bool:
+        """What counts as zero, or the form's own step, depends on the optimiser's step size."""
+        return self.oscillates and self.penalty.separable
 
     def _rests(self, w: Tensor, rho: Tensor | float, group: dict[str, Any]) -> Tensor:
         return proximal.rests(self.penalty, w, rho, self.lam * self._clipping.mean, proximal.memory(group))

@@ -46,6 +46,10 @@ class LearnedNoise(Learned, Noisy):
         """What is zero, the noise says."""
         return w == 0
 
+    @property
+    def needs_step_sizes(self) -> bool:
+        return False
+
     def _install(self, pl_module: Any, attachment: attach.Attachment) -> None:
         for name in self.parameters:  # before the mask multiplies the gradient
             attachment.on_gradient(name, partial(self._hear, name))

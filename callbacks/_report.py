@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sparse import attach, counts, masked_loss
 from lightning_sparse._plain import plain
@@ -91,6 +92,16 @@ def start(callback: Form, trainer: Trainer) -> None:
     """The recipe, or the list of several callbacks' recipes, goes into a W&B run's config."""
     recipes = [peer.recipe() for peer in peers_of(trainer)]
     _wandb.log_recipe(trainer.loggers, recipes if len(recipes) > 1 else callback.recipe())
+
+
+def say_unknown_steps(callback: Form, reason: str) -> None:
+    """Warn, once on rank 0, that lam cannot be given its meaning under an optimiser; nothing without a ``reason``."""
+    if reason:
+        own = "AdaptiveProx does not move weights under it, and " if callback.needs_step_sizes and not callback.oscillates else ""
+        rank_zero_warn(
+            f"{reason}; {own}only weights of a keep probability below tol count as zero. Name a magnitude threshold, for example "
+            "threshold=1e-3, or use another optimiser"
+        )
 
 
 def epoch(callback: Form, trainer: Trainer, pl_module: LightningModule) -> None:

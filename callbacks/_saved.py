@@ -39,6 +39,8 @@ class Saved(Supported):
         averaged = {} if self._averages is None else self._averages.taken()
         held = {name: shards.full(where).cpu() for name, where in self.held.items()}
         clock |= {"recipe": self.recipe(), "clipped": self._clipping.mean} | ({"held": held} if held else {})
+        sizes = self._step_sizes.state_dict(self.parameters)
+        clock |= {"step_sizes": sizes} if sizes else {}
         clock |= {} if self.ascent is None else {"ascent": self.ascent.state_dict()}
         clock |= {"drift": self._drift} if self._drift else {}
         return clock | {"frozen": _endings.is_frozen(self), "taken": taken} | ({"averaged": averaged} if averaged else {})
@@ -84,6 +86,7 @@ class Saved(Supported):
         self._drift = state.get("drift", 0)
         self._begin_at(state["offset"])
         self._clipping.resume(state.get("clipped", 1.0))
+        self._step_sizes.load_state_dict(state.get("step_sizes", {}), self.parameters)
         if self.ascent is not None and "ascent" in state:
             self.ascent.load_state_dict(state["ascent"])
         if self._averages is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from lightning_sparse import _rates, shards
 from lightning_sparse._joined import Row
 from lightning_sparse._joint import Columns, Joint
 from lightning_sparse.duality import Penalty
+from lightning_sparse.optimizer import StepSizes
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks.base import Sparsifier
@@ -61,21 +62,27 @@ class Alike(NamedTuple):
     """
 
     group: dict[str, Any]
-    state: dict[str, Any]
+    state: Mapping[str, Any]
     moments: tuple[str, ...]
     numbers: list[int]
     columns: list[list[Tensor]]
 
     def rate_state(self, held: Sequence[Tensor]) -> dict[str, Any]:
         """The state with the columns ``held`` of a piece of the rows in the place of its moments."""
-        return self.state | dict(zip(self.moments, held, strict=True))
+        return {**self.state, **dict(zip(self.moments, held, strict=True))}
 
 
-def alike(optimizer: torch.optim.Optimizer, members: Iterable[tuple[Tensor, dict[str, Any], Row]]) -> list[Alike]:
-    """``members``, each a parameter, its group of ``optimizer`` and the beginning of its row, by what their rates have in common."""
+def alike(
+    optimizer: torch.optim.Optimizer, members: Iterable[tuple[Tensor, dict[str, Any], Row]], sizes: StepSizes | None = None
+) -> list[Alike]:
+    """``members``, each a parameter, its group of ``optimizer`` and the beginning of its row, by what their rates have in common.
+
+    Without ``sizes`` the optimiser's own state is taken for what it is in torch's.
+    """
+    sizes = sizes or StepSizes()
     kinds: dict[object, Alike] = {}
-    for number, (parameter, group, row) in enumerate(members):
-        state = optimizer.state.get(parameter, {})
+    for number, (parameter, own, row) in enumerate(members):
+        state, group = sizes.of(optimizer, parameter, own)
         moments = _rates.moments(state, parameter)
         step = state.get("step", 0)
         read = not isinstance(step, Tensor) or step.is_cpu  # on an accelerator that would wait for it

@@ -29,7 +29,7 @@ def _joint(form: Form, optimizer: torch.optim.Optimizer, values: Mapping[str, Te
     owned = [(name, p, group, form.eta_terms(name, values[name])) for name, p, group in form._owned(optimizer) if name in values]
     known = [(name, p, group, terms) for name, p, group, terms in owned if terms is not None]
     found: dict[str, Tensor] = {}
-    for kind in _steps.alike(optimizer, (member[1:] for member in known)):
+    for kind in _steps.alike(optimizer, (member[1:] for member in known), form._step_sizes):
         every = list(zip(*kind.columns, strict=True))
         for numbers in _joined.grouped(every):
             if len(numbers) > 1:

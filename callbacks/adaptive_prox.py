@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sparse import _fused, _rates, proximal
+from lightning_sparse import optimizer as optimizer_
 from lightning_sparse.callbacks import _steps
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.duality import MaskRule, Penalty
@@ -23,7 +24,8 @@ class AdaptiveProx(Sparsifier):
 
     Args:
         metric: rho_j is the learning rate ("plain"), lr / (sqrt(v_hat_j) + eps) as in Adam's own step ("adam"), or the
-            optimiser's own, whichever it is ("auto"); as many times longer as SGD's or RMSprop's momentum makes steps.
+            optimiser's own, whichever it is ("auto"): read from the state of torch's, measured from the steps of others; as many
+            times longer as SGD's or RMSprop's momentum makes steps.
         exact: the exact prox, which reaches zeros by itself, in place of the reweighted step.
     """
 
@@ -63,21 +65,33 @@ class AdaptiveProx(Sparsifier):
 
     def check_form(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
-            adam = not isinstance(optimizer, torch.optim.Adamax) and all("betas" in group for group in optimizer.param_groups)
-            if self.metric == "adam" and self._owned(optimizer) and not adam:
-                name = type(optimizer).__name__
-                raise ValueError(f"metric='adam' needs an optimiser with second moments, got {name}; use metric='plain'")
+            for _, parameter, group in self._owned(optimizer):
+                self._check_metric(optimizer, parameter, group)
         if self.compile:
             self._fused = shrinkage = _fused.Shrinkage(self.penalty, self.exact)
             for optimizer in trainer.optimizers:
                 for _, parameter, group in self._owned(optimizer):
-                    shrinkage.check([parameter], "number" if self.metric == "plain" else _rates.kind_of(optimizer, group))
+                    shrinkage.check([parameter], "number" if self.metric == "plain" else optimizer_.kind_of(optimizer, parameter, group))
+
+    def _check_metric(self, optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, Any]) -> None:
+        name = type(optimizer).__name__
+        if self.metric == "adam" and not optimizer_.has_second_moments(optimizer, parameter, group):
+            raise ValueError(
+                f"metric='adam' needs one of torch's optimisers with second moments, such as Adam or AdamW, got {name}; use "
+                "metric='auto', which measures the step size where it cannot be read, or metric='plain'"
+            )
+        if self.metric == "plain" and not isinstance(group.get("lr"), (int, float, Tensor)):
+            raise ValueError(f"metric='plain' is the learning rate, but {name} has lr={group.get('lr')!r}; use metric='auto'")
+
+    @property
+    def needs_step_sizes(self) -> bool:
+        return self.metric == "auto" or super().needs_step_sizes
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         lam = self.lam * self._clipping.last  # a clipped step has that much less of a prox, too
         stepped = ((parameter, group, (parameter,)) for _, parameter, group in self._owned(optimizer) if parameter.grad is not None)
-        for kind in _steps.alike(optimizer, stepped):
+        for kind in _steps.alike(optimizer, stepped, self._step_sizes if self.metric == "auto" else None):
             factor = _rates.gain(kind.group) * lam
             for w, *held in _steps.parts(self._joint, self.penalty, kind.columns, written=0, whole=self.compile):
                 self._shrink(w, kind.rate_state(held), kind.group, factor)

@@ -138,8 +138,13 @@ class Sparsifier(Shown):
         _faults.check_gradients(self, trainer, optimizer)
         if not self.frozen:
             self.before_step(trainer, optimizer)
+        self._watch_steps(optimizer)
         if self._clips(trainer):
             self._clipping.before(parameter.grad for _, parameter, _ in self._owned(optimizer))
+
+    def _watch_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.needs_step_sizes and not self.frozen:
+            self._step_sizes.before(optimizer, ((p, group, self._live(name)) for name, p, group in self._owned(optimizer)))
 
     def _clips(self, trainer: Trainer) -> bool:
         """Gradients are clipped after the callbacks' hook: not in a manual loop, which clips before anything was added."""
@@ -165,6 +170,7 @@ class Sparsifier(Shown):
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """After a real optimiser step (not a skipped one, not an accumulation batch)."""
         self._clipping.after(parameter.grad for _, parameter, _ in self._owned(optimizer))
+        _report.say_unknown_steps(self, self._step_sizes.after(optimizer, (member[1:] for member in self._owned(optimizer))))
         if self.frozen:
             self._hold(optimizer, self.support or {})
         else:
