@@ -21,7 +21,6 @@ from lightning_sparse.callbacks import compatibility
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
 
-_REMEDY = "Check the data, lower the learning rate or lam, or clip gradients"
 _MENDERS = ("on_before_optimizer_step", "configure_gradient_clipping")  # they come after the callbacks' hooks
 
 
@@ -40,7 +39,16 @@ def check_loss(callback: Form, trainer: Trainer, loss: Tensor) -> None:
         value, step = float(loss.detach().sum()), callback.step
         harmed = unfit({name: callback._live(name) for name in callback.parameters})
         state = f"{_listed(harmed)} since an earlier step; files written before that are whole" if harmed else _WHOLE
-        raise FloatingPointError(f"the loss is {value} at optimiser step {step}; {state}. {_REMEDY}")
+        raise FloatingPointError(f"the loss is {value} at optimiser step {step}; {state}. {_remedy(callback)}")
+
+
+def _remedy(callback: Form) -> str:
+    """What to do about it, in the arguments that the callback was given."""
+    given = callback.settings()
+    own = [name for name in ("lam", "kl_weight") if name in given and callback.target_sparsity is None]
+    own += ["learned_lr, the rate of the form's own parameters,"] if "learned_lr" in given else []
+    lowered = ", ".join(["the learning rate", *own[:-1]]) + (f" or {own[-1]}" if own else "")
+    return f"Check the data, lower {lowered.rstrip(',')}, or clip gradients"
 
 
 def _is_number(value: float) -> bool:
@@ -61,7 +69,7 @@ def check_gradients(callback: Form, trainer: Trainer, optimizer: torch.optim.Opt
         cause = "while the loss is finite" if trainer.world_size == 1 else "from the loss of this rank or of another"
         raise FloatingPointError(
             f"the gradient of {_listed(found)} at optimiser step {callback.step}, {cause}; {_WHOLE}. "
-            f"{_REMEDY}; Trainer(detect_anomaly=True) names the operation"
+            f"{_remedy(callback)}; Trainer(detect_anomaly=True) names the operation"
         )
 
 
@@ -75,7 +83,7 @@ def check_weights(callback: Form) -> None:
     """Selected weights that are no longer finite: FloatingPointError, before they are evaluated or saved."""
     if found := unfit({name: callback._live(name) for name in callback.parameters}):
         raise FloatingPointError(
-            f"{_listed(found)} after optimiser step {callback.step}; files written before that are whole: resume from one. {_REMEDY}"
+            f"{_listed(found)} after optimiser step {callback.step}; files written before that are whole: resume from one. {_remedy(callback)}"
         )
 
 

@@ -30,8 +30,11 @@ def members(parameters: Mapping[str, Parameter], optimizer: Optimizer, known: Me
 
 
 def reference(group: Mapping[str, Any]) -> float:
-    """The rate of a group that its schedule is a share of: the highest where that is known, else what it starts at."""
-    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+    """The rate of a group that its schedule is a share of: the highest where that is known, else what it starts at.
+
+    0 where the optimiser finds its rate itself (``lr=None``).
+    """
+    return float(group.get("max_lr", group.get("initial_lr", group.get("lr"))) or 0.0)
 
 
 def join(optimizer: Optimizer, number: int, parameters: list[Parameter], ratio: float, schedulers: Iterable[Any]) -> None:
@@ -56,7 +59,7 @@ def follow(optimizer: Optimizer, parameters: Iterable[tuple[int, Parameter, floa
 def _like(group: Mapping[str, Any], ratio: float) -> dict[str, Any]:
     """A group's settings for learned parameters."""
     settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    settings |= {key: group[key] * ratio for key in _RATES if key in group}
+    settings |= {key: group[key] * ratio for key in _RATES if group.get(key) is not None}
     return settings | ({"weight_decay": 0.0} if "weight_decay" in group else {})
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_sparse import _checks, attach
-from lightning_sparse.callbacks import _groups, _joining, _states, _swaps
+from lightning_sparse.callbacks import _groups, _joining, _states, _steps, _swaps
 from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.optimizer import suits_logarithms, uniform_rate
 
 
 class Learned(Sparsifier):
@@ -48,6 +50,21 @@ class Learned(Sparsifier):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.learned, self._ratios, self._outside = {}, {}, True
         super().on_fit_start(trainer, pl_module)
+
+    def check_form(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().check_form(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            if self.learned_lr is not None and any(group.get("lr") is None for _, _, group in self._owned(optimizer)):
+                raise ValueError(
+                    f"learned_lr={self.learned_lr:g} is put in proportion to the weights' learning rate, but {type(optimizer).__name__} "
+                    "has lr=None and finds its rate itself; leave learned_lr out, or give the optimiser a rate"
+                )
+            if any(not suits_logarithms(optimizer, parameter, group) for _, parameter, group in self._owned(optimizer)):
+                rank_zero_warn(
+                    f"{type(self).__name__} trains parameters of its own, too, and the step size of {type(optimizer).__name__} for those "
+                    "is not known: at one lam there may be fewer zeros than under Adam. Compare learned_lr values (now "
+                    f"{self.learned_lr}), give target_sparsity in place of lam, or use ReweightedPenalty, which has none"
+                )
 
     def _install(self, pl_module: LightningModule, attachment: attach.Attachment) -> None:
         new = {name: Parameter(self.start(name, self._live(name))) for name in self.parameters if name not in self.learned}
@@ -107,6 +124,16 @@ class Learned(Sparsifier):
             own = [(name, number) for name, (owner, number) in self._places.items() if owner is optimizer]
             _groups.follow(optimizer, [(number, self.learned[name], self._ratios[name]) for name, number in own])
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self._limit(trainer, optimizer)
+
+    def _limit(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Where gradients are not divided by their size, as under SGD, shorten those that would move a logarithm by more than 1."""
+        own = {id(parameter) for parameter in self.learned.values()}
+        for group in optimizer.param_groups:
+            rate = uniform_rate(optimizer, group) / _steps.scale(trainer, optimizer)
+            for parameter in group["params"] if rate > 0 else ():
+                if id(parameter) in own and parameter.grad is not None:
+                    parameter.grad.clamp_(-1 / rate, 1 / rate)
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         super()._stepped(optimizer)

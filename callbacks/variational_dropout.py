@@ -172,6 +172,12 @@ class VariationalDropout(LearnedNoise):
         """The gradient of the noisy weight times what the noise added to it."""
         self.descend(name, grad * self.kind.slope(self.parameters[name].detach() - self._live(name)), 1.0)
 
+    @torch.no_grad()
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        super()._stepped(optimizer)
+        for name, _, _ in self._owned(optimizer):
+            self.kind.bound_(self._live(name), self.learned[name].detach())
+
     def pay(self, name: str, parameter: Tensor, strength: float) -> None:
         places = self._live(name), self.learned[name].detach(), parameter.grad, self.grad_of(name)
         for w, theta, in_w, in_theta in pieces(*places):  # type: ignore[arg-type]

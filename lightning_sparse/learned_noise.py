@@ -16,6 +16,7 @@ from lightning_sparse._pieces import mapped
 from lightning_sparse.duality import Penalty
 
 _WIDEST = 69.0  # logarithms of variances are cut off there: 1e-30 to 1e30
+_LOUDEST = 5.0  # logarithm of the noise's deviation over a weight: more of it no longer changes what is zero, but drowns the loss
 
 
 class Multiplicative:
@@ -24,6 +25,10 @@ class Multiplicative:
     def start(self, log_noise: float) -> float:
         """theta where log(1 / eta) is ``log_noise``."""
         return -log_noise
+
+    def bound_(self, w: Tensor, theta: Tensor) -> None:
+        """Bring theta back, in place, from where the noise is e^5 times the weight."""
+        theta.clamp_(min=-2 * _LOUDEST)
 
     def eta(self, w: Tensor, theta: Tensor) -> Tensor:
         return _exp(theta).to(w.dtype)
@@ -52,6 +57,11 @@ class Additive:
     def start(self, log_noise: float) -> float:
         """theta where log sigma is ``log_noise``."""
         return log_noise
+
+    def bound_(self, w: Tensor, theta: Tensor) -> None:
+        """Bring theta back, in place, from where the noise is e^5 times the largest of the weights."""
+        if w.numel():
+            theta.clamp_(max=w.abs().amax().log().add_(_LOUDEST).clamp_(min=-_WIDEST))
 
     def eta(self, w: Tensor, theta: Tensor) -> Tensor:
         return _exp(theta, -2.0).mul_(w).mul_(w).to(w.dtype)

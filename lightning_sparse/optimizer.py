@@ -74,6 +74,20 @@ def kind_of(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> _
     return _rates.kind_of(inner, own) if is_readable(type(inner)) else "root"
 
 
+def suits_logarithms(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> bool:
+    """A learned logarithm moves under it by about the learning rate a step, or as under SGD by a share of its gradient."""
+    inner = source(optimizer, parameter, group)[0]
+    shrinking = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adamax)
+    return is_readable(type(inner)) and not isinstance(inner, shrinking)
+
+
+def uniform_rate(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
+    """How far a unit of gradient moves a parameter in the long run where that is one number, as under SGD; else 0."""
+    if not isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD)):
+        return 0.0
+    return _number(group.get("lr"), 0.0) * _rates.gain(group)
+
+
 class StepSizes:
     """The step sizes of the parameters that a callback works on.
 

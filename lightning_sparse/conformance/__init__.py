@@ -26,6 +26,7 @@ from lightning_sparse.conformance import (
     ranks,
     resume,
     selection,
+    step_sizes,
     steps,
     swaps,
 )
@@ -47,4 +48,4 @@ __all__ = ["CHECKS", "Check", "NotApplicable", "Outcome", "Subject", "check", "c
 __all__ += ["arguments", "averages", "changes", "counts", "damage", "faults", "files", "life_cycle", "loops", "memory", "models"]
 __all__ += ["neighbours", "precision", "ranks", "resume", "selection", "steps", "swaps"]
 __all__ += ["lengths", "optimizers", "packages"]
-__all__ += ["forwards"]
+__all__ += ["forwards", "step_sizes"]
