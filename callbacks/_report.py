@@ -97,10 +97,9 @@ def start(callback: Form, trainer: Trainer) -> None:
 def say_unknown_steps(callback: Form, reason: str) -> None:
     """Warn, once on rank 0, that lam cannot be given its meaning under an optimiser; nothing without a ``reason``."""
     if reason:
-        own = "AdaptiveProx does not move weights under it, and " if callback.needs_step_sizes and not callback.oscillates else ""
         rank_zero_warn(
-            f"{reason}; {own}only weights of a keep probability below tol count as zero. Name a magnitude threshold, for example "
-            "threshold=1e-3, or use another optimiser"
+            f"{reason}. At one lam {type(callback).__name__} may find fewer zeros than under Adam: give target_sparsity in place of lam, "
+            "name a magnitude threshold such as threshold=1e-3, or use another optimiser"
         )
 
 

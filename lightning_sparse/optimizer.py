@@ -129,10 +129,13 @@ class StepSizes:
                 one, own = self._measured[id(parameter)], source(optimizer, parameter, group)[1]
                 one.after(shards.local(parameter.detach()), shards.local(parameter.grad.detach()), own)
                 lost |= not one.found
-        if not lost or type(optimizer) in self._said:
+        why = "its steps do not follow the gradients that it is given" if lost else ""
+        if all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):  # schedule-free
+            why = "it trains other weights than it evaluates"
+        if not why or type(optimizer) in self._said:
             return ""
         self._said.add(type(optimizer))
-        return f"the step size of {type(optimizer).__name__} is not known: its steps do not follow the gradients that it is given"
+        return f"the step size of {type(optimizer).__name__} is not known: {why}"
 
     def state_dict(self, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """What a resumed run needs, by the parameter's name; empty where step sizes are read."""
