@@ -83,7 +83,8 @@ def check_weights(callback: Form) -> None:
     """Selected weights that are no longer finite: FloatingPointError, before they are evaluated or saved."""
     if found := unfit({name: callback._live(name) for name in callback.parameters}):
         raise FloatingPointError(
-            f"{_listed(found)} after optimiser step {callback.step}; files written before that are whole: resume from one. {_remedy(callback)}"
+            f"{_listed(found)} after optimiser step {callback.step}; files written before that are whole: resume from one. "
+            f"{_remedy(callback)}"
         )
 
 

@@ -26,9 +26,9 @@ _SQUARES = 0.999  # and in the mean square of a gradient, as Adam's
 _ENOUGH = 50  # steps, after which the comparison must have found something
 _FITS = 0.01  # least share of the mean step's variance that the gradients must explain
 
-_READABLE = tuple(
-    getattr(torch.optim, name) for name in ("SGD", "ASGD", "Adam", "AdamW", "NAdam", "SparseAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax")
-)
+_ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.SparseAdam)  # RAdam's state lacks a factor of its steps
+_SHRINKING = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adamax)  # whose steps grow small after large gradients
+_READABLE = (torch.optim.SGD, torch.optim.ASGD, torch.optim.RMSprop, *_ADAMS, *_SHRINKING)
 
 
 class Rate(NamedTuple):
@@ -65,7 +65,7 @@ def is_readable(kind: type[Optimizer]) -> bool:
 def has_second_moments(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> bool:
     """It is one of torch's kinds of Adam, whose second moments can be read."""
     inner = source(optimizer, parameter, group)[0]
-    return is_readable(type(inner)) and isinstance(inner, (torch.optim.Adam, torch.optim.NAdam, torch.optim.SparseAdam))
+    return is_readable(type(inner)) and isinstance(inner, _ADAMS)
 
 
 def kind_of(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> _rates.Kind:
@@ -77,8 +77,7 @@ def kind_of(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> _
 def suits_logarithms(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> bool:
     """A learned logarithm moves under it by about the learning rate a step, or as under SGD by a share of its gradient."""
     inner = source(optimizer, parameter, group)[0]
-    shrinking = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adamax)
-    return is_readable(type(inner)) and not isinstance(inner, shrinking)
+    return is_readable(type(inner)) and not isinstance(inner, _SHRINKING)
 
 
 def uniform_rate(optimizer: Optimizer, group: Mapping[str, Any]) -> float:

@@ -14,7 +14,7 @@ from lightning_sparse.conformance import optimizers, step_sizes
 from lightning_sparse.optimizer import Measured, StepSizes, is_readable, source, uniform_rate
 
 
-def train(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], steps: int, sizes: StepSizes | None = None, sign: float = 1.0) -> None:
+def train(optimizer: Any, weights: list[nn.Parameter], steps: int, sizes: StepSizes | None = None, sign: float = 1.0) -> None:
     """Gradients of different sizes around a slow drift, as of batches."""
     generator = torch.Generator().manual_seed(0)
     group = optimizer.param_groups[0]

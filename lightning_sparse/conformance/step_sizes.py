@@ -173,7 +173,8 @@ def foreign_optimizers_work(subject: Subject, folder: Path) -> None:
         except ValueError as error:
             require(getattr(error, "before", False), f"under an optimiser with {name}: {error}")
             continue
-        require(wanted <= 2 * found and found <= 2 * wanted, f"{found} of {SIZE} weights are zero under an optimiser with {name}, {wanted} under Adam")
+        near = wanted <= 2 * found and found <= 2 * wanted
+        require(near, f"{found} of {SIZE} weights are zero under an optimiser with {name}, {wanted} under Adam")
 
 
 def _zeros(subject: Subject, make: Make) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from lightning_sparse import penalties
 from lightning_sparse.callbacks import (
@@ -21,6 +22,7 @@ from lightning_sparse.callbacks import (
     VariationalDropout,
 )
 from lightning_sparse.conformance.step_sizes import FOREIGN, GroupStep, NoRate, Signs
+from lightning_sparse.examples.digits import Digits
 from tests.callbacks.toys import Toy, data, trainer
 
 LOG_SUM = penalties.LogSum(eps=2.0)
@@ -98,7 +100,7 @@ def test_optimizers_that_evaluate_other_weights_are_named_once(form: str) -> Non
 @pytest.mark.parametrize(
     ("form", "make", "match"),
     [
-        (partial(AdaptiveProx, LOG_SUM, 0.03, metric="adam"), GroupStep, "metric='adam' needs one of torch's.*got GroupStep; use metric='auto'"),
+        (partial(AdaptiveProx, LOG_SUM, 0.03, metric="adam"), GroupStep, "needs one of torch's.*got GroupStep; use metric='auto'"),
         (partial(AdaptiveProx, LOG_SUM, 0.03, metric="plain"), NoRate, "NoRate has lr=None; use metric='auto'"),
         (partial(EtaTrick, LOG_SUM, 0.03, learned_lr=0.05), NoRate, "learned_lr=0.05.*NoRate has lr=None.*leave learned_lr out"),
     ],
@@ -138,8 +140,12 @@ def test_damaged_step_sizes_are_refused() -> None:
 @pytest.mark.parametrize("noise", ["additive", "local"])
 def test_variational_dropout_stays_finite_under_sgd(noise: Any) -> None:
     """Momentum carried log sigma up, the noise's gradient threw it down by hundreds, and the loss became NaN."""
-    form = VariationalDropout(1.0, noise=noise, log_start=-1.0 if noise == "additive" else 0.0)
-    module = fitted(form, partial(torch.optim.SGD, lr=0.1, momentum=0.9), epochs=20)
+    digits = Digits(64)
+    digits.setup("fit")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 100, bias=False), nn.ReLU(), nn.Linear(100, 10, bias=False))
+    module = Toy(network, partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    trainer(VariationalDropout(0.3, noise=noise), epochs=4).fit(module, digits.train_dataloader())
     assert all(bool(torch.isfinite(w).all()) for w in module.parameters())
 
 
