@@ -45,7 +45,7 @@ def check_loss(callback: Form, trainer: Trainer, loss: Tensor) -> None:
 def _remedy(callback: Form) -> str:
     """What to do about it, in the arguments that the callback was given."""
     given = callback.settings()
-    own = [name for name in ("lam", "kl_weight") if name in given and callback.target_sparsity is None]
+    own: list[str] = [name for name in ("lam", "kl_weight") if name in given and callback.target_sparsity is None]
     own += ["learned_lr, the rate of the form's own parameters,"] if "learned_lr" in given else []
     lowered = ", ".join(["the learning rate", *own[:-1]]) + (f" or {own[-1]}" if own else "")
     return f"Check the data, lower {lowered.rstrip(',')}, or clip gradients"

@@ -54,7 +54,7 @@ def source(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> tu
 
 
 @lru_cache(maxsize=256)
-def is_readable(kind: type[Optimizer]) -> bool:
+def is_readable(kind: Any) -> bool:  # a class; mypy takes optimisers for unhashable
     """The state of such an optimiser tells its step size: a class of torch's, or a subclass whose own ``step`` calls another's."""
     if not issubclass(kind, _READABLE):
         return False
