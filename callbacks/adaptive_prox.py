@@ -77,8 +77,8 @@ class AdaptiveProx(Sparsifier):
         name = type(optimizer).__name__
         if self.metric == "adam" and not optimizer_.has_second_moments(optimizer, parameter, group):
             raise ValueError(
-                f"metric='adam' needs one of torch's optimisers with second moments, such as Adam or AdamW, got {name}; use "
-                "metric='auto', which measures the step size where it cannot be read, or metric='plain'"
+                f"metric='adam' needs an optimiser with second moments, got {name}: one of torch's, such as AdamW, whose state is read. "
+                "Use metric='auto', which measures the step size of others, or metric='plain'"
             )
         if self.metric == "plain" and not isinstance(group.get("lr"), (int, float, Tensor)):
             raise ValueError(f"metric='plain' is the learning rate, but {name} has lr={group.get('lr')!r}; use metric='auto'")

@@ -53,9 +53,13 @@ def source(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> tu
     return optimizer, group
 
 
+def is_readable(kind: Any) -> bool:
+    """The state of such a class of optimisers tells its step size: a class of torch's, or a subclass whose own ``step`` calls another's."""
+    return kind in _READABLE or _steps_as_torch(kind)
+
+
 @lru_cache(maxsize=256)
-def is_readable(kind: Any) -> bool:  # a class; mypy takes optimisers for unhashable
-    """The state of such an optimiser tells its step size: a class of torch's, or a subclass whose own ``step`` calls another's."""
+def _steps_as_torch(kind: Any) -> bool:
     if not issubclass(kind, _READABLE):
         return False
     step = inspect.unwrap(kind.step)

@@ -100,7 +100,7 @@ def test_optimizers_that_evaluate_other_weights_are_named_once(form: str) -> Non
 @pytest.mark.parametrize(
     ("form", "make", "match"),
     [
-        (partial(AdaptiveProx, LOG_SUM, 0.03, metric="adam"), GroupStep, "needs one of torch's.*got GroupStep; use metric='auto'"),
+        (partial(AdaptiveProx, LOG_SUM, 0.03, metric="adam"), GroupStep, "got GroupStep: one of torch's.*Use metric='auto'"),
         (partial(AdaptiveProx, LOG_SUM, 0.03, metric="plain"), NoRate, "NoRate has lr=None; use metric='auto'"),
         (partial(EtaTrick, LOG_SUM, 0.03, learned_lr=0.05), NoRate, "learned_lr=0.05.*NoRate has lr=None.*leave learned_lr out"),
     ],
