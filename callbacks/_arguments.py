@@ -37,7 +37,8 @@ class Arguments(AnyCallback, metaclass=Constructed):
     Args:
         penalty: a Penalty, or a MaskRule (whose penalty is then used).
         lam: strength, a number or a Schedule; by default a MaskRule's own.
-        select: glob patterns on parameter names, a leading ``!`` excludes; by default every weight matrix.
+        select: glob patterns on parameter names, a leading ``!`` excludes; by default every weight matrix of torch's own layers.
+            Wildcards reach those of other layers, too (GPT-2's Conv1D, 3-D experts); embeddings and norms need their full name.
         tol: a weight counts as zero when its keep probability is below ``tol``.
         freeze: the last share of the optimiser steps, trained without penalty or noise and with the support frozen.
         threshold: also zero are weights of at most this magnitude; required by penalties that only shrink.

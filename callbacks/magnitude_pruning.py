@@ -38,7 +38,8 @@ class MagnitudePruning(Sparsifier):
         every: optimiser steps from one pruning to the next, >= 1.
         scope: ``global`` ranks all selected weights together (and may leave little of one layer), ``layer`` each parameter.
         start: the share of zeros at the ramp's beginning, in [0, sparsity).
-        select: glob patterns on parameter names, a leading ``!`` excludes; by default every weight matrix.
+        select: glob patterns on parameter names, a leading ``!`` excludes; by default every weight matrix of torch's own layers.
+            Wildcards reach those of other layers, too (GPT-2's Conv1D, 3-D experts); embeddings and norms need their full name.
         freeze: as in the other forms; the support no longer changes after the ramp without it, too.
         keep_zeros: weights that are zero when the fit starts stay zero, and count among the pruned.
 
