@@ -1,4 +1,4 @@
-"""Learned: a form with parameters of its own, one for each selected weight, which the user's optimiser trains."""
+"""Learned: a form with parameters of its own, one for each selected weight, and an optimiser like the weights' that trains them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_sparse import _checks, attach
-from lightning_sparse.callbacks import _groups, _joining, _states, _steps, _swaps
+from lightning_sparse import _checks, _step_hooks, attach
+from lightning_sparse._second_optimizer import SecondOptimizer, Share, overflowed, reference
+from lightning_sparse.callbacks import _states, _steps
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.optimizer import suits_logarithms, uniform_rate
 
@@ -19,10 +20,11 @@ from lightning_sparse.optimizer import suits_logarithms, uniform_rate
 class Learned(Sparsifier):
     """Its parameters belong to the callback: the user's module never holds them, the callback's state does.
 
-    They join the weights' optimiser for the batches of an epoch, in a group of their own (no weight decay, learning rate
-    ``learned_lr`` under the same schedule). When an epoch starts and a state is loaded they are outside, where others look
-    at the groups and know no such parameters; they are left out of the optimiser's state in a file, too, so that the file
-    also resumes a run with another form or with none.
+    They have an optimiser of their own for each of the user's, of its class and settings, without weight decay. It steps
+    whenever that does, at the rate of the group of their weight under the same schedule, times the ratio of ``learned_lr``
+    to that group's rate. The user's optimisers, groups and schedulers, and what files hold of them, are as without the
+    callback. Clipping by the Trainer sees the gradients of the weights; those of the learned parameters are shortened by the
+    same factor.
     """
 
     takes_parts = False
@@ -32,23 +34,19 @@ class Learned(Sparsifier):
     def _forget(self) -> None:
         super()._forget()
         self.learned: dict[str, Parameter] = {}
-        self._kept: dict[str, dict[str, Any]] = {}  # the moments, while the parameters are outside
+        self._second: dict[int, SecondOptimizer] = {}  # of each of the user's optimisers, by id
+        self._kept: dict[str, dict[str, Any]] = {}  # the moments, while there is none
         self._ratios: dict[str, float] = {}  # of their rates to those of their weights
-        self._outside = True  # some parameters are in no optimiser
+        self._arranged = False  # every learned parameter has its optimiser
 
     def start(self, name: str, w: Tensor) -> Tensor:
         """The initial values of a weight's learned parameter."""
         raise NotImplementedError
 
-    # -- joining the weights' optimisers ------------------------------------------------------------------------------------
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":  # an exception may have left them in an optimiser that the user keeps
-            self._leave(trainer)
-        super().setup(trainer, pl_module, stage)
+    # -- their own optimisers ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.learned, self._ratios, self._outside = {}, {}, True
+        self.learned, self._ratios = {}, {}
         super().on_fit_start(trainer, pl_module)
 
     def check_form(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,76 +67,116 @@ class Learned(Sparsifier):
     def _install(self, pl_module: LightningModule, attachment: attach.Attachment) -> None:
         new = {name: Parameter(self.start(name, self._live(name))) for name in self.parameters if name not in self.learned}
         self.learned |= new
-        self._outside |= bool(new)
+        self._arranged = False
         super()._install(pl_module, attachment)
+        wrappers: Any = pl_module.optimizers(use_pl_optimizer=True)  # Lightning's, which clear gradients by themselves
+        cleared = [*self._optimizers, *(wrappers if isinstance(wrappers, list) else [wrappers])]
+        self._handles += [_step_hooks.around(one, None, self._clear, "zero_grad") for one in cleared]
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _swaps.train(self._optimizers)  # while its learned parameters are outside, a switch would not reach them
-        self._leave(trainer)
-        super().on_train_epoch_start(trainer, pl_module)
+    def _clear(self, optimizer: Any) -> None:
+        """The gradients of an optimiser's weights were cleared: so are those of their learned parameters."""
+        for name, *_ in self._owned(getattr(optimizer, "_optimizer", optimizer)):
+            if name in self.learned:
+                self.learned[name].grad = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._outside:
-            self._join(trainer)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._leave(trainer)  # the file's optimiser state has no such groups
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if not self._arranged:  # not earlier: others may still have set rates
+            self._arrange()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave(trainer)
+        self._put_by()
         super().teardown(trainer, pl_module, stage)
 
-    def _join(self, trainer: Trainer) -> None:
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    def _arrange(self) -> None:
+        """Give every learned parameter its optimiser, with the moments that were kept for it."""
+        self._put_by()
         for optimizer in self._optimizers:
-            inside = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            places = {name: at for name, (owner, at) in self._places.items() if owner is optimizer and id(self.learned[name]) not in inside}
-            for number in sorted(set(places.values())):
-                members = [name for name, where in places.items() if where == number]
-                ratio = self._ratio(members, optimizer.param_groups[number])
-                _groups.join(optimizer, number, [self.learned[name] for name in members], ratio, schedulers)
-            for name in places:
-                _groups.give_back(optimizer, self.learned[name], self._kept.pop(name, {}))
-        self._outside, self._seen = False, _joining.signature(self, trainer)  # these groups are no newcomers
+            numbers: dict[int, list[str]] = {}
+            for name, (owner, number) in self._places.items():
+                if owner is optimizer:
+                    numbers.setdefault(number, []).append(name)
+            groups = [(number, names, optimizer.param_groups[number]) for number, names in sorted(numbers.items())]
+            second = SecondOptimizer(optimizer, [share for group in groups for share in self._shares(*group)])
+            self._second[id(optimizer)] = second
+            for name in (name for names in numbers.values() for name in names):
+                second.give_back(self.learned[name], self._kept.pop(name, {}))
+        self._arranged = True
 
-    def _ratio(self, members: list[str], group: dict[str, Any]) -> float:
-        """Of ``learned_lr`` to the weights' rate, once and for all; beside a rate of 0 there is none."""
-        highest = _groups.reference(group)
+    def _shares(self, number: int, names: list[str], group: dict[str, Any]) -> list[Share]:
+        """The parameters of one group by the ratio of their rates, which is fixed when they join; beside a rate of 0 it is 1."""
+        highest = reference(group)
         ratio = 1.0 if self.learned_lr is None or highest == 0 else self.learned_lr / highest
-        self._ratios = dict.fromkeys(members, ratio) | self._ratios
-        return self._ratios[members[0]]
+        known = next((self._ratios[name] for name in names if name in self._ratios), ratio)
+        self._ratios = dict.fromkeys(names, known) | self._ratios
+        ratios = dict.fromkeys(self._ratios[name] for name in names)
+        members = {one: [name for name in names if self._ratios[name] == one] for one in ratios}
+        return [Share(number, one, [self.parameters[n] for n in of], [self.learned[n] for n in of]) for one, of in members.items()]
 
-    def _leave(self, trainer: Trainer) -> None:
-        names = {id(parameter): name for name, parameter in self.learned.items()}
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        for optimizer in self._optimizers:
-            self._kept |= {names[one]: kept for one, kept in _groups.leave(optimizer, set(names), schedulers).items()}
-        if self._optimizers and not self._outside:
-            self._outside, self._places = True, _joining.places(self.parameters, self._optimizers)
-            self._seen = _joining.signature(self, trainer)
+    def _put_by(self) -> None:
+        """Keep the moments and let the optimisers go."""
+        moments = {name: self._moments(name) for name in self.learned}
+        self._kept |= {name: kept for name, kept in moments.items() if kept}
+        self._second, self._arranged = {}, False
+
+    def _moments(self, name: str) -> dict[str, Any]:
+        return next((kept for second in self._second.values() if (kept := second.moments(self.learned[name]))), {})
+
+    # -- their gradients and steps ---------------------------------------------------------------------------------------------
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_after_backward(trainer, pl_module)
+        if _scaler(trainer) is not None and not self.frozen:
+            self._show_overflow(trainer)
+
+    @torch.no_grad()
+    def _show_overflow(self, trainer: Trainer) -> None:
+        """Where a learned gradient has overflowed, so has its weight's: then the GradScaler skips the step and lowers its scale."""
+        bad = overflowed(self.learned.values())
+        if trainer.world_size > 1:
+            bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
+        graded = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None] if bad else []
+        for grad in graded:
+            grad.view(-1)[:1] = torch.inf
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        if not self._outside:
-            own = [(name, number) for name, (owner, number) in self._places.items() if owner is optimizer]
-            _groups.follow(optimizer, [(number, self.learned[name], self._ratios[name]) for name, number in own])
+        if id(optimizer) in self._second:
+            self._second[id(optimizer)].follow()
+            self._unscale(trainer, optimizer)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._limit(trainer, optimizer)
 
+    @torch.no_grad()
     def _limit(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Where gradients are not divided by their size, as under SGD, shorten those that would move a logarithm by more than 1."""
-        own = {id(parameter) for parameter in self.learned.values()}
-        for group in optimizer.param_groups:
+        for group in self._second[id(optimizer)].groups if id(optimizer) in self._second else ():
             rate = uniform_rate(optimizer, group) / _steps.scale(trainer, optimizer)
-            for parameter in group["params"] if rate > 0 else ():
-                if id(parameter) in own and parameter.grad is not None:
-                    parameter.grad.clamp_(-1 / rate, 1 / rate)
+            for grad in (parameter.grad for parameter in group["params"]) if rate > 0 else ():
+                if grad is not None:
+                    grad.clamp_(-1 / rate, 1 / rate)
+
+    def _unscale(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Divide by the GradScaler's scale, as it did with the weights' gradients; a fused optimiser does so itself."""
+        scaler = _scaler(trainer)
+        if scaler is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
+            self._shorten(optimizer, 1 / float(scaler.get_scale()))
+
+    @torch.no_grad()
+    def _shorten(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
+        """Multiply the gradients of an optimiser's learned parameters."""
+        for grad in (self.learned[name].grad for name, *_ in self._owned(optimizer)):
+            if grad is not None and factor != 1:
+                grad.mul_(factor)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if id(optimizer) in self._second:
+            self._shorten(optimizer, self._clipping.last)
+            self._second[id(optimizer)].step()
+        super().after_step(optimizer)
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         super()._stepped(optimizer)
-        for name, _, _ in self._owned(optimizer):  # a manual loop may clear the module's gradients alone
-            self.learned[name].grad = None
+        self._clear(optimizer)  # a manual loop may clear the module's gradients alone
 
     # -- what a subclass uses -------------------------------------------------------------------------------------------------
 
@@ -170,14 +208,8 @@ class Learned(Sparsifier):
         if not self.learned:
             return state
         values = {name: parameter.detach().clone() for name, parameter in self.learned.items()}
-        joined = {name: _groups.moments(self._optimizers, parameter) for name, parameter in self.learned.items()}
-        moments = {name: joined[name] or self._kept.get(name, {}) for name in joined}
+        moments = {name: self._moments(name) or self._kept.get(name, {}) for name in self.learned}
         return state | {"learned": values, "moments": moments, "ratios": dict(self._ratios)}
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        _groups.strip(checkpoint, trainer.optimizers, schedulers, {id(parameter) for parameter in self.learned.values()})
 
     def check_state(self, state: Any) -> None:
         super().check_state(state)
@@ -197,7 +229,14 @@ class Learned(Sparsifier):
         for name, parameter in self.learned.items():
             value = state.get("learned", {}).get(name)  # another form's state has none: start from the weights it left
             parameter.copy_(self.start(name, self._live(name)) if value is None else value)
+        self._second, self._arranged = {}, False
         self._kept, self._ratios = dict(state.get("moments", {})), dict(state.get("ratios", {}))
+
+
+def _scaler(trainer: Trainer) -> Any | None:
+    """The GradScaler that is at work, if there is one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
 
 
 def rate(lr: Any) -> float | None:

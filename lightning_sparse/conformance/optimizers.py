@@ -1,4 +1,4 @@
-"""Optimisers that step within their own step, and modules that do not step at each batch: each step counts once."""
+"""Optimisers that hold others and modules that do not step at each batch: a step counts once. Schedulers that hold others."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from lightning_sparse.conformance import toys
 from lightning_sparse.conformance._registry import Subject, check, require
 from lightning_sparse.conformance.life_cycle import zeros
-from lightning_sparse.conformance.steps import GROUP, own_steps, some_zeros
+from lightning_sparse.conformance.steps import GROUP, Scheduled, own_steps, some_zeros
 
 
 class Super(torch.optim.Adam):
@@ -87,3 +89,44 @@ def every_second_batch_steps(subject: Subject, folder: Path) -> None:
         some_zeros(module, "where every second batch steps" if accumulate == 1 else "where two batches are accumulated")
         found.append(zeros(module))
     require(found[0] * 2 > found[1], f"{found[0]} weights are zero, {found[1]} where Lightning accumulates two batches")
+
+
+class Warm(LRScheduler):
+    """Warms up over some steps, then hands over to a scheduler that it holds, as warm-ups of other packages do."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int = 4) -> None:
+        self.steps, self.after = steps, CosineAnnealingLR(optimizer, 12)
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        if self.last_epoch < self.steps:
+            return [base * (self.last_epoch + 1) / self.steps for base in self.base_lrs]
+        return self.after.get_last_lr()
+
+    def step(self, epoch: Any = None) -> None:
+        if self.last_epoch >= self.steps:
+            self.after.step()
+        super().step()
+
+
+class _Rates(Callback):
+    """Keeps the rates, and how many groups the optimisers have, after each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.seen.append([group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups])
+
+
+@check("a scheduler that holds another finds the optimiser as the module made it, and its rates are kept", GROUP)
+def a_scheduler_within_a_scheduler(subject: Subject, folder: Path) -> None:
+    options: Any = {"optimizer": subject.optimizer} if subject.optimizer else {}
+    module, rates = Scheduled(**options), _Rates()
+    module.scheduler = Warm
+    subject.fit(module, rates, epochs=4)
+    some_zeros(module, "after a warm-up that hands over")
+    plain, alone = Scheduled(**options), _Rates()
+    plain.scheduler = Warm
+    toys.trainer(alone, epochs=4).fit(plain, toys.data(), toys.data(seed=1))
+    require(rates.seen == alone.seen, f"the rates of the optimiser's groups are {rates.seen}; without the callback {alone.seen}")

@@ -1,4 +1,4 @@
-"""Parameters that a callback trains in the user's optimiser: where they join, what files hold, how runs go on."""
+"""Parameters that a callback trains by an optimiser of its own: at which rate, and that the user's is left alone."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from learned_forms import FORMS, Scheduled, every_form
+from learned_forms import FORMS, LOG_SUM, Scheduled, every_form
 from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.optim import lr_scheduler as rates
 from toys import Repeated, Spy, Toy, data, trainer
+
+from lightning_sparse.callbacks import EtaTrick
+from lightning_sparse.conformance.optimizers import Warm, held_step, super_step
 
 
 def sequence(optimizer):
@@ -29,14 +33,19 @@ SCHEDULES = {
 }
 
 
+def own_groups(callback):
+    """The groups of a callback's learned parameters."""
+    return [group for second in callback._second.values() for group in second.groups]
+
+
 def run(module, *callbacks, epochs=2):
     """Rates and momenta of the weights' group, and of the learned one where there is one, before each step."""
     seen, own = [], next((c for c in callbacks if hasattr(c, "learned")), None)
 
     def look(moment, module):
         if moment == "before step":
-            ids = {id(p) for p in own.learned.values()} if own else set()
-            seen.append([dict(group, own=id(group["params"][0]) in ids) for group in module.optimizers().param_groups])
+            (group,) = module.optimizers().param_groups
+            seen.append([dict(one) for one in [group, *(own_groups(own) if own else [])]])
 
     trainer(*callbacks, Spy(look), epochs=epochs, num_sanity_val_steps=0).fit(module, data(), data())
     return seen
@@ -49,7 +58,6 @@ def test_the_learned_rate_stays_in_proportion_and_the_weights_is_as_without(name
     seen, plain = run(Scheduled(schedule, interval), FORMS["joint"]()), run(Scheduled(schedule, interval))
     assert len(seen) == len(plain) == 8
     for (weight, learned), (alone,) in zip(seen, plain, strict=True):
-        assert (weight["own"], learned["own"]) == (False, True)
         assert weight["lr"] == alone["lr"]
         assert weight["betas"] == alone["betas"] == learned["betas"]
         assert (weight["weight_decay"], learned["weight_decay"]) == (0.1, 0.0)
@@ -108,7 +116,7 @@ def test_parameters_that_join_in_mid_run_are_learned_and_the_finetuning_finds_it
 
     def look(moment, module):
         if moment == "before step":
-            groups = module.optimizers().param_groups
+            groups = module.optimizers().param_groups + own_groups(callback)
             find = lambda p: next(group["lr"] for group in groups if any(one is p for one in group["params"]))  # noqa: E731
             pairs = [(module.network.weight, "network.weight"), (module.backbone.weight, "backbone.weight")]
             seen.append([(find(p), find(callback.learned[name])) for p, name in pairs if name in callback.learned])
@@ -131,6 +139,7 @@ def test_an_optimiser_that_the_user_keeps_is_given_back_without_the_learned_grou
     for _ in range(2):
         trainer(FORMS["joint"](), epochs=1).fit(module, data())
         assert len(optimizer.param_groups) == 1
+        assert not {"step", "zero_grad"} & vars(optimizer).keys()
 
 
 class Discarding(Toy):
@@ -164,3 +173,77 @@ def test_two_optimisers_train_their_own_and_discarded_gradients_leave_no_trace(f
     for name in ("network.0.weight", "network.2.weight"):
         assert (ends[0][name] != ends[0][name].reshape(-1)[0]).any()
         assert torch.equal(ends[0][name], ends[1][name])
+
+
+# -- an optimiser of their own ----------------------------------------------------------------------------------------------
+
+
+@every_form
+def test_a_scheduler_that_holds_another_sees_the_groups_that_the_module_made(form):
+    seen, plain = run(Scheduled(Warm), form()), run(Scheduled(Warm))
+    assert [group["lr"] for group, _ in seen] == [group["lr"] for (group,) in plain]
+    assert all(learned["lr"] == pytest.approx(5 * weight["lr"]) for weight, learned in seen)
+    assert len({weight["lr"] for weight, _ in seen}) > 4
+
+
+def learned_of(module, form=FORMS["VarDrop"], epochs=1, **options):
+    callback = form()
+    torch.manual_seed(0)
+    trainer(callback, epochs=epochs, **options).fit(module, data())
+    return callback.state_dict()["learned"]
+
+
+@pytest.mark.parametrize("make", [super_step, held_step, lambda p: torch.optim.Adagrad(p, 0.1)], ids=["super", "held", "Adagrad"])
+@every_form
+def test_they_are_trained_beside_any_optimiser(form, make):
+    start = form()
+    found = learned_of(Toy(optimizer=make), form)
+    for name, value in found.items():
+        begun = start.start(name, torch.zeros_like(value))
+        assert (value - begun).abs().max() > 1e-3
+
+
+def fp16(scale):
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+
+
+def test_a_learned_gradient_that_overflows_alone_skips_the_step_and_lowers_the_scale():
+    class Overflowing(type(FORMS["VarDrop, weight"]())):
+        def hear(self, name, grad):
+            super().hear(name, grad * (torch.inf if self._draws == 2 else 1.0))
+
+    seen, plugin = [], fp16(256.0)
+    callback = Overflowing(0.1, noise="weight", log_start=2.9)
+    look = lambda moment, module: seen.append((callback.step, plugin.scaler.get_scale())) if moment == "batch end" else None  # noqa: E731
+    trainer(callback, Spy(look), epochs=1, plugins=[plugin]).fit(Toy(), data())
+    assert seen == [(1, 256.0), (1, 128.0), (2, 128.0), (3, 128.0)]
+    assert all(bool(value.isfinite().all()) for value in callback.state_dict()["learned"].values())
+
+
+def test_the_trainers_clipping_shortens_the_learned_gradients_as_those_of_the_weights_and_is_not_theirs():
+    """SGD without noise: log eta moves by rate times factor times its slope; the norm is that of the module's gradients."""
+    grads, moved = [], []
+    callback = EtaTrick(LOG_SUM, 0.5, keep_start=0.3)
+
+    class Looking(Toy):
+        def on_before_optimizer_step(self, optimizer):
+            grads.append(
+                (torch.stack([p.grad.norm() for p in self.parameters()]).norm(), callback.learned["network.0.weight"].grad.clone())
+            )
+            moved.append(callback.learned["network.0.weight"].detach().clone())
+
+        def on_train_batch_end(self, *_):
+            moved[-1] = callback.learned["network.0.weight"].detach() - moved[-1]
+
+    module = Looking(optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    trainer(callback, epochs=1, gradient_clip_val=0.1).fit(module, data())
+    for (norm, slope), step in zip(grads, moved, strict=True):
+        assert norm > 0.11
+        torch.testing.assert_close(step, -0.1 * slope * 0.1 / norm, rtol=1e-3, atol=1e-7)
+
+
+def test_the_modules_optimiser_has_its_own_groups_alone_at_every_moment():
+    groups = []
+    look = lambda moment, module: groups.append(len(module.optimizers().param_groups))  # noqa: E731
+    trainer(FORMS["joint"](), Spy(look), epochs=1).fit(Toy(), data())
+    assert set(groups) == {1}

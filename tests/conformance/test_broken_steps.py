@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
 
 from lightning_sparse import conformance, penalties
 from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning
@@ -42,7 +43,16 @@ class Stubborn(MagnitudePruning):
         pass
 
 
+class AddsGroup(AdaptiveProx):
+    """Puts a parameter of its own into the user's optimiser."""
+
+    def on_train_start(self, trainer, module):
+        super().on_train_start(trainer, module)
+        trainer.optimizers[0].add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+
+
 MUTANTS = {
+    "a_scheduler_within_a_scheduler": partial(AddsGroup, penalties.LogSum(eps=2.0), 0.2),
     "a_step_counts_once": partial(CountsHooks, penalties.LogSum(eps=2.0), 0.2),
     "every_second_batch_steps": partial(CountsCalls, 0.5, 0.4, 0.9, every=2),
     "unknown_length_is_refused_or_works": partial(Hasty, 0.5, every=2),
