@@ -195,6 +195,7 @@ def learned_of(module, form=FORMS["VarDrop"], epochs=1, **options):
 
 @pytest.mark.parametrize("make", [super_step, held_step, lambda p: torch.optim.Adagrad(p, 0.1)], ids=["super", "held", "Adagrad"])
 @every_form
+@pytest.mark.filterwarnings("ignore:.* the step size of Adagrad for those is not known")
 def test_they_are_trained_beside_any_optimiser(form, make):
     start = form()
     found = learned_of(Toy(optimizer=make), form)
