@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lightning_sparse.callbacks._averages import Averages
 from lightning_sparse.callbacks._clock import Clock
 from lightning_sparse.callbacks._groups import Members
 from lightning_sparse.callbacks._pictures import Pictures
+from lightning_sparse.callbacks._promises import Fit
 from lightning_sparse.callbacks._swaps import Swaps
 from lightning_sparse.callbacks.compatibility import AnyCallback
 from lightning_sparse.duality import MaskRule, Penalty
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_sparse.callbacks._endings import Ending
 
 Other = TypeVar("Other", bound="Arguments")
+Finish = Literal["keep", "prune"]
 FINE_TUNED = 0.25  # the share of a run to a target sparsity that is trained with its support frozen
 
 
@@ -45,11 +47,15 @@ class Arguments(AnyCallback, metaclass=Constructed):
         gap_samples: masks drawn at each epoch's end to log ``sparsity/duality_gap``; 0 does not measure it.
         keep_zeros: weights that are zero when the fit starts stay zero (one byte a weight); else they may grow again.
         target_sparsity: the share of zeros to reach, in place of a lam to guess: lam then starts at ``lam`` (1e-5 by default), rises
-            and falls as the zeros lag behind a ramp or run ahead of it, and the support is frozen as soon as the target is met, at
-            the latest at ``1 - freeze`` (``freeze`` is then 0.25 where it is 0).
+            and falls as the zeros lag behind a ramp or run ahead of it. Where lam is too slow for the run, the weights of the lowest rank
+            are removed along a second, later ramp. The support is frozen as soon as the target is met, at the latest at ``1 - freeze``
+            (``freeze`` is then 0.25 where it is 0).
         compile: do the work on each weight by a kernel that torch's AOTInductor makes before training starts: less time a step, for
             some ten to forty seconds; it needs a compiler, on the CPU a C++ one. Results differ by rounding, masks on weights by
             their draws, too. ReweightedPenalty, AdaptiveProx and AdaptiveMask have one.
+        finish: where training ends before the target is met (EarlyStopping, max_time), "keep" leaves the zeros that there are, with a
+            warning, and "prune" removes the weights of the lowest rank to meet target_sparsity, without fine-tuning; files that were
+            written before hold what there was.
     """
 
     needs_separable: ClassVar[bool] = True
@@ -69,6 +75,7 @@ class Arguments(AnyCallback, metaclass=Constructed):
         keep_zeros: bool = False,
         target_sparsity: float | None = None,
         compile: bool = False,
+        finish: Finish = "keep",
     ) -> None:
         self.given = penalty
         self.penalty = _refusals.check_penalty(penalty, self.needs_separable, type(self).__name__)
@@ -80,6 +87,7 @@ class Arguments(AnyCallback, metaclass=Constructed):
         self.threshold = None if threshold is None else _checks.between("threshold", threshold, 0, float("inf"), closed="l")
         self.gap_samples = int(_checks.between("gap_samples", gap_samples, 0, 1e6, closed="l"))
         self.keep_zeros = _checks.truth("keep_zeros", keep_zeros)
+        self.finish = _strengths.check_finish(finish, target_sparsity)
         self.compile = _refusals.check_compile(compile, self)
         self._forget()
 
@@ -94,11 +102,14 @@ class Arguments(AnyCallback, metaclass=Constructed):
         self.support: dict[str, Tensor] | None = None  # where weights may live, once frozen
         self._compared = False  # the ranks' numbers of batches
         self.held: dict[str, Tensor] = {}  # where weights may live by keep_zeros, or after pruning
+        self.cut: dict[str, Tensor] = {}  # where weights may live on the way to a target, once lam was too slow
         self._handles: list[Any] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         self._places: dict[str, tuple[torch.optim.Optimizer, int]] = {}  # optimiser and group of each parameter
         self._restored: dict[str, Any] | None = None
         self._pictures = Pictures()
+        self._planned: float | None = None  # the run's length by the restored state
+        self._fit = Fit()
         self._batch: tuple[Any, int] | None = None  # the last one trained on, for the duality gap
         self._clock, self._manual, self._offset, self._whole, self._drift = Clock(), False, 0, math.inf, 0
         self._own_hooks: frozenset[str] = frozenset()  # of the module, that may mend or clip gradients
@@ -114,7 +125,7 @@ class Arguments(AnyCallback, metaclass=Constructed):
     # -- conversion ---------------------------------------------------------------------------------------------------
 
     def _shared(self) -> dict[str, Any]:
-        names = ("select", "tol", "freeze", "threshold", "gap_samples", "keep_zeros", "target_sparsity")
+        names = ("select", "tol", "freeze", "threshold", "gap_samples", "keep_zeros", "target_sparsity", "finish")
         return {"penalty": self.given, "lam": self.schedule} | {name: getattr(self, name) for name in names}
 
     def own_settings(self) -> dict[str, Any]:

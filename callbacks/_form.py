@@ -29,6 +29,13 @@ class Form(Arguments):
         return self.schedule(self.step, self.total) if math.isfinite(self.total) else self.schedule.lam
 
     @property
+    def asked(self) -> float | None:
+        """The share of zeros that is asked for now, on the way to a target; None without one."""
+        if self.ascent is None:
+            return None
+        return self.ascent.target if self.frozen else self.ascent.asked
+
+    @property
     def frozen(self) -> bool:
         """The fine-tuning share has begun."""
         return self.support is not None
@@ -62,7 +69,11 @@ class Form(Arguments):
             return ~self.support[name].to(w.device)
         known = name in self._places and self.lam > 0 and self.penalty.separable
         resting = shards.elementwise(partial(self.at_rest, name), w) if known else None
-        return self._counted(w, self.keep_probability(name, w), resting)
+        return self.also_cut(name, self._counted(w, self.keep_probability(name, w), resting))
+
+    def also_cut(self, name: str, zeros: Tensor) -> Tensor:
+        """``zeros`` and the weights of a parameter that were removed by rank."""
+        return zeros | ~self.cut[name].to(zeros.device) if name in self.cut else zeros
 
     def _counted(self, w: Tensor, alpha: Tensor, resting: Tensor | None) -> Tensor:
         below = (alpha < self.tol) | (w == 0)

@@ -55,6 +55,7 @@ def figures(callback: Form, pruned: bool = False) -> dict[str, float]:
         "sparsity/keep_probability": counts.mean(callback.keep_probability(name) for name in callback.parameters),
         "sparsity/lam": callback.lam,
         "sparsity/penalty": callback.cost(weights),
+        **({} if (asked := callback.asked) is None else {"sparsity/target": asked}),
     }
 
 
@@ -69,7 +70,10 @@ def of_run(callback: Form, trainer: Trainer, final: bool = False) -> dict[str, f
     if len(peers) < 2:
         return values
     shown = {key: values[key] for key in (f"sparsity/{name}" for name in callback.parameters)}
-    return shown if callback is not peers[-1 if final else 0] else shown | _joint(peers, final) | {"sparsity/lam": peers[0].lam}
+    if callback is not peers[-1 if final else 0]:
+        return shown
+    asked = {} if (share := _asked(peers)) is None else {"sparsity/target": share}
+    return shown | _joint(peers, final) | {"sparsity/lam": peers[0].lam} | asked
 
 
 def total(peers: Iterable[Form], weights_only: bool = False, pruned: bool = False) -> float:
@@ -86,6 +90,15 @@ def _joint(peers: list[Form], pruned: bool) -> dict[str, float]:
         "sparsity/keep_probability": counts.mean(peer.keep_probability(name) for peer in peers for name in peer.parameters),
         "sparsity/penalty": sum(figures(peer, pruned)["sparsity/penalty"] for peer in peers),
     }
+
+
+def _asked(peers: list[Form]) -> float | None:
+    """The share of zeros asked for now of several callbacks' weights together; None where one has no target."""
+    sizes = [sum(weight.numel() for weight in counts.distinct(peer.parameters).values()) for peer in peers]
+    shares = [peer.asked for peer in peers]
+    if any(share is None for share in shares) or not sum(sizes):
+        return None
+    return sum((share or 0.0) * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
 
 
 def start(callback: Form, trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,8 @@ class Saved(Supported):
         clock |= {"step_sizes": sizes} if sizes else {}
         clock |= {} if self.ascent is None else {"ascent": self.ascent.state_dict()}
         clock |= {"drift": self._drift} if self._drift else {}
+        clock |= {"total": float(self.total)} if math.isfinite(self.total) else {}
+        clock |= {"cut": {name: shards.full(where).cpu() for name, where in self.cut.items()}} if self.cut else {}
         return clock | {"frozen": _endings.is_frozen(self), "taken": taken} | ({"averaged": averaged} if averaged else {})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -84,6 +87,8 @@ class Saved(Supported):
         self.held |= {name: self._part(name, held) for name, held in state.get("held", {}).items() if name in self.held}
         self.step, self._begun, self._applied = state["step"], state.get("begun", True), True
         self._drift = state.get("drift", 0)
+        self.cut = {name: self._part(name, where) for name, where in state.get("cut", {}).items() if name in self.parameters}
+        self._planned = state.get("total")
         self._begin_at(state["offset"])
         self._clipping.resume(state.get("clipped", 1.0))
         self._step_sizes.load_state_dict(state.get("step_sizes", {}), self.parameters)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_sparse import ascent, optimizer
+from lightning_sparse import optimizer, target
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
@@ -21,9 +21,11 @@ def check(callback: Form, state: Any) -> None:
     for name, (holds, wanted) in _ENTRIES.items():
         if name in _REQUIRED or name in state:
             entry(callback, state, name, holds, wanted)
-    for name, held in state.get("held", {}).items():
-        if name in callback.parameters and held.shape != callback.parameters[name].shape:
-            raise damaged(callback, f"'held' of {name!r} is {_short(held)}, the weight has shape {tuple(callback.parameters[name].shape)}")
+    for kind in ("held", "cut"):
+        for name, held in state.get(kind, {}).items():
+            if name in callback.parameters and held.shape != callback.parameters[name].shape:
+                shape = tuple(callback.parameters[name].shape)
+                raise damaged(callback, f"{kind!r} of {name!r} is {_short(held)}, the weight has shape {shape}")
 
 
 def entry(callback: Form, state: Mapping[str, Any], name: str, holds: Callable[[Any], bool], wanted: str) -> None:
@@ -106,8 +108,10 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "drift": (_is_whole, "a whole number"),
     "averaged": _TAKEN,
     "held": (_are_masks, "a dict of boolean tensors by parameter name"),
+    "cut": (_are_masks, "a dict of boolean tensors by parameter name"),
+    "total": (is_factor, "a finite number > 0"),
     "clipped": (is_factor, "a finite number > 0"),
-    "ascent": (ascent.is_state, "a dict of finite numbers 'log_lam', 'error' and 't'"),
+    "ascent": (target.is_state, "a dict of finite numbers 'log_lam', 'error' and 't'"),
     "step_sizes": (optimizer.are_step_sizes, "a dict of the tensors of measured step sizes by parameter name"),
     "recipe": (_is_recipe, "a dict with 'class_path' and 'init_args'"),
 }

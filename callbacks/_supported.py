@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse import counts, shards
-from lightning_sparse.ascent import FAR, ROUNDS
-from lightning_sparse.callbacks import _strengths, _together
+from lightning_sparse.callbacks import _promises, _target, _together
 from lightning_sparse.callbacks._form import Form
-from lightning_sparse.mask_rules.ranked import shrunk
 
 
 class Supported(Form):
@@ -36,33 +33,20 @@ class Supported(Form):
         """Of the selected weights, tied ones once, those that count as zero."""
         return counts.share(counts.count_zeros(self.parameters, self.all_zeros()))
 
-    @torch.no_grad()
-    def _climb(self) -> bool:
-        """On the way to a target sparsity, ROUNDS times; whether it is there."""
-        way = self.total * (1 - self.freeze)
-        if self.ascent is None or self.frozen or way < _strengths.SHORTEST:  # so short is a fast_dev_run alone
-            return False
-        if self.step * ROUNDS // way == (self.step - 1) * ROUNDS // way:
-            return False
-        zeros = self.share_of_zeros()
-        self.ascent.climb(zeros, self.step / way)
-        return self.ascent.has_arrived(zeros)
+    def unreached(self) -> list[str]:
+        """What was promised and has not come by now, a phrase each; empty once the support is frozen."""
+        return _promises.unreached(self)
 
-    def _say_distance(self) -> None:
-        """Warn where the zeros have not followed lam, so that the rank has the last word on more than a few weights."""
-        if self.ascent is not None and (reached := self.share_of_zeros()) < self.ascent.target - FAR:
-            rank_zero_warn(
-                f"{type(self).__name__} had only {reached:.2%} zeros where its support was frozen; to meet target_sparsity="
-                f"{self.ascent.target:g} the weights of the smallest keep probability were removed as well. The run was too short for the "
-                f"zeros to follow lam (now {self.lam:.3g}): train longer, or start from a lam nearer to that"
-            )
+    @property
+    def planned_end(self) -> float:
+        """The share of the run by which all that was promised has come."""
+        return 1 - self.freeze
 
     @torch.no_grad()
     def _maybe_freeze(self, arrived: bool = False) -> None:
         if not self.frozen and self.freeze and (arrived or self.step >= round(self.total * (1 - self.freeze))):
-            self._say_distance()
-            self.support = {}
-            self._freeze(self.parameters)
+            _target.say_by_rank(self)
+            _promises.freeze(self)
 
     @torch.no_grad()
     def _freeze(self, names: Iterable[str]) -> None:
@@ -71,18 +55,10 @@ class Supported(Form):
         if support is not None and self.attachment is not None:
             self.attachment.restore()
             aimed = self.ascent is not None and not support
-            fresh = self._largest(self.ascent.target) if aimed else {name: ~self.zeros(name) for name in names}  # type: ignore[union-attr]
+            fresh = _target.largest(self, self.ascent.target) if aimed else {name: ~self.zeros(name) for name in names}  # type: ignore[union-attr]
             for name, kept in fresh.items():
                 shards.hold(self.parameters[name], kept)
-            self.support = support | fresh
-
-    def _largest(self, zeros: float) -> dict[str, Tensor]:
-        """The support that leaves this share of zeros: the weights of the largest keep probability, all parameters together."""
-        alpha = {name: shards.full(self.keep_probability(name)) for name in self.parameters}
-        everywhere = {name: torch.ones_like(whole, dtype=torch.bool) for name, whole in alpha.items()}
-        counted = {name: alpha[name] for name in counts.distinct(self.parameters)}  # what is tied to one of them is cleared with it
-        kept = everywhere | shrunk(counted, everywhere, zeros)
-        return {name: self._part(name, whole) for name, whole in kept.items()}
+            self.support, self.cut = support | fresh, {}
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
         parameter = self.parameters[name]

@@ -21,7 +21,7 @@ def zeros(form: Form, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for optimizer in form._optimizers if form.joins and form.penalty.separable and form.support is None else ():
         found |= _joint(form, optimizer, values)
-    return {name: found[name] if name in found else form.zeros(name, w) for name, w in values.items()}
+    return {name: form.also_cut(name, found[name]) if name in found else form.zeros(name, w) for name, w in values.items()}
 
 
 def _joint(form: Form, optimizer: torch.optim.Optimizer, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from lightning_sparse._labels import batch_size
 from lightning_sparse._memory import Kept
 from lightning_sparse._pieces import mapped
 from lightning_sparse.callbacks import _steps
+from lightning_sparse.callbacks._arguments import Finish
 from lightning_sparse.callbacks._noisy import Noisy
 from lightning_sparse.curvature import Curvature, EmpiricalFisher
 from lightning_sparse.duality import MaskRule, Penalty
@@ -59,8 +60,9 @@ class AdaptiveMask(Noisy):
         ceiling: float = 10.0,
         alpha_min: float = 1e-3,
         compile: bool = False,
+        finish: Finish = "keep",
     ) -> None:
-        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, compile)
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, compile, finish)
         if not isinstance(noise, Noise):
             raise TypeError(f"noise must be a Noise such as ScaledBernoulli() or Gaussian(), got {noise!r}")
         if not isinstance(curvature, (Curvature, type(None))):

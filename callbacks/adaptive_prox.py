@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_sparse import _fused, _rates, proximal
 from lightning_sparse import optimizer as optimizer_
 from lightning_sparse.callbacks import _steps
+from lightning_sparse.callbacks._arguments import Finish
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule
@@ -45,8 +46,9 @@ class AdaptiveProx(Sparsifier):
         metric: Metric = "auto",
         exact: bool = False,
         compile: bool = False,
+        finish: Finish = "keep",
     ) -> None:
-        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, compile)
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, compile, finish)
         if metric not in ("auto", "adam", "plain"):
             raise ValueError(f"metric must be 'auto', 'adam' or 'plain', got {metric!r}")
         self.metric, self.exact = metric, exact

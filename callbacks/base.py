@@ -18,11 +18,13 @@ from lightning_sparse.callbacks import (
     _joining,
     _length,
     _notices,
+    _promises,
     _ranks,
     _refusals,
     _report,
     _strengths,
     _swaps,
+    _target,
 )
 from lightning_sparse.callbacks._shown import Shown
 
@@ -40,7 +42,9 @@ class Sparsifier(Shown):
         if stage == "fit":
             self._close()
             self._let_averages_go()
+            again = _promises.carried(self) if self._fit.goes_on(trainer, pl_module) else None
             self._forget()
+            self._restored, self._fit = again, _promises.Fit(trainer, pl_module)
             _averages.stand_first(self, trainer)
             _refusals.check_run(self, trainer)
             if not _refusals.is_built_later(pl_module):
@@ -103,6 +107,8 @@ class Sparsifier(Shown):
         if not self._begun:  # a run that began without this callback has that much less to go
             self._begin_at(self._batches(trainer) if self._manual else trainer.global_step)
         begun, self._begun = self._begun, True
+        _promises.say_length(self, self._planned)
+        self._planned = None
         self._maybe_freeze()
         _notices.say_never_learning(self, () if begun else self.parameters)
         _best.say_unmet(self, trainer)
@@ -176,12 +182,13 @@ class Sparsifier(Shown):
         else:
             self.after_step(optimizer)
             self._hold(optimizer, self.held)
+            self._hold(optimizer, self.cut)
         if not self._manual and not self._clock.counted:
             self._tick()
 
     def _tick(self) -> None:
         self.step, self._clock.counted = self.step + 1, True
-        self._maybe_freeze(self._climb())
+        self._maybe_freeze(_target.advance(self))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._catch_up(trainer)
@@ -209,6 +216,7 @@ class Sparsifier(Shown):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _swaps.evaluate(self._optimizers)
+        _promises.close(self)
         self.prune()
         if self._averages is not None:
             self._averages.hand_over(trainer)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_sparse import _checks, duality
 from lightning_sparse._pieces import pieces
 from lightning_sparse.callbacks import _refusals, _steps
+from lightning_sparse.callbacks._arguments import Finish
 from lightning_sparse.callbacks._learned import Learned, rate
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule
@@ -42,8 +43,9 @@ class EtaTrick(Learned):
         target_sparsity: float | None = None,
         learned_lr: float | None = None,
         keep_start: float = 0.9933,
+        finish: Finish = "keep",
     ) -> None:
-        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, finish=finish)
         _refusals.check_dual(self.penalty, type(self).__name__)
         self.learned_lr = rate(learned_lr)
         self.keep_start = _checks.between("keep_start", keep_start, 0, 1)

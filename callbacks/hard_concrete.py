@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_sparse import _checks, attach, duality, penalties
 from lightning_sparse._pieces import pieces
 from lightning_sparse.callbacks import _strengths
+from lightning_sparse.callbacks._arguments import Finish
 from lightning_sparse.callbacks._learned import rate
 from lightning_sparse.callbacks._learned_noise import LearnedNoise
 from lightning_sparse.gates import Gate
@@ -55,10 +56,11 @@ class HardConcrete(LearnedNoise):
         zeta: float = 1.1,
         learned_lr: float | None = None,
         log_start: float = 2.0,
+        finish: Finish = "keep",
     ) -> None:
         schedule = as_schedule(_strengths.given(type(self).__name__, "lam", lam, target_sparsity))
         penalty = penalties.Scaled(penalties.HardConcrete(beta, gamma, zeta), math.sqrt(schedule.lam))
-        super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)
+        super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, finish=finish)
         self.gate = Gate(beta, gamma, zeta)
         self.learned_lr, self.log_start = rate(learned_lr), _checks.between("log_start", log_start, -10, 10)
 

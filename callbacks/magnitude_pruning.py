@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NoReturn
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse import _checks, counts, duality, shards
-from lightning_sparse.callbacks import _states
-from lightning_sparse.callbacks._arguments import Arguments
+from lightning_sparse._construction import typed
+from lightning_sparse.callbacks import _states, _strengths
+from lightning_sparse.callbacks._arguments import Arguments, Finish
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.mask_rules.ranked import TopK, shrunk
 from lightning_sparse.schedules import Cubic
@@ -26,13 +25,14 @@ class MagnitudePruning(Sparsifier):
     The share of zeros asked for rises as s(u) = sparsity + (start - sparsity) (1 - u)^3, u from 0 to 1 between the shares
     ``begin`` and ``end`` of the run's optimiser steps (of its batches under manual optimisation); every ``every`` of them,
     and where the ramp ends, the round(s n) smallest of n weights are pruned, among equal ones the last, but never all.
-    Pruned weights are true zeros after each optimiser step, whatever momentum or decay do. ``sparsity/lam`` logs s, which
-    the zeros follow by up to ``every`` steps; ``sparsity/penalty`` is 0: top-k's penalty is a constraint, which holds.
+    Pruned weights are true zeros after each optimiser step, whatever momentum or decay do. ``sparsity/target`` logs s (so does
+    ``sparsity/lam``), which the zeros follow by up to ``every`` steps; ``sparsity/penalty`` is 0: top-k's penalty is a
+    constraint, which holds.
 
     Source: Zhu and Gupta, arXiv 1710.01878. Raises ValueError for an argument out of its range.
 
     Args:
-        sparsity: the share of zeros at the end, in (0, 1).
+        sparsity: the old name of ``target_sparsity``, the share of zeros at the end, in (0, 1).
         begin: where the ramp begins, as a share of the run in [0, 1).
         end: where it ends, in (begin, 1 - freeze]; the default leaves a quarter of the run for fine-tuning.
         every: optimiser steps from one pruning to the next, >= 1.
@@ -42,6 +42,9 @@ class MagnitudePruning(Sparsifier):
             Wildcards reach those of other layers, too (GPT-2's Conv1D, 3-D experts); embeddings and norms need their full name.
         freeze: as in the other forms; the support no longer changes after the ramp without it, too.
         keep_zeros: weights that are zero when the fit starts stay zero, and count among the pruned.
+        target_sparsity: the share of zeros at the end, under the name that it has in the other forms.
+        finish: where training ends before the ramp does, "keep" leaves the zeros that there are, with a warning, and "prune" prunes to
+            the target.
 
     It has no ``tol``, ``threshold`` or ``gap_samples``: its keep probability is 0 or 1, and it draws no noise.
     """
@@ -50,7 +53,7 @@ class MagnitudePruning(Sparsifier):
 
     def __init__(
         self,
-        sparsity: float,
+        sparsity: float | None = None,
         begin: float = 0.0,
         end: float = 0.75,
         every: int = 100,
@@ -59,13 +62,17 @@ class MagnitudePruning(Sparsifier):
         select: Sequence[str] | None = None,
         freeze: float = 0.0,
         keep_zeros: bool = False,
+        target_sparsity: float | None = None,
+        finish: Finish = "keep",
     ) -> None:
-        self.sparsity = _checks.between("sparsity", sparsity, 0, 1)
+        name = "sparsity" if target_sparsity is None else "target_sparsity"
+        self.sparsity = _checks.between(name, _strengths.only_one("MagnitudePruning", "sparsity", sparsity, target_sparsity), 0, 1)
         ramp = Cubic(self.sparsity, begin, end, _checks.between("start", start, 0, self.sparsity, closed="l"))
         rule = TopK(density=float(f"{1 - self.sparsity:.12g}"))  # 0.1, not 0.09999999999999998
         # threshold=0 takes nothing more; without one a form must show that its keep probability falls with |w|
         super().__init__(rule, ramp, select, freeze=freeze, threshold=0.0, keep_zeros=keep_zeros)
         self.begin, self.end, self.start = ramp.begin, ramp.end, ramp.start
+        self.target_sparsity, self.finish = self.sparsity, _strengths.check_finish(finish, self.sparsity)
         self.every, self.scope = _checks.whole("every", every, 1), _checks.one_of("scope", scope, ("global", "layer"))
         if self.end + self.freeze > 1 + 1e-9:
             raise ValueError(
@@ -80,14 +87,17 @@ class MagnitudePruning(Sparsifier):
     # -- conversion ---------------------------------------------------------------------------------------------------
 
     def _shared(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("select", "freeze", "keep_zeros")}
+        return {name: getattr(self, name) for name in ("select", "freeze", "keep_zeros", "finish")}
 
     def own_settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("sparsity", "begin", "end", "every", "scope", "start")}
 
+    def __repr__(self) -> str:
+        return typed(self, self.settings() | {"target_sparsity": None})  # which sparsity is, too
+
     def to_mask(self, **changes: Any) -> Arguments:
         """The AdaptiveMask of TopK(1 - sparsity) on the same selection: the final density at once, in each parameter."""
-        return super().to_mask(**({"penalty": self.given} | changes))
+        return super().to_mask(**({"penalty": self.given, "finish": "keep"} | changes))
 
     def to_penalty(self, **changes: Any) -> NoReturn:
         """Raises ValueError: top-k's penalty has no slope."""
@@ -148,13 +158,21 @@ class MagnitudePruning(Sparsifier):
                 shards.hold(self.parameters[name], self.held[name])
         self._reached, self._ranked = share, len(self.parameters)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.lam < self.sparsity and not self.frozen:
-            rank_zero_warn(
-                f"training ended at step {self.step} of {self.total:g}, where MagnitudePruning's ramp asks for {self.lam:.1%} zeros, not "
-                f"{self.sparsity:.1%}: train to the ramp's end, step {self.end * self.total:.0f}, or let it end earlier with end"
-            )
-        super().on_train_end(trainer, pl_module)
+    @property
+    def asked(self) -> float:
+        """The share of zeros that the ramp asks for at this step."""
+        return self.sparsity if self.frozen else self.lam
+
+    @property
+    def planned_end(self) -> float:
+        """The ramp's."""
+        return self.end
+
+    def unreached(self) -> list[str]:
+        """Where the ramp has not ended."""
+        if self.frozen or self.lam >= self.sparsity:
+            return []
+        return [f"its ramp asks for {self.lam:.1%} zeros, not {self.sparsity:.1%}; it may end earlier with end"]
 
     def check_state(self, state: Any) -> None:
         """Its own state of a run that has begun holds a mask for each of the weights; another form's may hold none."""

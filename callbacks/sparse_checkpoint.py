@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sparse import _checks, counts
 from lightning_sparse._construction import Constructed, typed
-from lightning_sparse.callbacks import _averages, _report
+from lightning_sparse.callbacks import _averages, _report, _strengths
 from lightning_sparse.callbacks.compatibility import AnyModelCheckpoint
 from lightning_sparse.callbacks.sparsity_monitor import SparsityMonitor
 from lightning_sparse.select import select
@@ -25,15 +25,17 @@ class SparseCheckpoint(AnyModelCheckpoint, metaclass=Constructed):
     ``save_last=True`` the last file is written from the start, and files written on an exception are not held back.
 
     Args:
-        target: share of zeros in [0, 1].
+        target: the old name of ``target_sparsity``, the share of zeros in [0, 1] from which files count.
+        target_sparsity: the same, under the name that it has in the sparsity callbacks.
         settings: ModelCheckpoint's own arguments, such as ``monitor``, ``mode``, ``dirpath`` and ``save_top_k``.
 
     Raises TypeError or ValueError for a ``target`` that is no share, ValueError for ``save_last="link"``. Warns at the end
     of fit if the target never held where a file was due, with the largest sparsity seen.
     """
 
-    def __init__(self, target: float, **settings: Any) -> None:
-        self.target = _checks.between("target", target, 0, 1, closed="lr")
+    def __init__(self, target: float | None = None, *, target_sparsity: float | None = None, **settings: Any) -> None:
+        share = _strengths.only_one("SparseCheckpoint", "target", target, target_sparsity)
+        self.target = _checks.between("target" if target_sparsity is None else "target_sparsity", share, 0, 1, closed="lr")
         super().__init__(**settings)
         self._settings = settings
         if self.save_last == "link":

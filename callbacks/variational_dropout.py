@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from lightning_sparse import _checks, _draws, attach, penalties
 from lightning_sparse._pieces import pieces
-from lightning_sparse.ascent import START
 from lightning_sparse.callbacks import _states, _steps
-from lightning_sparse.callbacks._arguments import Other
+from lightning_sparse.callbacks._arguments import Finish, Other
 from lightning_sparse.callbacks._learned import rate
 from lightning_sparse.callbacks._learned_noise import LearnedNoise
 from lightning_sparse.callbacks._per_label import PerLabel, batches_of_run
 from lightning_sparse.learned_noise import Additive, Multiplicative
 from lightning_sparse.schedules import Schedule, as_schedule
+from lightning_sparse.target import START
 
 Place = Literal["weight", "local", "additive"]
 
@@ -62,12 +62,13 @@ class VariationalDropout(LearnedNoise):
         noise: Place = "additive",
         learned_lr: float | None = None,
         log_start: float = -5.0,
+        finish: Finish = "keep",
     ) -> None:
         self._per_label = PerLabel() if kl_weight is None and target_sparsity is None else None
         schedule = as_schedule(START if kl_weight is None else kl_weight)
         self.divergence = penalties.VariationalDropout(prior)
         penalty = penalties.Scaled(self.divergence, math.sqrt(schedule.lam))
-        super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity)
+        super().__init__(penalty, schedule, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, finish=finish)
         self.prior, self.noise = prior, _checks.one_of("noise", noise, ("weight", "local", "additive"))
         self.kind = Additive() if noise == "additive" else Multiplicative()
         self.learned_lr, self.log_start = rate(learned_lr), _checks.between("log_start", log_start, -30, 30)

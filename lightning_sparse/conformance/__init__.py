@@ -11,6 +11,7 @@ from lightning_sparse.conformance import (
     changes,
     counts,
     damage,
+    endings,
     faults,
     files,
     forwards,
@@ -47,5 +48,5 @@ from lightning_sparse.conformance._registry import (
 __all__ = ["CHECKS", "Check", "NotApplicable", "Outcome", "Subject", "check", "chosen", "outcome", "require", "subject", "undisturbed"]
 __all__ += ["arguments", "averages", "changes", "counts", "damage", "faults", "files", "life_cycle", "loops", "memory", "models"]
 __all__ += ["neighbours", "precision", "ranks", "resume", "selection", "steps", "swaps"]
-__all__ += ["lengths", "optimizers", "packages"]
+__all__ += ["endings", "lengths", "optimizers", "packages"]
 __all__ += ["forwards", "step_sizes"]

@@ -18,28 +18,41 @@ def largest(w: Tensor, count: int) -> Tensor:
     return _highest(w.detach().abs().reshape(-1), count).reshape(w.shape)
 
 
-def shrunk(weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+def shrunk(
+    weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], share: float, ties: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """What remains of the boolean masks ``kept`` once round(share * n) of all n weights are pruned; at least one remains.
 
     The smallest |w| of all tensors together go; what was pruned before comes first and never returns, and among equal
-    weights the last go first.
+    weights those of the smallest ``ties`` go first, then the last.
     """
     sizes = [w.detach().abs().masked_fill(~kept[name], -1.0).reshape(-1) for name, w in weights.items()]
     if not sizes:
         return {}
     joined = torch.cat([size.to(sizes[0].device) for size in sizes])
-    remaining = _highest(joined, max(1, len(joined) - round(share * len(joined)))).split([len(size) for size in sizes])
+    second = None if ties is None else torch.cat([ties[name].detach().to(sizes[0].device).reshape(-1) for name in weights])
+    remaining = _highest(joined, max(1, len(joined) - round(share * len(joined))), second).split([len(size) for size in sizes])
     return {name: part.reshape(kept[name].shape).to(kept[name].device) & kept[name] for name, part in zip(weights, remaining, strict=True)}
 
 
-def _highest(size: Tensor, count: int) -> Tensor:
-    """Boolean mask of the ``count`` highest of a vector, and of NaN; among equal ones the first win."""
+def lamp(w: Tensor) -> Tensor:
+    """w_j^2 over the sum of the squares that are at least as large, of one parameter (Lee et al., arXiv 2010.07611): 1 for the largest."""
+    square, order = w.detach().reshape(-1).float().square().sort(stable=True)
+    larger = square.flip(0).cumsum(0).flip(0)
+    score = torch.empty_like(square).scatter_(0, order, square / larger.clamp(min=torch.finfo(square.dtype).tiny))
+    return score.reshape(w.shape)
+
+
+def _highest(size: Tensor, count: int, ties: Tensor | None = None) -> Tensor:
+    """Boolean mask of the ``count`` highest of a vector, and of NaN; among equal ones the highest ``ties`` win, then the first."""
     if count <= 0 or count >= len(size):
         return torch.full_like(size, count > 0, dtype=torch.bool)
     known = size.nan_to_num(torch.inf, torch.inf)
     bound = known.kthvalue(len(size) - count + 1).values
     above, level = known > bound, known == bound
     room = count - above.sum()
+    if ties is not None:
+        level = _highest(ties.masked_fill(~level, -1.0), int(room)) & level
     return above | (level & (level.cumsum(0) <= room)) | size.isnan()
 
 

@@ -68,6 +68,7 @@ def test_another_form_and_another_penalty_are_said_as_such(tmp_path):
     assert "curvature" not in message
 
 
+@pytest.mark.filterwarnings("ignore:.*goes on for")
 def test_a_frozen_support_stays_frozen_and_that_is_said(tmp_path):
     path = written(ReweightedPenalty(LOG_SUM, 0.5, freeze=0.5), tmp_path / "a.ckpt")
     zeros = {name: w == 0 for name, w in torch.load(path, weights_only=True)["state_dict"].items() if w.dim() > 1}

@@ -98,6 +98,30 @@ def pruning_by_layer() -> list[Callback]:
     return [MagnitudePruning(0.5, 0.1, 0.6, every=3, scope="layer", start=0.1, freeze=0.2)]
 
 
+def penalty_to_target() -> list[Callback]:
+    return [ReweightedPenalty(LOG_SUM, target_sparsity=0.7)]
+
+
+def prox_to_target() -> list[Callback]:
+    return [AdaptiveProx(LOG_SUM, target_sparsity=0.7)]
+
+
+def mask_to_target() -> list[Callback]:
+    return [AdaptiveMask(LOG_SUM, target_sparsity=0.7)]
+
+
+def joint_to_target() -> list[Callback]:
+    return [EtaTrick(LOG_SUM, target_sparsity=0.7)]
+
+
+def noise_to_target() -> list[Callback]:
+    return [VariationalDropout(target_sparsity=0.7)]
+
+
+def gates_to_target() -> list[Callback]:
+    return [HardConcrete(target_sparsity=0.7)]
+
+
 def model_pruning() -> list[Callback]:
     return [ModelPruning("l1_unstructured", amount=0.5)]
 
@@ -132,6 +156,15 @@ VARIANTS = {
     "VariationalDropout, local": Subject("VariationalDropout, local", local_noise),
     "MagnitudePruning, by layer": Subject("MagnitudePruning, by layer", pruning_by_layer),
 }
+TARGETS = {
+    "ReweightedPenalty, target": Subject("ReweightedPenalty, target", penalty_to_target),
+    "AdaptiveProx, target": Subject("AdaptiveProx, target", prox_to_target),
+    "AdaptiveMask, target": Subject("AdaptiveMask, target", mask_to_target),
+    "EtaTrick, target": Subject("EtaTrick, target", joint_to_target),
+    "VariationalDropout, target": Subject("VariationalDropout, target", noise_to_target),
+    "HardConcrete, target": Subject("HardConcrete, target", gates_to_target),
+}
+VARIANTS |= {name: TARGETS[name] for name in ("ReweightedPenalty, target", "HardConcrete, target")}
 COMPILED = {
     "ReweightedPenalty, compiled": Subject("ReweightedPenalty, compiled", compiled_penalty),
     "AdaptiveProx, compiled": Subject("AdaptiveProx, compiled", compiled_prox),

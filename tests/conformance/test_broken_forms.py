@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lightning_sparse import conformance, noise, penalties
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, MagnitudePruning, ReweightedPenalty
+from lightning_sparse.callbacks._promises import Fit
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 
@@ -54,7 +55,32 @@ class Odd(ReweightedPenalty):
         return super().state_dict() | {"folder": Path.cwd()}
 
 
+class Silent(ReweightedPenalty):
+    """Says nothing of what it did not reach."""
+
+    def unreached(self):
+        return []
+
+
+class Waiting(ReweightedPenalty):
+    """Leaves the zeros to lam alone."""
+
+    def _tick(self):
+        self.step, self._clock.counted = self.step + 1, True
+
+
+class Anew(MagnitudePruning):
+    """Begins each fit from nothing."""
+
+    def setup(self, *args):
+        self._fit = Fit()
+        super().setup(*args)
+
+
 MUTANTS = {
+    "a_run_stopped_early_says_what_it_missed": partial(Silent, LOG_SUM, target_sparsity=0.7),
+    "a_target_is_met_in_a_few_steps": partial(Waiting, LOG_SUM, target_sparsity=0.7),
+    "a_second_fit_goes_on": partial(Anew, 0.7, every=2),
     "a_loss_that_is_not_finite": partial(Heedless, LOG_SUM, 0.5),
     "gradients_that_are_not_finite": partial(Blind, LOG_SUM, 0.2),
     "weights_that_are_not_finite": partial(Heedless, LOG_SUM, 0.5),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from subjects import COMPILED, OTHERS, OURS, VARIANTS
+from subjects import COMPILED, OTHERS, OURS, TARGETS, VARIANTS
 
 from lightning_sparse import _compiled, conformance, testing
 from lightning_sparse.callbacks import SparsityMonitor
@@ -28,6 +28,16 @@ def test_our_callbacks_conform(name, check):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_their_options_conform_in_what_a_file_holds(name, check):
     outcome = conformance.outcome(VARIANTS[name], check)
+    assert outcome.verdict == "pass", outcome.reason
+
+
+LENGTHS = [name for name, check in conformance.CHECKS.items() if check.group == "length of a run"]
+
+
+@pytest.mark.parametrize("check", LENGTHS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_runs_to_a_target_conform_whatever_their_length(name, check):
+    outcome = conformance.outcome(TARGETS[name], check)
     assert outcome.verdict == "pass", outcome.reason
 
 
