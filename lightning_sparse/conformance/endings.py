@@ -6,9 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
-
 from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import Callback, Trainer
 from lightning_sparse.conformance._registry import Subject, check, require
 from lightning_sparse.conformance.life_cycle import SIZE, zeros
 from lightning_sparse.conformance.steps import some_zeros

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import Callback
 from lightning_sparse.conformance._registry import Subject, check, require
 from lightning_sparse.conformance.life_cycle import zeros
 from lightning_sparse.conformance.steps import GROUP, Scheduled, own_steps, some_zeros
