@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import _checks
-from lightning_sparse._construction import Constructed
+from lightning_sparse._construction import Constructed, typed
 from lightning_sparse._finite import unfit
 from lightning_sparse._labels import LabelCount, Labels
 from lightning_sparse.attach import Attachment
@@ -71,7 +71,7 @@ class Curvature(metaclass=Constructed):
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
+        return typed(self, self.settings())
 
     def reset(self) -> None:
         """Forget every estimate, before a new fit."""

@@ -150,7 +150,7 @@ TYPED = [
     "MagnitudePruning(sparsity=0.9, every=10, scope='layer')",
     "SparsityMonitor(select=['a'], every_n_epochs=2)",
     "SparseCheckpoint(target=0.9, monitor='val', mode='max')",
-    "EmpiricalFisher(decay=0.5, every=2, samples=16, reduction='sum')",
+    "EmpiricalFisher(decay=0.5, every=2, reduction='sum')",
     "Gaussian(local=True, share=0.5)",
 ]
 
