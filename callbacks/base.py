@@ -176,7 +176,8 @@ class Sparsifier(Shown):
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """After a real optimiser step (not a skipped one, not an accumulation batch)."""
         self._clipping.after(parameter.grad for _, parameter, _ in self._owned(optimizer))
-        _report.say_unknown_steps(self, self._step_sizes.after(optimizer, (member[1:] for member in self._owned(optimizer))))
+        if self.needs_step_sizes and not self.frozen:
+            _report.say_unknown_steps(self, self._step_sizes.after(optimizer, (member[1:] for member in self._owned(optimizer))))
         if self.frozen:
             self._hold(optimizer, self.support or {})
         else:
