@@ -269,7 +269,9 @@ def _eps(group: Mapping[str, Any]) -> float:
 
 
 def _memory(group: Mapping[str, Any]) -> float:
-    """The first beta, or the momentum of an optimiser without betas, where it is one; else none is known."""
+    """The first beta, or the momentum of an optimiser without betas; where the group has neither, Adam's."""
+    if "betas" not in group and "momentum" not in group:
+        return 0.9
     betas = group.get("betas")
     first = betas[0] if isinstance(betas, (tuple, list)) and betas else group.get("momentum")
     beta = _number(first, 0.0)
