@@ -1,4 +1,4 @@
-"""Mask rules alpha(w), one file a rule. A new one: its file and one line here."""
+"""Mask rules alpha(w), one file per family. To add one, write its file and import it here."""
 
 from lightning_sparse.mask_rules.linear_ramp import LinearRamp
 from lightning_sparse.mask_rules.ranked import TargetedDropout, TopK

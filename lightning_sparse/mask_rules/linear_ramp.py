@@ -15,12 +15,12 @@ from lightning_sparse.penalties.scaled import Scaled
 
 @dataclass(frozen=True)
 class LinearRamp(MaskRule):
-    """alpha(w) = min(1, |w| / tau). Its penalty is tau * MCP(tau), written Scaled(MCP(tau^2), 1 / tau).
+    """alpha(w) = min(1, |w| / tau). The equivalent penalty is tau * MCP(tau), written Scaled(MCP(tau^2), 1 / tau).
 
     Raises ValueError unless tau > 0.
 
     Args:
-        tau: the |w| from which on a weight is always kept.
+        tau: weights with |w| >= tau are always kept.
     """
 
     tau: float

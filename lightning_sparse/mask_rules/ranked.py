@@ -1,4 +1,4 @@
-"""Rules that rank the weights of a whole tensor: TopK and TargetedDropout. They are not separable."""
+"""Mask rules that rank the weights of a tensor by |w|: TopK and TargetedDropout. They are not separable."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from lightning_sparse.duality import Examples, MaskRule, Penalty
 
 
 def largest(w: Tensor, count: int) -> Tensor:
-    """Boolean mask of the ``count`` largest |w|, and of NaN; among equal ones the first in memory order win."""
+    """Return the boolean mask of the ``count`` largest |w|, plus every NaN. Ties: the first in memory order are selected."""
     return _highest(w.detach().abs().reshape(-1), count).reshape(w.shape)
 
 
 def shrunk(
     weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], share: float, ties: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What remains of the boolean masks ``kept`` once round(share * n) of all n weights are pruned; at least one remains.
+    """Prune the boolean masks ``kept`` until round(share * n) of all n weights are pruned, and return the new masks.
 
-    The smallest |w| of all tensors together go; what was pruned before comes first and never returns, and among equal
-    weights those of the smallest ``ties`` go first, then the last.
+    The smallest |w| over all tensors are pruned; of equal weights first those with the smallest ``ties``, then the last ones.
+    Weights pruned before stay pruned and count towards the share. At least one weight remains.
     """
     sizes = [w.detach().abs().masked_fill(~kept[name], -1.0).reshape(-1) for name, w in weights.items()]
     if not sizes:
         return {}
-    joined = torch.cat([size.to(sizes[0].device) for size in sizes])
-    second = None if ties is None else torch.cat([ties[name].detach().to(sizes[0].device).reshape(-1) for name in weights])
-    remaining = _highest(joined, max(1, len(joined) - round(share * len(joined))), second).split([len(size) for size in sizes])
+    flat = torch.cat([size.to(sizes[0].device) for size in sizes])
+    flat_ties = None if ties is None else torch.cat([ties[name].detach().to(sizes[0].device).reshape(-1) for name in weights])
+    remaining = _highest(flat, max(1, len(flat) - round(share * len(flat))), flat_ties).split([len(size) for size in sizes])
     return {name: part.reshape(kept[name].shape).to(kept[name].device) & kept[name] for name, part in zip(weights, remaining, strict=True)}
 
 
 def lamp(w: Tensor) -> Tensor:
-    """w_j^2 over the sum of the squares that are at least as large, of one parameter (Lee et al., arXiv 2010.07611): 1 for the largest."""
+    """Return the LAMP score of each weight of a parameter: w_j^2 divided by the sum of all w_i^2 >= w_j^2, 1 for the largest weight.
+
+    Source: Lee et al., arXiv 2010.07611.
+    """
     square, order = w.detach().reshape(-1).float().square().sort(stable=True)
     larger = square.flip(0).cumsum(0).flip(0)
     score = torch.empty_like(square).scatter_(0, order, square / larger.clamp(min=torch.finfo(square.dtype).tiny))
@@ -44,27 +47,30 @@ def lamp(w: Tensor) -> Tensor:
 
 
 def _highest(size: Tensor, count: int, ties: Tensor | None = None) -> Tensor:
-    """Boolean mask of the ``count`` highest of a vector, and of NaN; among equal ones the highest ``ties`` win, then the first."""
+    """Return the boolean mask of the ``count`` highest entries of a vector, plus every NaN.
+
+    Ties: those with the highest ``ties`` are selected, then the first.
+    """
     if count <= 0 or count >= len(size):
         return torch.full_like(size, count > 0, dtype=torch.bool)
-    known = size.nan_to_num(torch.inf, torch.inf)
-    bound = known.kthvalue(len(size) - count + 1).values
-    above, level = known > bound, known == bound
-    room = count - above.sum()
+    without_nan = size.nan_to_num(torch.inf, torch.inf)
+    bound = without_nan.kthvalue(len(size) - count + 1).values
+    above, tied = without_nan > bound, without_nan == bound
+    remaining = count - above.sum()
     if ties is not None:
-        level = _highest(ties.masked_fill(~level, -1.0), int(room)) & level
-    return above | (level & (level.cumsum(0) <= room)) | size.isnan()
+        tied = _highest(ties.masked_fill(~tied, -1.0), int(remaining)) & tied
+    return above | (tied & (tied.cumsum(0) <= remaining)) | size.isnan()
 
 
 @dataclass(frozen=True)
 class TopK(MaskRule):
-    """alpha = 1 on the k = round(density * numel) largest |w| (at least one), 0 on the others; first come at ties.
+    """alpha = 1 on the k = round(density * numel) largest |w| (at least one), 0 on the others. Ties: the first are kept.
 
-    The mask of iterative hard thresholding and of gradual magnitude pruning. Its penalty is the indicator of
+    The mask of iterative hard thresholding and of gradual magnitude pruning. The equivalent penalty is the indicator of
     "at most k non-zeros". Raises ValueError unless 0 < density <= 1.
 
     Args:
-        density: the share of weights that are kept.
+        density: the share of weights to keep.
     """
 
     density: float
@@ -75,7 +81,7 @@ class TopK(MaskRule):
         _checks.between("density", self.density, 0, 1, closed="r")
 
     def kept(self, w: Tensor) -> Tensor:
-        """Boolean mask of the weights that are kept."""
+        """Return the boolean mask of the weights to keep."""
         return largest(w, max(1, round(self.density * w.numel())))
 
     def keep_probability(self, w: Tensor) -> Tensor:
@@ -87,10 +93,10 @@ class TopK(MaskRule):
 
 @dataclass(frozen=True)
 class TopKPenalty(Penalty):
-    """The indicator of norm0(w) <= k, elementwise: 0 for the kept weights and zeros, inf for other non-zero weights.
+    """The indicator of norm0(w) <= k, elementwise: 0 for the k largest |w| and for zeros, inf for other non-zero weights.
 
-    eta_hat is inf for the kept, 0 for the rest; dual(eta), a scalar, is 0 if at most k entries are > 0, else inf.
-    The prox is the projection: it keeps the k largest.
+    eta_hat is inf for the k largest |w|, 0 for the others. dual(eta) is a scalar: 0 if at most k entries are > 0, else inf.
+    The prox is the projection: it keeps the k largest |w|.
     """
 
     density: float
@@ -116,14 +122,14 @@ class TopKPenalty(Penalty):
 
 @dataclass(frozen=True)
 class TargetedDropout(MaskRule):
-    """alpha = 1 - rate on the round(fraction * numel) smallest |w|, 1 on the others; first come as large at ties.
+    """alpha = 1 - rate on the round(fraction * numel) smallest |w|, 1 on the others. Ties: the first count as larger.
 
-    Its penalty is c/2 times the sum of w^2 over the smallest, c = rate / (1 - rate). alpha(0) > 0: it only shrinks.
-    Raises ValueError unless 0 < rate < 1 and 0 < fraction <= 1.
+    The equivalent penalty is c/2 times the sum of w^2 over the smallest, c = rate / (1 - rate). No exact zeros, because
+    alpha(0) > 0. Raises ValueError unless 0 < rate < 1 and 0 < fraction <= 1.
 
     Args:
-        rate: the probability with which one of the smallest weights is dropped.
-        fraction: the share of weights that count as the smallest.
+        rate: the probability of dropping a weight among the smallest.
+        fraction: the share of weights counted as the smallest.
     """
 
     rate: float
@@ -136,7 +142,7 @@ class TargetedDropout(MaskRule):
         _checks.between("fraction", self.fraction, 0, 1, closed="r")
 
     def targeted(self, w: Tensor) -> Tensor:
-        """Boolean mask of the weights that are dropped at ``rate``."""
+        """Return the boolean mask of the smallest weights, dropped with probability ``rate``."""
         return ~largest(w, w.numel() - round(self.fraction * w.numel()))
 
     def keep_probability(self, w: Tensor) -> Tensor:
@@ -148,10 +154,10 @@ class TargetedDropout(MaskRule):
 
 @dataclass(frozen=True)
 class TargetedDropoutPenalty(Penalty):
-    """c w^2 / 2 for each of the m smallest weights, 0 for the others, c = rate / (1 - rate); Omega is the sum.
+    """c w^2 / 2 for each of the m smallest |w|, 0 for the others, c = rate / (1 - rate). Omega is the sum.
 
-    eta_hat is 1/c for the m smallest, inf for the others; dual(eta), a scalar, is 0 where
-    sum_j min(c, 1 / eta_j) >= c m, else inf. The prox (one step for the whole tensor) divides the m smallest by 1 + c step.
+    eta_hat is 1/c for the m smallest, inf for the others. dual(eta) is a scalar: 0 if
+    sum_j min(c, 1 / eta_j) >= c m, else inf. The prox (one step size per tensor) divides the m smallest by 1 + c step.
     """
 
     rate: float

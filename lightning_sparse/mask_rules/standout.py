@@ -15,12 +15,12 @@ from lightning_sparse.duality import Examples, MaskRule, Penalty
 
 @dataclass(frozen=True)
 class Standout(MaskRule):
-    """alpha(w) = sigmoid(a |w| + b), so eta_hat(w) = e^(a |w| + b). alpha(0) > 0: it only shrinks.
+    """alpha(w) = sigmoid(a |w| + b), so eta_hat(w) = e^(a |w| + b). No exact zeros, because alpha(0) > 0.
 
-    Raises ValueError unless a > 0 and b lies in [-50, 50] (beyond, alpha is 0 or 1 to float precision).
+    Raises ValueError unless a > 0 and b is in [-50, 50] (outside, alpha is 0 or 1 to float precision).
 
     Args:
-        a: how fast the keep probability rises with |w|.
+        a: the slope of the logit of the keep probability in |w|.
         b: the logit of the keep probability at w = 0.
     """
 
@@ -61,7 +61,7 @@ class StandoutPenalty(Penalty):
         return math.exp(-self.b) / self.a**2
 
     def _reach(self, w: Tensor) -> Tensor:
-        """a |w|, cut where e^-u has vanished."""
+        """Return u = a |w|, at most 800, because e^-u underflows to 0 there."""
         return (self.a * w.abs()).clamp(max=800)
 
     def omega(self, w: Tensor) -> Tensor:
@@ -79,7 +79,8 @@ class StandoutPenalty(Penalty):
 
 
 def _incomplete_gamma(n: int, u: Tensor) -> Tensor:
-    """1 - e^-u (1 + u + ... + u^(n-1) / (n-1)!); near 0 as e^-u times the rest of the series, which does not cancel."""
+    """Return 1 - e^-u (1 + u + ... + u^(n-1) / (n-1)!)."""
+    # for u < 0.5 as e^-u times the rest of the series, because the difference would cancel
     head, rest = torch.ones_like(u), torch.ones_like(u)
     for k in range(n - 1, 0, -1):
         head = 1 + u / k * head

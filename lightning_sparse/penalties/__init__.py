@@ -1,4 +1,4 @@
-"""Subquadratic penalties, one file a family. A new one: its file and one line here."""
+"""Subquadratic penalties, one file per family. To add one, write its file and import it here."""
 
 from lightning_sparse.penalties.ard import ARD
 from lightning_sparse.penalties.concave import MCP, SCAD

@@ -1,4 +1,4 @@
-"""ARD: automatic relevance determination for a linear model, a penalty that couples all its weights."""
+"""ARD: automatic relevance determination for a linear model. The penalty couples all weights of the model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class ARD(Penalty):
     """Omega(w) = min over eta of (sum_j w_j^2 / eta_j + f(eta)) / 2, f(eta) = logdet(I + X diag(eta) X^T / tau).
 
     ``w`` is the vector of the linear model's d weights. eta_hat is the fixed point eta_j = |w_j| / sqrt(z_j),
-    z_j = x_j^T (tau I + X diag(eta) X^T)^-1 x_j; the problem is convex in log eta, so this is the global minimiser. Not
-    separable: ``omega`` and ``dual`` return scalars, and callbacks refuse it, since in a deep network no X exists. Raises
-    ValueError for a design that is not a finite matrix, tau <= 0, or w of another shape.
+    z_j = x_j^T (tau I + X diag(eta) X^T)^-1 x_j. The problem is convex in log eta, so the fixed point is the global
+    minimiser. Not separable: ``omega`` and ``dual`` return scalars. Callbacks refuse ARD because a deep network has no X.
+    Raises ValueError for a design that is not a finite matrix, for tau <= 0, and for w of another shape.
 
     Args:
-        X: the (n, d) design of the linear model, n samples of d inputs.
-        tau: the variance of its noise.
+        X: the (n, d) design matrix of the linear model: n samples of d inputs.
+        tau: the noise variance of the linear model.
     """
 
     X: Tensor
@@ -44,7 +44,7 @@ class ARD(Penalty):
 
     @property
     def width(self) -> int:
-        """The number of weights that ``w`` must hold."""
+        """Required number of weights in ``w``."""
         return self.X.shape[1]
 
     def _vector(self, w: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class ARD(Penalty):
         return self.X.detach().to(like.device, torch.float64)
 
     def _relevance(self, eta: Tensor) -> Tensor:
-        """z = df / d eta: diag(X^T (tau I + X diag(eta) X^T)^-1 X)."""
+        """Return z = df / d eta = diag(X^T (tau I + X diag(eta) X^T)^-1 X)."""
         x = self._design(eta)
         covariance = self.tau * torch.eye(len(x), dtype=eta.dtype, device=eta.device) + (x * eta) @ x.T
         relevance: Tensor = (x * torch.linalg.solve(covariance, x)).sum(0)
@@ -71,9 +71,9 @@ class ARD(Penalty):
         eta = size
         for _ in range(rounds):
             new = numeric.quotient(size, self._relevance(eta).sqrt())
-            settled = torch.allclose(new, eta, rtol=1e-13, atol=0)
+            converged = torch.allclose(new, eta, rtol=1e-13, atol=0)
             eta = new
-            if settled:
+            if converged:
                 break
         return eta
 
@@ -88,11 +88,11 @@ class ARD(Penalty):
         return ((numeric.quotient(self._vector(w) ** 2, eta).sum() + self.dual(eta)) / 2).to(w.dtype)
 
     def omega(self, w: Tensor) -> Tensor:
-        """Omega(w), a scalar; its autograd is w / eta_hat(w)."""
+        """Return the scalar Omega(w). Its autograd gradient is w / eta_hat(w)."""
         return numeric.with_slope(w, self._value, self.gradient)
 
     def dual(self, eta: Tensor) -> Tensor:
-        """f(eta), a scalar."""
+        """Return the scalar f(eta)."""
         x, eta64 = self._design(eta), self._vector(eta)
         gram = torch.eye(len(x), dtype=torch.float64, device=eta.device) + (x * eta64) @ x.T / self.tau
         return torch.logdet(gram).to(eta.dtype)

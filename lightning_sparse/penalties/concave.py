@@ -1,4 +1,4 @@
-"""MCP and SCAD: linear near 0, constant far out; large weights are not shrunk at all."""
+"""MCP and SCAD: linear near 0, constant for large weights. Large weights are not shrunk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MCP(Penalty):
     Dual: f(eta) = c eta / (eta + c). Raises ValueError unless c > 0.
 
     Args:
-        c: the |w| from which on the penalty is constant.
+        c: the penalty is constant for |w| >= c.
     """
 
     c: float
@@ -46,7 +46,7 @@ class MCP(Penalty):
 
     def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
         size, lam = w.abs(), torch.as_tensor(step, dtype=w.dtype, device=w.device)
-        steep = lam >= self.c  # the objective is then concave up to c: 0 or w itself
+        steep = lam >= self.c  # the objective is concave up to c, so the minimiser is 0 or w
         firm = (size - lam).clamp(min=0) / (1 - lam / self.c).masked_fill(steep, 1.0)
         hard = size.masked_fill(size <= (lam * self.c).sqrt(), 0.0)  # NaN stays NaN
         return torch.where(steep, hard, torch.where(size <= self.c, firm, size)) * w.sign()
@@ -54,7 +54,7 @@ class MCP(Penalty):
 
 @dataclass(frozen=True)
 class SCAD(Penalty):
-    """Slope omega'(w) = 1 below k, falling linearly to 0 at a k. With w for |w|:
+    """Slope omega'(w) = 1 below k, then falling linearly to 0 at a k. Formulas, with w short for |w|:
 
     omega(w) = w for w < k, (2 a k w - w^2 - k^2) / (2 (a-1) k) up to a k, then (a+1) k / 2;
     eta_hat(w) = w, then (a-1) k w / (a k - w), then inf.
@@ -62,8 +62,8 @@ class SCAD(Penalty):
     Raises ValueError unless a > 2 and k > 0.
 
     Args:
-        a: how many times k it takes until the penalty is constant; 3.7 in the literature.
-        k: the |w| up to which the slope is 1.
+        a: the penalty is constant for |w| >= a k; 3.7 in the literature.
+        k: the slope is 1 for |w| <= k.
     """
 
     a: float
@@ -100,12 +100,12 @@ class SCAD(Penalty):
     def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
         size, lam = w.abs(), torch.as_tensor(step, dtype=w.dtype, device=w.device)
         soft = (size - lam).clamp(min=0)
-        steep = lam >= self._fall  # concave between k and a k: the soft threshold or w itself
+        steep = lam >= self._fall  # the objective is concave from k to a k, so the minimiser is the soft threshold or w
         ramp = (self._fall * size - lam * self.a * self.k) / (self._fall - lam).masked_fill(steep, 1.0)
         convex = torch.where(size <= self.k + lam, soft, torch.where(size <= self.a * self.k, ramp, size))
         return torch.where(steep, self._steep(size, soft.clamp(max=self.k), lam), convex) * w.sign()
 
     def _steep(self, size: Tensor, soft: Tensor, lam: Tensor) -> Tensor:
-        moved = (size - soft) ** 2 / 2 + lam * soft
-        kept = (size > self.a * self.k) & (lam * (self.a + 1) * self.k / 2 < moved)
-        return torch.where(kept | size.isinf(), size, soft)
+        soft_objective = (size - soft) ** 2 / 2 + lam * soft
+        unchanged = (size > self.a * self.k) & (lam * (self.a + 1) * self.k / 2 < soft_objective)
+        return torch.where(unchanged | size.isinf(), size, soft)

@@ -1,4 +1,4 @@
-"""HardConcrete: the penalty behind L0 regularisation with the stretched, clipped concrete gate."""
+"""HardConcrete: the penalty equivalent to L0 regularisation with hard concrete gates."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lightning_sparse.duality import Examples, Penalty
 
 @dataclass(frozen=True)
 class HardConcrete(Penalty):
-    """omega(w) = min over the gate's log alpha of (w^2 / eta + f) / 2, tabulated to 1e-6.
+    """omega(w) = min over the gate's log alpha of (w^2 / eta + f) / 2, tabulated with error 1e-6.
 
     The gate is s = clip(sbar (zeta - gamma) + gamma, 0, 1), sbar = sigmoid((logit(u) + log alpha) / beta), u uniform;
-    eta = (E s)^2 / Var s and f = P(s > 0) = sigmoid(log alpha - beta log(-gamma / zeta)), so that lam here is twice the
-    usual L0 weight. Up to |w| ~ .537 (at the default values) eta_hat follows this curve, then it jumps to inf, where
-    omega = 1/2; the dual is the curve's lower envelope. Slope 1.475 at 0.
-    Raises ValueError unless beta > 0, gamma < 0 and zeta > 1, or where the curve has no such single branch.
+    eta = (E s)^2 / Var s and f = P(s > 0) = sigmoid(log alpha - beta log(-gamma / zeta)), so lam here is twice the
+    usual L0 weight. eta_hat follows this curve up to |w| ~ .537 (at the default values), then jumps to inf, where
+    omega = 1/2. The dual is the lower envelope of the curve. Slope 1.475 at 0.
+    Raises ValueError unless beta > 0, gamma < 0 and zeta > 1, and for a curve without a single branch below the jump.
 
     Args:
         beta: the gate's temperature.
-        gamma: the lower end that the gate is stretched to, below 0.
-        zeta: the upper end, above 1.
+        gamma: the lower end of the stretched gate, < 0.
+        zeta: the upper end of the stretched gate, > 1.
     """
 
     beta: float = 2 / 3
@@ -59,7 +59,7 @@ class HardConcrete(Penalty):
 
 
 class _Gate:
-    """Moments of the gate along log alpha, by quadrature of P(s > x) over x in [0, 1]."""
+    """Moments of the gate as functions of log alpha, by quadrature of P(s > x) over x in [0, 1]."""
 
     def __init__(self, beta: float, gamma: float, zeta: float) -> None:
         x, weight = np.polynomial.legendre.leggauss(96)
@@ -69,7 +69,7 @@ class _Gate:
         self.start = beta * np.log(-gamma / zeta)
 
     def __call__(self, log_alpha: tables.Array) -> tuple[tables.Array, tables.Array, tables.Array]:
-        """w^2 = -df / dv, v = 1 / eta = Var s / (E s)^2 and f = P(s > 0) at each log alpha."""
+        """Return w^2 = -df / dv, v = 1 / eta = Var s / (E s)^2 and f = P(s > 0) at each log alpha."""
         from scipy.special import expit
 
         above = expit(log_alpha[:, None] - self.shift)
@@ -88,7 +88,7 @@ def _curve(beta: float, gamma: float, zeta: float) -> tables.Curve:
     gate = _Gate(beta, gamma, zeta)
     coarse = np.linspace(-30, 20, 2001)
     square, v, f = gate(coarse)
-    left = int(np.argmax(square * v + f > 1))  # the branch loses to eta = inf, where the value is 1
+    left = int(np.argmax(square * v + f > 1))  # from here on eta = inf is better: its value is 1
     turn = int(np.argmax(np.diff(square) <= 0))
     if not 0 < left < turn:
         raise ValueError(f"HardConcrete(beta={beta:g}, gamma={gamma:g}, zeta={zeta:g}): eta_hat has no single branch below its jump")

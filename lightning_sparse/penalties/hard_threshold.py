@@ -1,4 +1,4 @@
-"""HardThreshold: the L0 penalty, a fixed price for every non-zero weight."""
+"""HardThreshold: the L0 penalty, a constant for every non-zero weight."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_sparse.duality import Examples, Penalty
 class HardThreshold(Penalty):
     """omega(w) = (tau^2 / 2) 1{w != 0}; eta_hat is 0 at w = 0 and inf elsewhere.
 
-    Its slope vanishes off 0, so the gradient and mask forms never move a weight: its zeros come only from its prox,
-    which keeps w where |w| > tau sqrt(step). Dual: tau^2 for eta > 0, 0 at eta = 0.
+    The slope is 0 for w != 0, so gradient and mask methods never move a weight. Zeros come only from the prox, which
+    keeps w where |w| > tau sqrt(step). Dual: tau^2 for eta > 0, 0 at eta = 0.
     Raises ValueError unless tau > 0.
 
     Args:
-        tau: the |w| up to which the prox of step 1 removes a weight.
+        tau: the prox of step 1 sets weights with |w| <= tau to zero.
     """
 
     tau: float

@@ -14,13 +14,13 @@ from lightning_sparse.duality import Examples, Penalty
 
 @dataclass(frozen=True)
 class LogSquare(Penalty):
-    """omega(w) = log((w^2 + eps) / eps), eta_hat(w) = (w^2 + eps) / 2; it only shrinks, and leaves large weights alone.
+    """omega(w) = log((w^2 + eps) / eps), eta_hat(w) = (w^2 + eps) / 2. No exact zeros; large weights hardly shrink.
 
     Dual: f(eta) = 2 (r - 1 - log r) with r = eps / (2 eta) for eta >= eps / 2, else 0.
     Raises ValueError unless eps > 0.
 
     Args:
-        eps: the square of the weight beyond which the penalty grows slowly.
+        eps: the penalty grows only logarithmically for w^2 > eps.
     """
 
     eps: float

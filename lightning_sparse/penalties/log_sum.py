@@ -14,13 +14,13 @@ from lightning_sparse.duality import Examples, Penalty
 
 @dataclass(frozen=True)
 class LogSum(Penalty):
-    """omega(w) = log((|w| + eps) / eps), eta_hat(w) = |w| (|w| + eps); slope 1 / eps at 0, unbiased far out.
+    """omega(w) = log((|w| + eps) / eps), eta_hat(w) = |w| (|w| + eps). Slope 1 / eps at 0, towards 0 for large weights.
 
     Dual: f(eta) = 2 log((S + eps) / (2 eps)) - (S - eps)^2 / (4 eta) with S = sqrt(eps^2 + 4 eta).
-    Raises ValueError unless eps > 0. Twice LogSum(2) stands in for variational dropout.
+    Raises ValueError unless eps > 0. 2 LogSum(2) approximates the penalty of variational dropout.
 
     Args:
-        eps: the |w| at which the slope has fallen to half.
+        eps: the |w| at which the slope is half of its value at 0.
     """
 
     eps: float
@@ -48,12 +48,12 @@ class LogSum(Penalty):
         return self._ratio(eta).square()
 
     def _ratio(self, eta: Tensor) -> Tensor:
-        """w / eta at the maximiser, w (w + eps) = eta; in this form it neither cancels near 0 nor overflows."""
+        """Return w / eta at the maximiser w (w + eps) = eta, without cancellation near 0 and without overflow."""
         return ((eta + self.eps**2 / 4).sqrt_() + self.eps / 2).reciprocal_()
 
     def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
         size, lam = w.abs(), torch.as_tensor(step, dtype=w.dtype, device=w.device)
-        # stationary points solve (size - x)(x + eps) = step; the larger root is the local minimum
+        # stationary points solve (size - x)(x + eps) = step; the larger root is a local minimum
         reach = size + self.eps
         square = reach * reach
         x = (size - 2 * lam / (reach + (square - 4 * lam).clamp_(min=0).sqrt_())).clamp_(min=0)

@@ -1,4 +1,4 @@
-"""Powers of |w|: Ridge (p = 2), L1 and Lp between 0 and 2."""
+"""Powers of |w|: Ridge (p = 2), L1 (p = 1) and Lp (0 < p < 2)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_sparse.duality import Examples, Penalty
 
 @dataclass(frozen=True)
 class Ridge(Penalty):
-    """omega(w) = w^2 / (2c), eta_hat(w) = c: weight decay, or dropout at a constant rate. It only shrinks.
+    """omega(w) = w^2 / (2c), eta_hat(w) = c: weight decay, or dropout at a constant rate. No exact zeros.
 
     Dual: 0 for eta <= c, inf above. Raises ValueError unless c > 0.
 
@@ -47,7 +47,7 @@ class Ridge(Penalty):
 
 @dataclass(frozen=True)
 class L1(Penalty):
-    """omega(w) = |w|, eta_hat(w) = |w|; slope 1 everywhere, so large weights are shrunk too.
+    """omega(w) = |w|, eta_hat(w) = |w|. Slope 1 everywhere, so large weights are shrunk too.
 
     Dual: f(eta) = eta. Prox: soft threshold.
     """
@@ -73,7 +73,7 @@ class L1(Penalty):
 
 @dataclass(frozen=True)
 class Lp(Penalty):
-    """omega(w) = |w|^p / p, eta_hat(w) = |w|^(2-p), 0 < p < 2. Zero is absorbing for p < 1; p > 1 only shrinks.
+    """omega(w) = |w|^p / p, eta_hat(w) = |w|^(2-p), 0 < p < 2. Zero is absorbing for p < 1; no exact zeros for p > 1.
 
     Dual: f(eta) = eta^q / q with q = p / (2 - p). Prox: closed form for p = 1 and p = 1/2, numeric otherwise.
     Raises ValueError unless 0 < p < 2.
@@ -108,13 +108,13 @@ class Lp(Penalty):
 
     @staticmethod
     def _power(w: Tensor, exponent: float) -> Tensor:
-        """|w|^exponent, with 0 at w = 0 in value and in autograd."""
+        """Return |w|^exponent, with value and gradient 0 at w = 0."""
         zero = w == 0
         return (w.abs().masked_fill(zero, 1.0) ** exponent).masked_fill(zero, 0.0)
 
 
 def _prox_half(w: Tensor, step: Tensor | float) -> Tensor:
-    """argmin_x (x - w)^2 / 2 + 2 step sqrt|x|: the trigonometric root of a cubic in sqrt(x), above 1.5 (2 step)^(2/3)."""
+    """Return argmin_x (x - w)^2 / 2 + 2 step sqrt|x|: a trigonometric root of a cubic in sqrt(x) for |w| > 1.5 (2 step)^(2/3), else 0."""
     size, lam = w.abs(), torch.as_tensor(step, dtype=w.dtype, device=w.device)
     zero = (size <= 1.5 * (2 * lam) ** (2 / 3)) | (size == 0)  # NaN stays NaN
     safe = torch.where(~zero & size.isfinite(), size, torch.ones_like(size))

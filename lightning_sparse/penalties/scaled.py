@@ -1,4 +1,4 @@
-"""Scaled: a penalty of w / t."""
+"""Scaled: another penalty evaluated at w / t."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Scaled(Penalty):
     Raises TypeError unless p is a Penalty, ValueError unless t > 0.
 
     Args:
-        p: the penalty.
+        p: the penalty to scale.
         t: the scale, in units of the weight.
     """
 
@@ -55,5 +55,5 @@ class Scaled(Penalty):
 
     def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
         inner = w / self.t
-        moved = self.t * self.p.prox(inner, step / self.t**2)
-        return torch.where(inner.isinf(), w, moved)  # also where the quotient overflows
+        result = self.t * self.p.prox(inner, step / self.t**2)
+        return torch.where(inner.isinf(), w, result)  # w / t may overflow for finite w

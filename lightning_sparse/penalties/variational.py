@@ -1,4 +1,4 @@
-"""VariationalDropout: the penalty that variational dropout and ARD noise amount to, for three priors."""
+"""VariationalDropout: the penalty equivalent to variational dropout, for three priors."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _K1, _K2, _K3 = 0.63576, 1.8732, 1.48695  # Molchanov's fit of the KL divergence
 
 @dataclass(frozen=True)
 class VariationalDropout(Penalty):
-    """omega(w) = min over eta of (w^2 / eta + f(eta)) / 2 with f twice the KL divergence to the prior:
+    """omega(w) = min over eta of (w^2 / eta + f(eta)) / 2, where f is twice the KL divergence to the prior:
 
-    - ``log_uniform``: f'(eta) = D(x) / x, x = sqrt(eta / 2), D Dawson's integral; exact, tabulated to 1e-6;
-    - ``molchanov``: f(eta) = 2 (k1 sigmoid(k3 log eta - k2) + log(1 + eta) / 2), the usual fit, within about 2%;
+    - ``log_uniform``: f'(eta) = D(x) / x, x = sqrt(eta / 2), D Dawson's integral; exact, tabulated with error 1e-6;
+    - ``molchanov``: f(eta) = 2 (k1 sigmoid(k3 log eta - k2) + log(1 + eta) / 2), the usual fit, error about 2%;
     - ``empirical_bayes``: f(eta) = log(1 + eta); with t = asinh(|w| / 2), omega = t + (1 - e^(-2t)) / 2 and
       eta_hat = e^(2t) - 1.
 
-    Slope 1 at 0 and log |w| far out. An unknown prior raises ValueError with the closest names.
+    Slope 1 at 0; grows like log |w| for large |w|. Raises ValueError with the closest names for an unknown prior.
 
     Args:
         prior: "log_uniform", "molchanov" or "empirical_bayes".
@@ -75,7 +75,7 @@ class VariationalDropout(Penalty):
 
 
 def _asinh(x: Tensor) -> Tensor:
-    """asinh for x >= 0, accurate near 0: x + x^2 / (1 + sqrt(1 + x^2)) - 1 inside the logarithm."""
+    """Return asinh(x) for x >= 0, accurate near 0: log1p(x + x^2 / (1 + sqrt(1 + x^2)))."""
     safe = x.clamp(max=min(1e18, torch.finfo(x.dtype).max))
     near = torch.log1p(safe + safe * (safe / (1 + torch.hypot(safe, torch.ones_like(safe)))))
     return torch.where(x > 1e6, (2 * x.clamp(min=1)).log(), near)
@@ -84,11 +84,11 @@ def _asinh(x: Tensor) -> Tensor:
 @cache
 def _curve(prior: str) -> tables.Curve:
     eta, f, slope = _log_uniform() if prior == "log_uniform" else _molchanov()
-    return tables.curve(eta * np.sqrt(slope), eta, f)  # stationary: w^2 = eta^2 f'(eta)
+    return tables.curve(eta * np.sqrt(slope), eta, f)  # the stationary w: w^2 = eta^2 f'(eta)
 
 
 def _log_uniform() -> tuple[tables.Array, tables.Array, tables.Array]:
-    """eta, f and f' with eta = 2 x^2, so that f = 4 * integral of D from 0 to x."""
+    """Return eta, f and f' with eta = 2 x^2, so f = 4 * integral of D from 0 to x."""
     from scipy.special import dawsn
 
     x = np.geomspace(1e-5, 1e6, 20001)
