@@ -1,4 +1,4 @@
-"""How a contract check says what broke, shared by the checks of :mod:`lightning_sparse.testing`."""
+"""Comparisons and error messages shared by the contract checks of :mod:`lightning_sparse.testing`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_sparse.duality import MaskRule, Penalty
 
-DTYPES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.04}  # and the error allowed against float64
+DTYPES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.04}  # dtype: relative error allowed against float64
 
 
 class ContractError(AssertionError):
@@ -15,13 +15,13 @@ class ContractError(AssertionError):
 
 
 def fail(subject: object, what: str, w: Tensor, wrong: Tensor, detail: str = "") -> None:
-    """Raise, naming the first w where ``wrong`` holds."""
+    """Raise ContractError naming the first w where ``wrong`` is True."""
     if wrong.any():
         raise ContractError(f"{subject!r}: {what} at w = {w.reshape(-1)[int(wrong.reshape(-1).nonzero()[0])]:.6g}{detail}")
 
 
 def close(subject: object, what: str, w: Tensor, value: Tensor, wanted: Tensor, relative: float, absolute: float = 0.0) -> None:
-    """Raise, naming w and both values, where ``value`` differs from ``wanted``; equal infinities are close."""
+    """Raise ContractError naming w and both values if ``value`` differs from ``wanted``. Equal infinities are close."""
     near = (value - wanted).abs() <= relative * wanted.abs() + absolute
     wrong = ~(near | (value == wanted))
     if wrong.any():
@@ -37,7 +37,7 @@ def same_kind(subject: object, what: str, value: Tensor, like: Tensor) -> None:
 
 
 def weights(subject: Penalty | MaskRule) -> Tensor:
-    """Weights to try: log-spaced, or for a subject that is not separable a few distinct ones of the right count."""
+    """Return test weights: log-spaced, or as many distinct ones as a subject that is not separable needs."""
     if subject.separable:
         return torch.logspace(-6, 6, 97, dtype=torch.float64)
     width = int(getattr(subject, "width", 24))

@@ -1,4 +1,4 @@
-"""The parts of a penalty's contract; each raises ContractError and holds a formula against a fact of another origin."""
+"""Checks of the penalty contract. Each compares a formula with an independent fact and raises ContractError on a mismatch."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def edges(penalty: Penalty) -> None:
         w = torch.tensor(_EDGES, dtype=dtype)
         for name, value in _functions(penalty, w).items():
             fail(penalty, f"{name} is NaN in {dtype}", w, value.isnan())
-        lost = torch.full((1,), torch.nan, dtype=dtype)
-        fail(penalty, f"prox hides NaN in {dtype}", lost, ~penalty.prox(lost, 0.1).isnan())
+        nan = torch.full((1,), torch.nan, dtype=dtype)
+        fail(penalty, f"prox hides NaN in {dtype}", nan, ~penalty.prox(nan, 0.1).isnan())
         leaf = w[:-1].clone().requires_grad_()
         (slope,) = torch.autograd.grad(penalty.omega(leaf).double().clamp(max=1e300).sum(), leaf)
         fail(penalty, f"autograd of omega is NaN in {dtype}", w[:-1], slope.isnan())
@@ -61,13 +61,14 @@ def admissible(penalty: Penalty) -> None:
 
 
 def slope(penalty: Penalty) -> None:
-    """omega against w / eta_hat twice: by autograd, and by quadrature, since autograd may be a formula of its own."""
+    """Compare the slope of omega with w / eta_hat by autograd and by quadrature."""
+    # by quadrature too, because a penalty may define its autograd by a separate formula
     w = weights(penalty).requires_grad_()
     (slope,) = torch.autograd.grad(penalty.omega(w).sum(), w)
     w = w.detach()
-    pull = numeric.quotient(w, penalty.eta_hat(w))
-    close(penalty, "slope: autograd of omega against w / eta_hat", w, slope, pull, 1e-6, 1e-12)
-    close(penalty, "slope: gradient against w / eta_hat", w, penalty.gradient(w), pull, 1e-6, 1e-12)
+    expected = numeric.quotient(w, penalty.eta_hat(w))
+    close(penalty, "slope: autograd of omega against w / eta_hat", w, slope, expected, 1e-6, 1e-12)
+    close(penalty, "slope: gradient against w / eta_hat", w, penalty.gradient(w), expected, 1e-6, 1e-12)
     edges = numeric.grid(1e-6, 1e6, 2001)
     steep = numeric.quotient(edges, penalty.eta_hat(edges))
     rise = penalty.omega(edges).diff()
@@ -85,7 +86,7 @@ def precision(penalty: Penalty) -> None:
 
 
 def _grid_dual(penalty: Penalty, eta: Tensor) -> tuple[Tensor, Tensor]:
-    """sup_w 2 omega(w) - w^2 / eta over a grid that is refined once, and whether it lies at the grid's far end."""
+    """Return sup_w 2 omega(w) - w^2 / eta by a grid search with one refinement, and whether it lies at the grid's upper end."""
     w = torch.cat([torch.zeros(1, dtype=torch.float64), numeric.grid(1e-9, 1e7, 2049)])
     at = (2 * penalty.omega(w) - w * w / eta[:, None]).argmax(1)
     low, high = w[(at - 1).clamp(min=0)], w[(at + 1).clamp(max=len(w) - 1)]
@@ -100,42 +101,41 @@ def dual(penalty: Penalty) -> None:
     where = ~open_end
     close(
         penalty,
-        "dual against a grid search of 2 omega - w^2 / eta: with eta for w it",
+        "dual against a grid search of 2 omega - w^2 / eta (w below stands for eta)",
         eta[where],
         value[where],
         wanted[where],
         1e-5,
         1e-12,
     )
-    fail(penalty, "dual is below 2 omega - w^2 / eta: with eta for w,", eta, value < wanted * (1 - 1e-5) - 1e-12)
+    fail(penalty, "dual is below 2 omega - w^2 / eta (w stands for eta)", eta, value < wanted * (1 - 1e-5) - 1e-12)
     zero = float(penalty.dual(torch.zeros(1)))
     if zero != 0:
         raise ContractError(f"{penalty!r}: dual(0) must be 0, it is {zero:.6g}")
 
 
 def dual_slope(penalty: Penalty) -> None:
-    """f' against (w / eta)^2 at eta = eta_hat(w), and its integral against the rise of f: what a descent on eta follows."""
+    """Compare f' with (w / eta)^2 at eta = eta_hat(w), and with difference quotients of f."""
     w = weights(penalty)[16:81]  # 1e-4 to 1e4
     eta = penalty.eta_hat(w)
     inner = (eta > 0) & (eta < torch.inf) & (eta.diff(prepend=eta[:1]) > 0)  # one w for each eta
     at, wanted = eta[inner], (w[inner] / eta[inner]).square()
-    close(penalty, "dual_slope against (w / eta)^2: with eta for w it", at, penalty.dual_slope(at), wanted, 1e-4, 1e-12)
+    close(penalty, "dual_slope against (w / eta)^2 (w below stands for eta)", at, penalty.dual_slope(at), wanted, 1e-4, 1e-12)
     middle = torch.logspace(-4, 4, 65, dtype=torch.float64)
     value = penalty.dual(middle)
     step = 1e-3 * middle
     steep = [penalty.dual_slope(middle + share * step) for share in (-1, 1)]
     rise = (penalty.dual(middle + step) - penalty.dual(middle - step)) / (2 * step)
-    low, high = torch.minimum(*steep), torch.maximum(*steep)  # f is concave: its chords' slopes lie between its own
+    low, high = torch.minimum(*steep), torch.maximum(*steep)  # bounds of the difference quotient, because f is concave
     slack = 1e-3 * high.abs() + 1e-9 * value / middle + 1e-12
     wrong = torch.isfinite(value) & torch.isfinite(rise) & ((rise < low - slack) | (rise > high + slack))
-    fail(penalty, "dual_slope is not the slope of dual: with eta for w,", middle, wrong)
+    fail(penalty, "dual_slope is not the slope of dual (w stands for eta)", middle, wrong)
 
 
 def eta_trick(penalty: Penalty) -> None:
     w = weights(penalty)[16:81]  # 1e-4 to 1e4
     best = penalty.eta_hat(w)
     value = penalty.omega(w)
-    # beside eta_hat: f is read off up to a neighbour, so an eta at which f is flat but for rounding does not count
     gap = duality.gap(penalty, w, best)
     fail(penalty, "eta-trick: the gap is not 0 at eta_hat", w, ~(gap.abs() <= 1e-6 * value + 1e-12))
     eta = torch.cat([torch.logspace(-10, 10, 2001, dtype=torch.float64), torch.tensor([torch.inf], dtype=torch.float64)])
@@ -149,19 +149,19 @@ def prox(penalty: Penalty) -> None:
     for step in (1e-3, 0.1, 0.7, 2.5, 8.0):
         x = penalty.prox(w, step)
         fail(penalty, f"prox leaves [0, w] with step {step:g}", w, ~((x >= 0) & (x <= w)))
-        found = (shares * w - w) ** 2 / 2 + step * penalty.omega(shares * w)
-        cost = (x - w) ** 2 / 2 + step * penalty.omega(x)
-        fail(penalty, f"prox is worse than a grid search with step {step:g}", w, cost > found.min(0).values * (1 + 1e-9) + 1e-14)
+        on_grid = (shares * w - w) ** 2 / 2 + step * penalty.omega(shares * w)
+        at_prox = (x - w) ** 2 / 2 + step * penalty.omega(x)
+        fail(penalty, f"prox is worse than a grid search with step {step:g}", w, at_prox > on_grid.min(0).values * (1 + 1e-9) + 1e-14)
     w, steps = w[3:10:3], torch.tensor([0.1, 0.9, 4.0], dtype=torch.float64)
-    alone = torch.cat([penalty.prox(at[None], float(step)) for at, step in zip(w, steps, strict=True)])
-    close(penalty, "prox with a step for each weight", w, penalty.prox(w, steps), alone, 1e-7, 1e-12)
+    one_by_one = torch.cat([penalty.prox(at[None], float(step)) for at, step in zip(w, steps, strict=True)])
+    close(penalty, "prox with a step for each weight", w, penalty.prox(w, steps), one_by_one, 1e-7, 1e-12)
 
 
 ALL = (shapes, even, admissible, edges, slope, precision, dual, eta_trick, dual_slope, prox)
 
 
 def coupled(penalty: Penalty) -> None:
-    """The part of the contract that a penalty of a whole tensor can keep; sums over the weights count."""
+    """Check a penalty that is not separable: the contract for the sum over the weights of a tensor."""
     w = weights(penalty)
     if float(penalty.omega(torch.zeros_like(w)).sum()) != 0:
         raise ContractError(f"{penalty!r}: omega(0) must be 0")
@@ -170,7 +170,7 @@ def coupled(penalty: Penalty) -> None:
     fail(penalty, "eta_hat is not even", w, penalty.eta_hat(-w) != penalty.eta_hat(w))
     fail(penalty, "eta_hat is not >= 0", w, ~(penalty.eta_hat(w) >= 0))
     value = float(penalty.omega(w).sum())
-    if value < torch.inf:  # else w lies outside an indicator's domain: nothing to differentiate
+    if value < torch.inf:  # inf: w lies outside the domain of an indicator, so there is no gradient
         leaf = w.clone().requires_grad_()
         (slope,) = torch.autograd.grad(penalty.omega(leaf).sum(), leaf)
         close(penalty, "slope: autograd of omega against w / eta_hat", w, slope, numeric.quotient(w, penalty.eta_hat(w)), 1e-6, 1e-12)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint file is whole: ``torch.load`` compares no checksum, so that a flipped bit would pass unseen."""
+"""Verify the checksums of a checkpoint file, because ``torch.load`` does not and would load a flipped bit."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Runtim
 
 
 def check(path: Any) -> None:
-    """Raise ValueError, naming the file, where its bytes differ from the checksums that ``torch.save`` wrote into it.
+    """Compare a file with the checksums that ``torch.save`` wrote into it; raise ValueError naming the file if they differ.
 
-    Reads the file once, about a second a gigabyte, in little memory. What is no local file, torch's old format, and files
-    written without checksums (``torch.serialization.set_crc32_options(False)``) say nothing and pass.
+    Reads the file once: about one second per gigabyte, in little memory. Passes without a check: paths that are not local files,
+    torch's old format, and files without checksums (``torch.serialization.set_crc32_options(False)``).
     """
     if not isinstance(path, (str, Path)) or not Path(path).is_file() or not _is_zip(Path(path)):
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            written = any(entry.CRC for entry in archive.infolist())
-            odd = archive.testzip() if written else None
+            has_checksums = any(entry.CRC for entry in archive.infolist())
+            damaged = archive.testzip() if has_checksums else None
     except _BROKEN as error:
         raise ValueError(f"{path} is damaged: {error}; resume from another file") from error
-    if odd is not None:
-        raise ValueError(f"{path} is damaged: its entry {odd!r} differs from its checksum; resume from another file")
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: its entry {damaged!r} differs from its checksum; resume from another file")
 
 
 def _is_zip(path: Path) -> bool:

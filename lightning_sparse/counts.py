@@ -1,8 +1,8 @@
-"""What is counted about weights and keep probabilities: one rule for every figure that is logged, printed or saved.
+"""Counts and histograms of weights and keep probabilities, used for every figure that is logged, printed or saved.
 
-Counts are Python integers, so 1e8 weights count exactly; shares are fractions in [0, 1]. Weights that share memory (tied
-layers, also tied through a view such as a transpose) count once, under the first of their names. Weights that are split
-over processes (FSDP2) count as a whole, the same on every rank: there each function here is a collective.
+Counts are Python integers, so 1e8 weights are counted exactly. Shares are fractions in [0, 1]. Weights that share memory (tied
+layers, also tied through a view such as a transpose) count once, under their first name. Weights sharded over processes
+(FSDP2) give the counts of the full tensor on every rank; each function is then a collective.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lightning_sparse import shards
 
 Counts = dict[str, tuple[int, int]]
 
-LOG_ALPHA_FLOOR = -20.0  # log of a keep probability of 2e-9; below it the mask is zero for every purpose
+LOG_ALPHA_FLOOR = -20.0  # log of a keep probability of 2e-9; below it the mask is practically always zero
 BINS = 64
-_CHUNK = 1 << 22  # elements binned at a time, to bound the memory of a histogram
-_SMALLEST = 1e-30  # a range of |w| below this has no bins that float32 could tell apart
+_CHUNK = 1 << 22  # elements per chunk, to bound the memory of a histogram
+_SMALLEST = 1e-30  # float32 cannot tell the bins of a smaller range of |w| apart
 
 
 class Layer(NamedTuple):
-    """One line of the per-layer table; ``keep_probability`` (mean alpha) is None where the form has none."""
+    """One line of the per-layer table. ``keep_probability`` (mean alpha) is None for a method without one."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,43 +37,44 @@ class Layer(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """``counts`` of B bins and their B + 1 ``edges``."""
+    """The ``counts`` of B bins and the B + 1 ``edges`` of the bins."""
 
     counts: list[int]
     edges: list[float]
 
 
 def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that do not repeat another's memory, in order: of tied ones the first stays."""
+    """Return the tensors without duplicates in memory, in order: of tied tensors only the first."""
     seen: set[tuple[object, ...]] = set()
-    kept = {}
+    first = {}
     for name, tensor in tensors.items():
         key = _memory(tensor)
         if tensor.numel() == 0 or key not in seen:
             seen.add(key)
-            kept[name] = tensor
-    return kept
+            first[name] = tensor
+    return first
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:
-    """Where the elements lie; a process may hold none of a split tensor, whose storage then still tells it from others."""
+    """Return a key for the memory of the elements."""
+    # the storage object is part of the key because a rank's shard may be empty and then has no data pointer
     part = shards.local(tensor.detach())
     storage = part.untyped_storage()
     return tensor.device, storage.data_ptr() or storage._cdata, part.storage_offset(), tensor.numel()
 
 
 def count_zeros(tensors: Mapping[str, Tensor], zeros: Mapping[str, Tensor] | None = None) -> Counts:
-    """``{name: (zeros, size)}`` of tensors of any shape, tied ones once.
+    """Count zeros: ``{name: (zeros, size)}`` of tensors of any shape, tied tensors once.
 
-    A zero is an exact one: -0.0 is, NaN is not. ``zeros`` may give a boolean tensor per name that is True where a weight
-    counts as zero (a threshold that has not been applied yet); then the values themselves do not matter.
+    Only exact zeros count: -0.0 does, NaN does not. ``zeros`` is an optional boolean zero mask per name (for a threshold not yet
+    applied); the values of ``tensors`` are then ignored.
     """
-    found = {}
+    result = {}
     for name, tensor in distinct(tensors).items():
         size = tensor.numel()
-        marked = _nonzero(tensor if zeros is None else zeros[name])
-        found[name] = (size - marked if zeros is None else marked, size)
-    return found
+        nonzero = _nonzero(tensor if zeros is None else zeros[name])
+        result[name] = (size - nonzero if zeros is None else nonzero, size)
+    return result
 
 
 def _nonzero(tensor: Tensor) -> int:
@@ -81,17 +82,17 @@ def _nonzero(tensor: Tensor) -> int:
 
 
 def share(counts: Counts) -> float:
-    """Zeros over all weights, in [0, 1]; 0.0 where there is no weight at all."""
+    """Return the share of zeros among all weights, in [0, 1]; 0.0 if there are no weights."""
     return _ratio(sum(zeros for zeros, _ in counts.values()), sum(size for _, size in counts.values()))
 
 
 def figures(counts: Counts) -> dict[str, float]:
-    """The logged shares: ``sparsity/total`` and ``sparsity/<parameter name>``."""
+    """Return the logged shares of zeros: ``sparsity/total`` and ``sparsity/<parameter name>``."""
     return {"sparsity/total": share(counts), **{f"sparsity/{name}": _ratio(*pair) for name, pair in counts.items()}}
 
 
 def mean(tensors: Iterable[Tensor]) -> float:
-    """Mean over all elements of all tensors (mean alpha, say); NaN where there is no element."""
+    """Return the mean over all elements of all tensors (for example mean alpha); NaN if there are no elements."""
     total, size = 0.0, 0
     for tensor in tensors:
         total += float(shards.total(shards.local(tensor.detach()).sum(dtype=wide(tensor)), tensor))
@@ -100,7 +101,7 @@ def mean(tensors: Iterable[Tensor]) -> float:
 
 
 def layers(weights: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> list[Layer]:
-    """One :class:`Layer` per distinct weight; ``keep`` holds alpha by the same names and may lack some."""
+    """Return one :class:`Layer` per distinct weight. ``keep`` maps the same names to alpha and may lack some of them."""
     counts = count_zeros(weights)
     return [
         Layer(name, tuple(weights[name].shape), size, size - zeros, _ratio(zeros, size), mean([keep[name]]) if name in keep else None)
@@ -109,21 +110,21 @@ def layers(weights: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> list[La
 
 
 def log_alpha_histogram(keep: Iterable[Tensor], bins: int = BINS, floor: float = LOG_ALPHA_FLOOR) -> Histogram:
-    """Histogram of log alpha over [floor, 0]; what lies below (alpha = 0 too) is counted in the first bin."""
+    """Return the histogram of log alpha over [floor, 0]. Values below ``floor`` (alpha = 0 too) count in the first bin."""
     logs = (shards.elementwise(lambda part: part.float().log().clamp(min=floor), alpha) for alpha in keep)
     return histogram(logs, floor, 0.0, bins)
 
 
 def magnitude_histogram(weights: Iterable[Tensor], bins: int = BINS) -> Histogram:
-    """Histogram of |w| over [0, max |w|], zeros in the first bin."""
-    given = [weight.detach() for weight in weights]
-    largest = max((_largest(weight) for weight in given), default=0.0)
-    return histogram((shards.elementwise(torch.abs, weight) for weight in given), 0.0, largest if largest > _SMALLEST else 1.0, bins)
+    """Return the histogram of |w| over [0, max |w|], zeros in the first bin."""
+    detached = [weight.detach() for weight in weights]
+    largest = max((_largest(weight) for weight in detached), default=0.0)
+    return histogram((shards.elementwise(torch.abs, weight) for weight in detached), 0.0, largest if largest > _SMALLEST else 1.0, bins)
 
 
 def histogram(values: Iterable[Tensor], low: float, high: float, bins: int = BINS) -> Histogram:
-    """Exact counts in ``bins`` equal bins over [low, high]; values outside fall in the outer bins, NaN and inf in none."""
-    counts = torch.zeros(bins + 1, dtype=torch.int64)  # the last one takes what is not finite
+    """Count values exactly in ``bins`` equal bins over [low, high]. Values outside count in the outer bins, NaN and inf in none."""
+    counts = torch.zeros(bins + 1, dtype=torch.int64)  # the last bin counts NaN and inf
     for tensor in values:
         parts = torch.split(shards.local(tensor.detach()).flatten(), _CHUNK)
         counts += shards.total(torch.stack([_binned(part, low, high, bins) for part in parts]).sum(0), tensor).cpu()
@@ -137,11 +138,11 @@ def _binned(part: Tensor, low: float, high: float, bins: int) -> Tensor:
 
 
 def weight_in_use(module: nn.Module, name: str) -> tuple[str, Tensor]:
-    """The name and value that the forward uses for parameter ``name`` of ``module``.
+    """Return the name and value that the forward uses for parameter ``name`` of ``module``.
 
-    Differs from the parameter where ``torch.nn.utils.prune`` (Lightning's ModelPruning) keeps ``weight_orig`` and a mask,
-    and where a parametrisation computes ``weight``: both are reported as ``weight``, with the mask applied.
-    Raises AttributeError for a name that the module lacks.
+    They differ from the parameter under ``torch.nn.utils.prune`` (Lightning's ModelPruning), which stores ``weight_orig`` and a
+    mask, and under a parametrisation, which computes ``weight``. Both are returned as ``weight``, with the mask applied.
+    Raises AttributeError for an unknown name.
     """
     path, leaf = _plain(module, name)
     owner = module.get_submodule(path)
@@ -153,7 +154,8 @@ def weight_in_use(module: nn.Module, name: str) -> tuple[str, Tensor]:
 
 @contextmanager
 def _still(owner: nn.Module) -> Iterator[None]:
-    """Parametrisations in evaluation mode: in training, spectral_norm's estimate moves each time the weight is read."""
+    """Put parametrisations in evaluation mode for a while."""
+    # because spectral_norm in training mode updates its estimate each time the weight is read
     lists = getattr(owner, "parametrizations", None)
     training = [part for part in lists.modules() if part.training] if isinstance(lists, nn.Module) else []
     for part in training:
@@ -166,7 +168,7 @@ def _still(owner: nn.Module) -> Iterator[None]:
 
 
 def _plain(module: nn.Module, name: str) -> tuple[str, str]:
-    """The owning module's path and the attribute under which the forward reads parameter ``name``."""
+    """Return the path of the owning module and the attribute by which the forward reads parameter ``name``."""
     parts = name.split(".")
     if "parametrizations" in parts:
         parts = parts[: parts.index("parametrizations")] + [parts[parts.index("parametrizations") + 1]]
@@ -176,7 +178,7 @@ def _plain(module: nn.Module, name: str) -> tuple[str, str]:
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """The dtype in which sums over ``tensor`` are taken: float64, or float32 on MPS, which has no float64."""
+    """Return the dtype for sums over ``tensor``: float64, or float32 on MPS because MPS has no float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 

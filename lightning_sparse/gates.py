@@ -16,17 +16,17 @@ from torch import Tensor
 
 from lightning_sparse import numeric
 
-LOW, HIGH, NODES = -12.0, 12.0, 4097  # log alpha is kept in that range; alpha of the mask is 4e-6 and 1 at its ends
+LOW, HIGH, NODES = -12.0, 12.0, 4097  # log alpha is clamped to [LOW, HIGH]; the keep probability is 4e-6 and 1 at the ends
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate for each entry of ``log_alpha``, as the mask m = s / E s of mean 1 that it amounts to.
+    """A gate s for each entry of ``log_alpha``, and the mask m = s / E s of mean 1.
 
     Args:
         beta: the gate's temperature.
-        gamma: the lower end that the gate is stretched to, below 0.
-        zeta: the upper end, above 1.
+        gamma: the lower end of the stretched gate, < 0.
+        zeta: the upper end of the stretched gate, > 1.
     """
 
     beta: float = 2 / 3
@@ -34,7 +34,7 @@ class Gate:
     zeta: float = 1.1
 
     def mask(self, log_alpha: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """A draw of m and its slope dm / dlog_alpha; both have the shape and dtype of ``log_alpha``."""
+        """Draw m and compute its slope dm / dlog_alpha; both have the shape and dtype of ``log_alpha``."""
         inner = log_alpha.clamp(LOW, HIGH)
         u = torch.rand(inner.shape, dtype=inner.dtype, device=inner.device, generator=generator).clamp(1e-6, 1 - 1e-6)
         soft = torch.sigmoid((u.logit() + inner) / self.beta)
@@ -47,16 +47,16 @@ class Gate:
         return m, rise.mul_(scale).addcmul_(m, growth, value=-1)
 
     def keep_probability(self, log_alpha: Tensor) -> Tensor:
-        """(E s)^2 / E s^2 of each gate."""
+        """Return (E s)^2 / E s^2 of each gate."""
         log_keep, _ = self._look(log_alpha.clamp(LOW, HIGH), 1)
         return log_keep.exp_().clamp_(max=1)
 
     def open_probability(self, log_alpha: Tensor) -> Tensor:
-        """P(s > 0) = sigmoid(log alpha - beta log(-gamma / zeta)), what an L0 penalty sums."""
+        """Return P(s > 0) = sigmoid(log alpha - beta log(-gamma / zeta)), the L0 penalty of each gate."""
         return torch.sigmoid(log_alpha - self._shift)
 
     def open_slope(self, log_alpha: Tensor) -> Tensor:
-        """dP(s > 0) / dlog_alpha."""
+        """Return dP(s > 0) / dlog_alpha."""
         share = self.open_probability(log_alpha)
         return share * (1 - share)
 
@@ -65,19 +65,19 @@ class Gate:
         return self.beta * math.log(-self.gamma / self.zeta)
 
     def _look(self, inner: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """log E s (row 0) or log of the keep probability (row 1) and its slope in log alpha, linear between nodes."""
+        """Return log E s (row 0) or the log keep probability (row 1), interpolated linearly, and its slope in log alpha."""
         values = _moments(self.beta, self.gamma, self.zeta)[row].to(inner)
         step = (HIGH - LOW) / (NODES - 1)
-        place = ((inner - LOW) / step).reshape(-1)
-        cell = place.int().clamp_(0, NODES - 2)
+        position = ((inner - LOW) / step).reshape(-1)
+        cell = position.int().clamp_(0, NODES - 2)
         start, rise = values.index_select(0, cell), values.diff().index_select(0, cell)
-        value = start.addcmul_(rise, place.sub_(cell))
+        value = start.addcmul_(rise, position.sub_(cell))
         return value.view(inner.shape), rise.div_(step).view(inner.shape)
 
 
 @cache
 def _moments(beta: float, gamma: float, zeta: float) -> Tensor:
-    """log E s and log((E s)^2 / E s^2) at the nodes, by quadrature of P(s > x) over x in [0, 1]."""
+    """Compute log E s and log((E s)^2 / E s^2) at the nodes, by quadrature of P(s > x) over x in [0, 1]."""
     from scipy.special import expit
 
     node, weight = np.polynomial.legendre.leggauss(96)

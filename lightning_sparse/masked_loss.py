@@ -1,4 +1,4 @@
-"""How far a masked loss is from its penalty: E_s L(s * w) against L(w) + (lam / 2) sum w^2 / eta_hat(w), by sampling."""
+"""The duality gap E_s L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat(w) between masks and penalty, by sampling."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def duality_gap_samples(
     generator: torch.Generator | None = None,
     keep: Weights | None = None,
 ) -> Tensor:
-    """One value of L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat(w) per drawn mask s, float64, shape ``(samples,)``.
+    """Sample L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat(w), one value per mask s, float64, shape ``(samples,)``.
 
-    The spread over the samples tells how well :func:`duality_gap`, their mean, is known.
+    The spread of the samples shows the precision of :func:`duality_gap`, their mean.
 
     Args:
-        loss_fn: a scalar loss as a function of the weights by name (``torch.func.functional_call`` makes one of a module);
-            it has to be the same function at each call (same batch, no dropout of its own).
-        weights: the weights to mask, by name; their values stay as they are.
-        penalty: the penalty, or the rule that realises it.
+        loss_fn: a scalar loss as a function of the weights by name (``torch.func.functional_call`` builds one from a
+            module). It must be the same function at each call: same batch, no dropout of its own.
+        weights: the weights to mask, by name; their values are not changed.
+        penalty: the penalty, or the equivalent mask rule.
         lam: strength, > 0.
-        noise: draws s given alpha.
-        samples: number of masks, > 0, each costing one call of ``loss_fn``.
-        generator: source of the masks' randomness; None is torch's global one.
-        keep: alpha by name where the form calibrates it; None is 1 / (1 + lam / eta_hat(w)).
+        noise: draws s from alpha.
+        samples: number of masks, > 0; each costs one call of ``loss_fn``.
+        generator: random generator of the masks; None uses torch's global one.
+        keep: calibrated alpha by name; None uses 1 / (1 + lam / eta_hat(w)).
 
-    Raises ValueError for a ``lam`` or ``samples`` that is not positive, TypeError for a penalty that is none.
+    Raises ValueError unless ``lam`` and ``samples`` are positive, TypeError unless ``penalty`` is a penalty or a mask rule.
     """
     form = duality.to_penalty(penalty)
     strength, draws = _checks.positive("lam", lam), int(_checks.positive("samples", samples))
@@ -63,22 +63,22 @@ def duality_gap(
     generator: torch.Generator | None = None,
     keep: Weights | None = None,
 ) -> float:
-    """E_s L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat(w), the mean of :func:`duality_gap_samples` (same arguments).
+    """Estimate E_s L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat(w) by the mean of :func:`duality_gap_samples` (same arguments).
 
-    Zero for a squared loss on a linear model with unit curvature; in a deep network it measures what the equivalence of
-    mask and penalty leaves out.
+    The gap is 0 for a squared loss on a linear model with unit curvature. In a deep network it is the error of the
+    equivalence of mask and penalty.
     """
     return float(duality_gap_samples(loss_fn, weights, penalty, lam, noise, samples, generator, keep).mean())
 
 
 @torch.no_grad()
 def penalised(penalty: Penalty, weights: Weights, lam: float) -> float:
-    """(lam / 2) sum w^2 / eta_hat(w), the price that unit-curvature masks put on the weights; 0 for a weight at 0."""
+    """Return (lam / 2) sum w^2 / eta_hat(w), the penalty of masks with unit curvature. A weight of 0 adds 0."""
     return lam / 2 * sum(float((w * penalty.gradient(w)).sum(dtype=wide(w))) for w in weights.values())
 
 
 def loss_of_weights(module: Any, batch: tuple[Any, int]) -> Loss:
-    """The loss of ``module.training_step`` on one batch as a function of some of its weights, by name."""
+    """Build the loss of ``module.training_step`` on one batch as a function of some of the module's weights, by name."""
 
     def loss(weights: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
@@ -90,7 +90,7 @@ def loss_of_weights(module: Any, batch: tuple[Any, int]) -> Loss:
 
 
 class _Step(nn.Module):
-    """A module whose forward is another's training step, so that its weights can be given as arguments."""
+    """A module whose forward is another module's training step, so that ``functional_call`` can replace the weights."""
 
     def __init__(self, module: Any) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
-"""torchmetrics metrics of a sparse network. The weights are the same on every rank, so each figure is a share or a mean
-whose numerator and denominator are both summed over ranks: all ranks agree and nothing doubles, replicated or sharded.
+"""torchmetrics metrics of a sparse network.
+
+Each metric is a ratio. Numerator and denominator are both summed over ranks, so all ranks return the same value and replicated
+weights are not counted twice.
 """
 
 from __future__ import annotations
@@ -30,25 +32,26 @@ def _named(tensors: Tensors) -> dict[str, Tensor]:
 
 
 class _Plotted(Metric):
-    """What the metrics here share: they are no training signal, and they can be plotted."""
+    """Base class of the metrics: not differentiable, with ``plot``."""
 
     is_differentiable = False
     full_state_update = False
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot ``val`` (one result of ``compute`` or a list of them over time; None computes now) with torchmetrics' plot."""
+        """Plot ``val`` with torchmetrics: a result of ``compute``, a list of results over time, or None to compute now."""
         return self._plot(val, ax)
 
 
 class Sparsity(_Plotted):
-    """Share of exact zeros over the given weights, in [0, 1], tied ones once.
+    """Share of exact zeros among the weights, in [0, 1]. Tied weights count once.
 
-    ``update`` takes a mapping of names to tensors (``select.select(module, None)`` is one), tensors, or one tensor.
-    ``compute`` gives a scalar, or with ``per_parameter`` a dict with ``total`` and one entry a name. Several updates
-    average; Lightning resets a logged metric at each epoch's end. Names must stay the same until ``reset``: ValueError.
+    ``update`` takes a mapping of names to tensors (``select.select(module, None)`` returns one), an iterable of tensors, or
+    one tensor. ``compute`` returns a scalar, or with ``per_parameter`` a dict of ``total`` and one entry per name. Several
+    updates are averaged. Lightning resets a logged metric at the end of each epoch. Raises ValueError if the names change
+    before ``reset``.
 
     Args:
-        per_parameter: also give the share of each parameter.
+        per_parameter: also compute the share of each parameter.
         kwargs: the arguments of torchmetrics.Metric.
     """
 
@@ -61,16 +64,16 @@ class Sparsity(_Plotted):
         super().__init__(**kwargs)
         self.per_parameter = per_parameter
         self.names: tuple[str, ...] = ()
-        self.add_state("zeros", torch.tensor(0), dist_reduce_fx="sum")  # becomes one count a name at the first update
+        self.add_state("zeros", torch.tensor(0), dist_reduce_fx="sum")  # one count per name after the first update
         self.add_state("sizes", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, weights: Tensors) -> None:
         """Count the zeros of ``weights``."""
-        found = counts.count_zeros(_named(weights))
-        pairs = torch.tensor([*found.values()], dtype=torch.int64, device=self.zeros.device).reshape(-1, 2)
-        if self.zeros.dim() and self.names != tuple(found):
-            raise ValueError(f"the weights were {list(self.names)} before and are {list(found)} now; call reset() in between")
-        self.names = tuple(found)
+        by_name = counts.count_zeros(_named(weights))
+        pairs = torch.tensor([*by_name.values()], dtype=torch.int64, device=self.zeros.device).reshape(-1, 2)
+        if self.zeros.dim() and self.names != tuple(by_name):
+            raise ValueError(f"the weights were {list(self.names)} before and are {list(by_name)} now; call reset() in between")
+        self.names = tuple(by_name)
         self.zeros, self.sizes = self.zeros + pairs[:, 0], self.sizes + pairs[:, 1]
 
     def compute(self) -> Tensor | dict[str, Tensor]:
@@ -81,9 +84,10 @@ class Sparsity(_Plotted):
 
 
 class Compression(_Plotted):
-    """All weights over non-zero ones, >= 1, tied ones once; inf when nothing is left, 1 before any weight was given.
+    """Number of weights divided by number of non-zero weights, >= 1. Tied weights count once.
 
-    A count of weights, not of bytes or of time: zeros in a dense tensor take as much of both. Input as in :class:`Sparsity`.
+    inf if all weights are zero, 1 before the first update. It says nothing about memory or time, because zeros in a dense
+    tensor cost as much as other values. Input as in :class:`Sparsity`.
 
     Args:
         kwargs: the arguments of torchmetrics.Metric.
@@ -107,11 +111,11 @@ class Compression(_Plotted):
 
     def compute(self) -> Tensor:
         empty = self.size == 0
-        return torch.where(empty, 1.0, self.size.double() / self.nonzero)  # in float64: exact to 1e15 weights
+        return torch.where(empty, 1.0, self.size.double() / self.nonzero)  # float64 is exact up to 1e15 weights
 
 
 class KeepProbability(_Plotted):
-    """Mean keep probability alpha over all weights, in [0, 1]; NaN before any was given. Input as in :class:`Sparsity`.
+    """Mean keep probability alpha over all weights, in [0, 1]. NaN before the first update. Input as in :class:`Sparsity`.
 
     Args:
         kwargs: the arguments of torchmetrics.Metric.
@@ -128,12 +132,12 @@ class KeepProbability(_Plotted):
         self.add_state("size", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, alpha: Tensors) -> None:
-        """Add the keep probabilities ``alpha``. Raises ValueError where one lies outside [0, 1]."""
+        """Add the keep probabilities ``alpha``. Raises ValueError if one lies outside [0, 1]."""
         for name, tensor in _named(alpha).items():
             part = shards.local(tensor.detach())
-            if int(shards.total(((part < 0) | (part > 1) | part.isnan()).count_nonzero(), tensor)):  # on every rank, or on none
-                given = shards.full(tensor.detach())
-                raise ValueError(f"keep probabilities lie in [0, 1]; those of {name!r} reach from {given.min():g} to {given.max():g}")
+            if int(shards.total(((part < 0) | (part > 1) | part.isnan()).count_nonzero(), tensor)):  # the same on every rank
+                full = shards.full(tensor.detach())
+                raise ValueError(f"keep probabilities lie in [0, 1]; those of {name!r} reach from {full.min():g} to {full.max():g}")
             self.total = self.total + shards.total(part.sum(dtype=torch.float64), tensor).to(self.total.device)
             self.size = self.size + tensor.numel()
 
@@ -142,9 +146,9 @@ class KeepProbability(_Plotted):
 
 
 class DualityGap(_Plotted):
-    """Mean of values E_s L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat, such as :func:`duality_gap` measures batch by batch.
+    """Mean of duality gaps E_s L(s * w) - L(w) - (lam / 2) sum w^2 / eta_hat, as :func:`duality_gap` returns for a batch.
 
-    Ranks see different batches: the mean is over the values of all of them. NaN before any was given.
+    The mean is over the values of all ranks, because ranks see different batches. NaN before the first update.
 
     Args:
         kwargs: the arguments of torchmetrics.Metric.

@@ -1,7 +1,7 @@
-"""Tables of penalties that are known only as a curve eta -> (w, f): fast enough to train with.
+"""Lookup tables for penalties known only as a curve eta -> (w, f), fast enough for training.
 
-A node sits at every 1/1024 of an octave of |w|, so that the bits of a float are its cell: no logarithm is taken.
-Linear interpolation in such a cell is right to 2.4e-7 relative for functions between w^0 and w^-1.
+Each octave of |w| has 1024 equal cells, so the leading bits of a float are the index of its cell and no logarithm is needed.
+Linear interpolation within a cell has a relative error of 2.4e-7 for functions between w^0 and w^-1.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from lightning_sparse.numeric import HIGH, LOW
 
 Array = np.ndarray
-_FAR = 2.0**60  # a slope of 1/w is cut to 0 there: the squares of larger weights leave float32
-_BITS = 10  # leading bits of the mantissa that number the cells of an octave
-_FLOATS = 1 << (8 + _BITS)  # cells of all float32 >= 0
+_FAR = 2.0**60  # a slope of 1/w is set to 0 from here on, because larger squares overflow float32
+_BITS = 10  # leading bits of the mantissa: the index of the cell in its octave
+_FLOATS = 1 << (8 + _BITS)  # number of cells of all float32 >= 0
 _LAYOUT = {torch.float32: (torch.int32, np.float32, np.int32, 23), torch.float64: (torch.int64, np.float64, np.int64, 52)}
 
 
 class Table:
-    """A function of |w|, linear within cells; the first cell is extended down to 0, and 0 is returned from ``high`` on.
+    """A piecewise linear function of |w|. The first cell is extended down to 0; the value is 0 for |w| >= ``high``.
 
-    ``exact`` puts a node at ``high`` itself, by looking up w * unit; otherwise the table ends a little later.
+    ``exact`` puts a node exactly at ``high`` by looking up w * unit; otherwise the table ends slightly above ``high``.
     """
 
     def __init__(self, function: Callable[[Array], Array], low: float, high: float, exact: bool = False) -> None:
@@ -49,14 +49,14 @@ class Table:
     def __call__(self, w: Tensor) -> Tensor:
         size = (w if w.dtype in _LAYOUT else w.float()).detach().reshape(-1).abs().mul_(self.unit).clamp_(max=self.high)
         starts, slopes = self._columns(size)
-        integer, real, whole, mantissa = _LAYOUT[size.dtype]
-        first = int(np.array(self.low, dtype=real).view(whole)) >> (mantissa - _BITS)
+        integer, np_float, np_integer, mantissa = _LAYOUT[size.dtype]
+        first = int(np.array(self.low, dtype=np_float).view(np_integer)) >> (mantissa - _BITS)
         cell = (size.view(integer) >> (mantissa - _BITS)).sub_(first).clamp_(0, len(starts) - 1)
         value = starts.index_select(0, cell).addcmul_(slopes.index_select(0, cell), size)
         return value.view(w.shape).to(w.dtype)
 
     def _by_bits(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Columns over every float32 >= 0 by its upper 18 bits after the sign; the first cell reaches down to 0."""
+        """Return the table for every float32 >= 0, indexed by the 18 bits after the sign. The first cell reaches down to 0."""
         key = (torch.uint8, device)
         if key not in self._cast:
             first = int(np.array(self.low, dtype=np.float32).view(np.int32)) >> (23 - _BITS)
@@ -69,7 +69,7 @@ class Table:
         return self._cast[key]
 
     def _halves(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The same with those of negative numbers first; 0 and the smallest denormals give 0."""
+        """Return the table for every float32, negative numbers first. The value at 0 and at the smallest denormals is 0."""
         key = (torch.int8, device)
         if key not in self._cast:
             starts, slopes = (column.clone() for column in self._by_bits(device))
@@ -78,7 +78,7 @@ class Table:
         return self._cast[key]
 
     def even(self, w: Tensor) -> Tensor:
-        """What calling gives; in float32 in half the time, since the bits of w are its cell."""
+        """Return the function at |w|. For float32 twice as fast as a call, because the bits of w are the index of its cell."""
         if w.dtype != torch.float32 or self.unit != 1:
             return self(w)
         starts, slopes = self._by_bits(w.device)
@@ -87,7 +87,7 @@ class Table:
         return starts.index_select(0, cell).addcmul_(slopes.index_select(0, cell), inner).view(w.shape)
 
     def odd(self, w: Tensor) -> Tensor:
-        """sign(w) times the function; in float32 without taking the sign apart, which halves its cost."""
+        """Return sign(w) times the function at |w|. For float32 twice as fast, because the table includes the sign."""
         if w.dtype != torch.float32:
             return self(w).mul_(w.detach().sign())
         starts, slopes = self._halves(w.device)
@@ -98,10 +98,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Curve:
-    """A penalty given by its curve: slope omega'(|w|), ratio omega / |w|, conjugate f(eta) / eta and its slope f'(eta).
+    """A penalty as four tables: slope omega'(|w|), ratio omega / |w|, conjugate f(eta) / eta and conjugate slope f'(eta).
 
-    With ``jump`` finite, eta_hat is infinite and omega constant from there on; else the slope ends like 1/w.
-    ``top`` is the eta where the table of the conjugate ends.
+    For a finite ``jump``, eta_hat is infinite and omega constant for |w| >= ``jump``; otherwise the slope decays like 1/w.
+    ``top`` is the largest eta in the table of the conjugate.
     """
 
     slope: Table
@@ -125,17 +125,17 @@ class Curve:
         if self.jump == torch.inf:
             return _grow(self.conjugate, eta, self.top, 1.0)
         height = 2 * self.omega(torch.full_like(eta, self.jump))
-        # beyond the jump the dual is the lower envelope: the line in 1/eta from the jump to eta = inf
+        # beyond the jump the dual is its lower envelope: a line in 1/eta from the jump to eta = inf
         return torch.where(eta < self.top, _grow(self.conjugate, eta, self.top, 0.0), height - self.jump**2 / eta)
 
     def dual_slope(self, eta: Tensor) -> Tensor:
-        beyond = eta.reciprocal().mul_(self.top).clamp_(max=1)  # the table, where f grows like log eta
+        beyond = eta.reciprocal().mul_(self.top).clamp_(max=1)  # 1 within the table; above it f grows like log eta
         value = self.conjugate_slope.even(eta.clamp(max=self.top)).mul_(beyond)
         return value if self.jump == torch.inf else torch.where(eta < self.top, value, self.jump**2 / eta**2)
 
 
 def _grow(table: Table, x: Tensor, top: float, growth: float) -> Tensor:
-    """x * table(x) up to ``top``, then ``growth`` * log x more."""
+    """Return x * table(x) for x <= ``top``, and top * table(top) + ``growth`` * log(x / top) above."""
     wide = x if x.dtype in _LAYOUT else x.float()
     inner = wide.clamp(max=top)
     value = table(inner) * inner
@@ -143,7 +143,7 @@ def _grow(table: Table, x: Tensor, top: float, growth: float) -> Tensor:
 
 
 def curve(w: Array, eta: Array, f: Array, jump: float = float("inf")) -> Curve:
-    """The Curve through points (w, eta, f) of increasing w that cover LOW to HIGH, or to a little beyond ``jump``."""
+    """Build the Curve through points (w, eta, f). w increases and covers LOW to HIGH, or LOW to slightly above ``jump``."""
     high = min(HIGH, jump)
     top = float(_spline(w, eta)(np.array([high]))[0])
     slope, ratio = _spline(w, w / eta), _spline(w, (w / eta + f / w) / 2)
@@ -159,7 +159,7 @@ def curve(w: Array, eta: Array, f: Array, jump: float = float("inf")) -> Curve:
 
 
 def _spline(x: Array, y: Array) -> Callable[[Array], Array]:
-    """Cubic interpolation in logarithms."""
+    """Interpolate log y by a cubic spline in log x."""
     from scipy.interpolate import CubicSpline
 
     spline = CubicSpline(np.log(x), np.log(y))
