@@ -1,4 +1,4 @@
-"""A checkpoint named on the command line, looked through before a logger opens its run: whole, of this model, resumable."""
+"""Checks of a checkpoint from the command line: undamaged, of this model, resumable. They run before a logger opens its run."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from lightning_sparse.callbacks import Sparsifier, _refusals, _states
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.failures import in_words
 
-_KEYWORDS = ("best", "last", "hpc")  # paths that the Trainer finds by itself
-_RESUMED = ("optimizer_states", "lr_schedulers", "loops")  # what a weights-only file lacks
+_KEYWORDS = ("best", "last", "hpc")  # paths that the Trainer resolves
+_RESUMED = ("optimizer_states", "lr_schedulers", "loops")  # keys that a weights-only file lacks
 
 
 def read(path: Any) -> Any:
-    """The content of a file, its tensors left on disk; None for what the Trainer finds by itself, folders and addresses.
+    """Load a checkpoint with its tensors memory-mapped; None for the Trainer's keywords, folders and URLs.
 
-    Raises UsageError, naming the file, for one that is missing, damaged, or holds more than tensors and plain values.
+    Raises UsageError, naming the file, if it is missing or damaged, or contains more than tensors and plain values.
     """
     if path is None or str(path) in _KEYWORDS or str(path).startswith("registry") or "://" in str(path) or Path(path).is_dir():
         return None
     if not Path(path).is_file():
-        beside = map(str, sorted(Path(path).parent.glob("*.ckpt")))
-        raise UsageError(f"no checkpoint {str(path)!r}{_checks.closest(str(path), beside)}")
+        same_folder = map(str, sorted(Path(path).parent.glob("*.ckpt")))
+        raise UsageError(f"no checkpoint {str(path)!r}{_checks.closest(str(path), same_folder)}")
     with _naming(path):
         archive.check(path)
         content = _load(path)
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            held = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"no checkpoint of a LightningModule: it holds {held}, not 'state_dict'")
+            keys = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"no checkpoint of a LightningModule: it holds {keys}, not 'state_dict'")
         if "pytorch-lightning_version" not in content:
             raise ValueError("no checkpoint that a Trainer wrote: it lacks 'pytorch-lightning_version'")
         if not isinstance(content.get("hyper_parameters", {}), dict):
@@ -59,18 +59,18 @@ def _load(path: Any) -> Any:
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archived else []
         content = None if foreign else torch.load(path, map_location="cpu", weights_only=True, mmap=archived)
-    except Exception as error:  # whatever reading noise as pickle ends in
+    except Exception as error:  # unpickling arbitrary bytes may raise any error
         raise ValueError(f"no checkpoint, or a damaged one: {in_words(error)}") from error
     if foreign:
-        held = ", ".join(foreign[:3])
+        names = ", ".join(foreign[:3])
         raise ValueError(
-            f"it holds {held}, which may run code when loaded; Trainer.fit(..., weights_only=False) loads a file that you trust"
+            f"it holds {names}, which may run code when loaded; Trainer.fit(..., weights_only=False) loads a file that you trust"
         )
     return content
 
 
 def check(path: Any, content: Any, model: LightningModule, callbacks: Iterable[Sparsifier] = (), resumed: bool = False) -> None:
-    """Raise UsageError where what was :func:`read` is not of this model or these callbacks, or cannot be ``resumed``."""
+    """Raise UsageError if ``content`` (from :func:`read`) does not fit this model or these callbacks, or cannot be ``resumed``."""
     with _naming(path):
         if missing := [key for key in _RESUMED if resumed and key not in content]:
             raise ValueError(f"it lacks {missing}, so a run cannot be resumed from it; was it saved with save_weights_only=True?")
@@ -83,12 +83,12 @@ def check(path: Any, content: Any, model: LightningModule, callbacks: Iterable[S
 
 
 def _check_weights(saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
-    """ValueError naming the first weights that the file and the model do not share."""
-    odd = [f"{name} {tuple(saved[name].shape)} against {tuple(w.shape)}" for name, w in own.items() if _differs(saved.get(name), w)]
-    lists = {"lacks": [*own.keys() - saved.keys()], "has besides": [*saved.keys() - own.keys()], "has other shapes": odd}
-    found = [f"it {what} {', '.join(sorted(names)[:3])}" for what, names in lists.items() if names]
-    if found:
-        raise ValueError(f"a checkpoint of another model: {'; '.join(found)}")
+    """Raise ValueError naming the first weights that differ in name or shape between file and model."""
+    shapes = [f"{name} {tuple(saved[name].shape)} against {tuple(w.shape)}" for name, w in own.items() if _differs(saved.get(name), w)]
+    lists = {"lacks": [*own.keys() - saved.keys()], "has besides": [*saved.keys() - own.keys()], "has other shapes": shapes}
+    differences = [f"it {what} {', '.join(sorted(names)[:3])}" for what, names in lists.items() if names]
+    if differences:
+        raise ValueError(f"a checkpoint of another model: {'; '.join(differences)}")
 
 
 def _differs(saved: Any, own: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What stops a run, in one line, where it is not the user's own code that does."""
+"""One-line messages for errors that do not come from the user's own code."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ NO_NAME = "this locale has ASCII file names alone, which do not hold {!r}: set P
 
 
 class RunError(Exception):
-    """A run that went wrong after it had begun as asked for; its text is all that the user is shown."""
+    """A run that failed after it had started. The user sees only the message."""
 
 
 @contextmanager
 def in_one_line(checkpoint: Any = None) -> Iterator[None]:
-    """Turn into a UsageError what the callbacks refuse and what stops the loading of ``checkpoint``; into a RunError a loss
-    that is not finite and what the system refuses (a full disk). Other errors, such as a user's own, keep their traceback.
+    """Convert errors that need no traceback; all others, such as those of the user's code, keep theirs.
+
+    UsageError: the callbacks refuse the run, or ``checkpoint`` cannot be loaded. RunError: the loss is not finite, or the system
+    refuses an operation (for example a full disk).
     """
     try:
         yield
     except Exception as error:
-        told = _told(error, checkpoint)
-        if told is None:
+        converted = _converted(error, checkpoint)
+        if converted is None:
             raise
-        raise told from error
+        raise converted from error
 
 
 def is_refusal(error: Exception) -> bool:
-    """This package refuses something, by an error that it raised itself, or that jsonargparse made of such a one."""
+    """Return True for an error that this package raised, or that jsonargparse raised from such an error."""
     cause = error.__cause__ or error.__context__
     if isinstance(cause, Exception) and _places(error)[-1].startswith("jsonargparse."):
         return is_refusal(cause)
     return isinstance(error, (ValueError, TypeError, RuntimeError)) and _places(error)[-1].startswith("lightning_sparse.")
 
 
-def _told(error: Exception, checkpoint: Any) -> Exception | None:
+def _converted(error: Exception, checkpoint: Any) -> Exception | None:
     places = _places(error)
     own = places[-1].startswith("lightning_sparse.")
     if isinstance(error, (UsageError, RunError)):
@@ -56,12 +58,12 @@ def _told(error: Exception, checkpoint: Any) -> Exception | None:
 
 
 def _places(error: Exception) -> list[str]:
-    """The modules that an error came through, the one that raised it last."""
+    """Return the modules in an error's traceback; the last one raised the error."""
     return [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)] or [""]
 
 
 def in_words(error: Exception) -> str:
-    """An error in one line; its kind where its text alone says little."""
+    """Return an error's text in one line, after the name of its class if the text alone is unclear."""
     text = " ".join(str(error).split())
     clear = isinstance(error, (ValueError, TypeError, RuntimeError, FloatingPointError)) and " " in text
     return text[:500] if clear else f"{type(error).__name__}: {text[:500]}"

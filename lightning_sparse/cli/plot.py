@@ -1,4 +1,4 @@
-"""``lightning-sparse plot LogSum 'MCP: {c: 0.7}' -o penalties.png``: curves of any penalties."""
+"""``lightning-sparse plot LogSum 'MCP: {c: 0.7}' -o penalties.png``: draw curves of penalties."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jsonargparse
 import yaml
 
 import lightning_sparse.mask_rules
-import lightning_sparse.penalties  # noqa: F401  (short class names resolve once their classes are imported)
+import lightning_sparse.penalties  # noqa: F401  (because only imported classes have short names)
 from lightning_sparse import plots
 from lightning_sparse.cli.errors import UsageError, below, explain, imported
 from lightning_sparse.duality import MaskRule, Penalty
@@ -37,7 +37,7 @@ def run(verb: str, words: list[str]) -> int:
 
 
 def read(word: str) -> Penalty | MaskRule:
-    """The penalty or mask rule that one word of the command line names.
+    """Parse one word of the command line into a penalty or mask rule.
 
     Raises UsageError with the closest class names or arguments.
     """
@@ -51,14 +51,14 @@ def read(word: str) -> Penalty | MaskRule:
     parser.add_argument("penalty", type=Penalty | MaskRule)
     try:
         parsed = parser.parse_object({"penalty": _described(tree)})
-        found: Penalty | MaskRule = parser.instantiate_classes(parsed)["penalty"]
+        result: Penalty | MaskRule = parser.instantiate_classes(parsed)["penalty"]
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UsageError(explain(str(getattr(error, "message", error)))) from None
-    return found
+    return result
 
 
 def _described(tree: Any) -> Any:
-    """``Name`` and ``{Name: arguments}`` as class_path and init_args; without arguments those of the class's first example."""
+    """Convert ``Name`` and ``{Name: arguments}`` to class_path and init_args; default arguments are the class's first example."""
     if isinstance(tree, str):
         return {"class_path": tree, "init_args": _example(tree)}
     if set(tree) <= {"class_path", "init_args"}:
@@ -70,7 +70,7 @@ def _described(tree: Any) -> Any:
 
 
 def _example(name: str) -> dict[str, Any]:
-    found = imported(name)  # first, because that is when a class in a file of the user's becomes known
-    classes = {cls.__name__: cls for base in (Penalty, MaskRule) for cls in below(base)}
-    examples = getattr(found or classes.get(name.rpartition(".")[2]), "examples", ())
+    cls = imported(name)  # first, because importing the user's module defines its subclasses
+    classes = {subclass.__name__: subclass for base in (Penalty, MaskRule) for subclass in below(base)}
+    examples = getattr(cls or classes.get(name.rpartition(".")[2]), "examples", ())
     return dict(examples[0]) if examples else {}

@@ -1,4 +1,4 @@
-"""``lightning-sparse reproduce``: the paper's table and figures from runs of our own."""
+"""``lightning-sparse reproduce``: train the paper's case study and make its table and figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ABOUT = (
 
 
 def run(verb: str, words: list[str]) -> int:
-    """Train what has not been trained, then write everything."""
+    """Train the runs that have no result yet, then write all files."""
     given, overrides = _parser(verb).parse_known_args(words)
     check(given)
     jobs = _jobs(given, [_recipe(name) for name in given.rows or _rows().values()], overrides)
@@ -54,7 +54,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 
 
 def add_options(parser: argparse.ArgumentParser, out: Path, seeds: list[int], recorded: str) -> None:
-    """The options of every command that trains a list of jobs; ``recorded`` is the folder that ``--known`` would name."""
+    """Add the options shared by all commands that train a list of jobs. ``recorded`` is the example folder for ``--known``."""
     parser.add_argument("--root", default="data", help="the folder above MNIST/raw (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=out, help="where everything is written (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help=f"(default: {' '.join(map(str, seeds))})")
@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser, out: Path, seeds: list[int], re
 
 
 def take_known(folder: Path, lay_out: Callable[[Path], int]) -> None:
-    """Recorded runs in the place of runs to train, by ``lay_out``; UsageError for a folder that holds none."""
+    """Use the recorded runs of ``folder``, copied by ``lay_out``. Raises UsageError for a folder without recorded runs."""
     try:
         print(f"{lay_out(folder)} of the runs are known from {folder}", flush=True)
     except (OSError, ValueError, KeyError) as error:
@@ -74,7 +74,7 @@ def take_known(folder: Path, lay_out: Callable[[Path], int]) -> None:
 
 
 def check(given: argparse.Namespace) -> None:
-    """UsageError for ``--epochs``, ``--jobs`` (unless None) or ``--seeds`` out of their range."""
+    """Raise UsageError if ``--epochs``, ``--jobs`` (unless None) or ``--seeds`` is out of range."""
     for name in ("epochs", "jobs"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise UsageError(f"--{name} must be at least 1, got {getattr(given, name)}")
@@ -83,14 +83,14 @@ def check(given: argparse.Namespace) -> None:
 
 
 def _rows() -> dict[str, str]:
-    """The recipe of each row of the table by the row's key."""
+    """Return the recipe of each row of the table, by the row's key."""
     from lightning_sparse.reproduction.rows import ROWS
 
     return {row.key: row.recipe for row in ROWS}
 
 
 def _recipe(name: str) -> str:
-    """The recipe that a row's key, a packaged name or a path stands for; UsageError with the closest names otherwise."""
+    """Resolve a row's key, a packaged name or a path to a recipe. Raises UsageError with the closest names if unknown."""
     named = _rows().get(name, name)
     packaged = recipes.names()
     if Path(named).is_file() or named in packaged:
@@ -100,7 +100,7 @@ def _recipe(name: str) -> str:
 
 
 def _jobs(given: argparse.Namespace, chosen: Sequence[str], overrides: Sequence[str]) -> list[Job]:
-    """One job for each recipe and seed; UsageError where two recipes would share a folder."""
+    """Return one job per recipe and seed. Raises UsageError if two recipes would share a folder."""
     from lightning_sparse.reproduction.rows import key_of
     from lightning_sparse.reproduction.runs import Job
 
@@ -116,7 +116,7 @@ def _jobs(given: argparse.Namespace, chosen: Sequence[str], overrides: Sequence[
 
 
 def check_kept(jobs: Iterable[Job]) -> None:
-    """UsageError where a finished run had other overrides than it is asked for with now."""
+    """Raise UsageError if a finished run was trained with other overrides than the job has now."""
     for job in jobs:
         if job.result.is_file():
             _check_kept(job)
@@ -125,14 +125,14 @@ def check_kept(jobs: Iterable[Job]) -> None:
 def _check_kept(job: Job) -> None:
     from lightning_sparse.reproduction.written import portable
 
-    kept: str = json.loads(job.result.read_text(encoding="utf-8"))["overrides"]
-    had, asked = (portable(words.split()) for words in (kept, " ".join(job.overrides)))
-    if had != asked:
-        raise UsageError(f"{job.folder} holds a run with the overrides {had!r}, not {asked!r}; name another folder with --out")
+    recorded: str = json.loads(job.result.read_text(encoding="utf-8"))["overrides"]
+    before, now = (portable(words.split()) for words in (recorded, " ".join(job.overrides)))
+    if before != now:
+        raise UsageError(f"{job.folder} holds a run with the overrides {before!r}, not {now!r}; name another folder with --out")
 
 
 def _root(recipe: str, root: str) -> tuple[str, ...]:
-    """Where the data lies, for recipes whose data names a ``root``."""
+    """Return the ``--data.root`` option, for recipes whose data module has a ``root``."""
     data = recipes.content(recipes.find(recipe)).get("data")
-    takes = isinstance(data, dict) and "root" in (data.get("init_args") or {})
-    return ("--data.root", root) if takes else ()
+    has_root = isinstance(data, dict) and "root" in (data.get("init_args") or {})
+    return ("--data.root", root) if has_root else ()

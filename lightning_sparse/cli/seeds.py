@@ -1,4 +1,4 @@
-"""``lightning-sparse seeds RECIPE [--seeds 5] [overrides]``: mean and spread of a recipe's figures over seeds."""
+"""``lightning-sparse seeds RECIPE [--seeds 5] [overrides]``: mean and standard deviation of a recipe's figures over seeds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ABOUT = (
 
 
 def train(recipe: str, seed: int, overrides: list[str]) -> Result:
-    """The recipe's figures with one seed; its files are not kept. Raises UsageError for overrides that the recipe does not take."""
+    """Train a recipe with one seed in a temporary folder. Raises UsageError for overrides unknown to the recipe."""
     with tempfile.TemporaryDirectory() as folder:
         words = [*_PLAIN, "--trainer.default_root_dir", folder, *overrides, "--seed_everything", str(seed)]
         result = fit(["--config", recipe, *words]).result
@@ -33,16 +33,16 @@ def train(recipe: str, seed: int, overrides: list[str]) -> Result:
 
 
 def figures(result: Result) -> dict[str, float]:
-    """Test metrics of both networks (of the dense one where there is a twin), non-zero weights in %, seconds."""
+    """Return the test metrics of the sparse network and of the dense twin, if any, non-zero weights in %, and seconds."""
     networks = {"dense": result.dense, "sparse": result.sparse}
-    shown = {title: trained for title, trained in networks.items() if trained is not None}
-    found = {f"{title} {name}": value for title, trained in shown.items() for name, value in trained.metrics.items()}
-    found["non-zero %"] = 100 * result.sparse.nonzero / result.sparse.size
-    return found | {"seconds": sum(trained.seconds for trained in shown.values())}
+    trained = {title: network for title, network in networks.items() if network is not None}
+    values = {f"{title} {name}": value for title, network in trained.items() for name, value in network.metrics.items()}
+    values["non-zero %"] = 100 * result.sparse.nonzero / result.sparse.size
+    return values | {"seconds": sum(network.seconds for network in trained.values())}
 
 
 def summary(recipe: str, rows: list[dict[str, float]], overrides: list[str]) -> str:
-    """Settings and versions, one line a seed, then mean and standard deviation (of the sample) of each figure."""
+    """Return settings and versions, one line per seed, then mean and sample standard deviation of each figure."""
     versions = f"lightning-sparse {__version__}, torch {torch.__version__}, lightning {lightning.__version__}"
     lines = [f"recipe {recipe} {' '.join(overrides)}".rstrip(), f"{versions}, Python {platform.python_version()}"]
     widths = {name: max(len(name), 8) + 2 for name in rows[0]}

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def show(result: Result) -> None:
-    """Print the table and where the files lie."""
-    columns = {"dense twin": result.dense, "sparse": result.sparse}
-    shown = {title: trained for title, trained in columns.items() if trained is not None}
+    """Print the table and the paths of the files."""
+    networks = {"dense twin": result.dense, "sparse": result.sparse}
+    columns = {title: trained for title, trained in networks.items() if trained is not None}
     table = Table(title="counted and tested from the checkpoint files", title_justify="left")
     table.add_column("")
-    for title in shown:
+    for title in columns:
         table.add_column(title, justify="right")
-    for label, cells in rows(list(shown.values())):
+    for label, cells in rows(list(columns.values())):
         table.add_row(label, *cells)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
@@ -28,7 +28,7 @@ def show(result: Result) -> None:
 
 
 def rows(columns: list[Trained]) -> list[tuple[str, list[str]]]:
-    """(label, one cell for each network): test metrics, non-zero weights per layer and in total, compression, time."""
+    """Return rows (label, one cell per network): test metrics, non-zero weights per layer and in total, compression, time."""
     names = list(dict.fromkeys(name for column in columns for name in column.metrics))
     metrics = [(name, [f"{column.metrics[name]:.4f}" for column in columns]) for name in names]
     layers = [(f"non-zero {name}", [_count(*column.zeros[name]) for column in columns]) for name in columns[0].zeros]

@@ -1,1 +1,1 @@
-"""The small models and data modules that the packaged recipes use; import the file you need."""
+"""Small models and data modules for the packaged recipes. Import the module you need."""

@@ -1,4 +1,4 @@
-"""Batches cut from tensors in memory: no workers, no copies of single samples."""
+"""Loaders of batches from tensors in memory, without worker processes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Batches:
-    """Batches ``(x, y)`` cut from tensors in memory, in their order: no workers, no copies of single samples.
+    """Batches ``(x, y)`` of tensors in memory, in order. Indexes whole batches, not single samples, without worker processes.
 
     The last batch may be smaller.
 
     Args:
         x: the samples.
-        y: their labels.
-        batch_size: samples in a batch.
+        y: the labels.
+        batch_size: samples per batch.
     """
 
     def __init__(self, x: Tensor, y: Tensor, batch_size: int) -> None:
@@ -32,21 +32,21 @@ class Batches:
             yield self.x[part], self.y[part]
 
     def order(self) -> Tensor:
-        """The indices of this epoch's samples."""
+        """Return the sample indices of this epoch."""
         return torch.arange(len(self.x))
 
 
 class ShuffledBatches(Batches):
-    """Batches in an order that depends on the seed and the epoch alone, so that a resumed run repeats it.
+    """Shuffled batches. The order depends only on seed and epoch, so a resumed run repeats it.
 
     Args:
         x: the samples.
-        y: their labels.
-        batch_size: samples in a batch.
-        seed: of the order.
-        shift: each image of an x of shape (count, channels, height, width) is moved by up to ``shift`` pixels in each
-            direction, anew in each epoch, by the same seed.
-        fill: the value of what comes into a moved image.
+        y: the labels.
+        batch_size: samples per batch.
+        seed: seed of the order and of the shifts.
+        shift: shift each image by up to ``shift`` pixels in each direction, randomly in each epoch; x must then have the
+            shape (count, channels, height, width).
+        fill: value of the pixels outside the original image.
     """
 
     batch_sampler = None
@@ -54,10 +54,10 @@ class ShuffledBatches(Batches):
     def __init__(self, x: Tensor, y: Tensor, batch_size: int, seed: int, shift: int = 0, fill: float = 0.0) -> None:
         super().__init__(x, y, batch_size)
         self.seed, self.epoch, self.shift, self.fill = seed, 0, shift, fill
-        self.sampler = self  # where the Trainer looks for set_epoch
+        self.sampler = self  # because the Trainer calls set_epoch on the sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
+        """Set the epoch; the Trainer calls this before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -69,12 +69,12 @@ class ShuffledBatches(Batches):
     def order(self) -> Tensor:
         return torch.randperm(len(self.x), generator=self._generator(0))
 
-    def _generator(self, apart: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch + apart) % 2**63)
+    def _generator(self, offset: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch + offset) % 2**63)
 
 
 def moved(x: Tensor, by: Tensor, most: int, fill: float) -> Tensor:
-    """Images (count, channels, height, width), moved up and left by as many pixels as ``by``, of shape (count, 2), less ``most``."""
+    """Shift images (count, channels, height, width) up and left by ``by - most`` pixels; ``by`` has shape (count, 2)."""
     height, width = x.shape[-2:]
     windows = nn.functional.pad(x, [most] * 4, value=fill).unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(len(x)), :, by[:, 0], by[:, 1]]

@@ -1,4 +1,4 @@
-"""What the example networks share: cross-entropy, accuracy, Adam and a learning rate that falls to 0."""
+"""Base class of the example networks: cross-entropy, accuracy, Adam and a learning rate that decays to 0."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _DECAYS = ("cosine", "linear")
 
 
 class Classifier(LightningModule):
-    """A network ``layers`` that maps x to class scores, trained on cross-entropy by Adam.
+    """A classifier trained with cross-entropy and Adam; the network ``layers`` maps x to class scores.
 
-    The learning rate falls to 0. Logs ``{train,val,test}/loss`` and ``{val,test}/accuracy``. Raises ValueError for an unknown
-    ``decay``, and for a ``restart`` outside (0, 1) or of a linear one.
+    The learning rate decays to 0. Logs ``{train,val,test}/loss`` and ``{val,test}/accuracy``. Raises ValueError for an unknown
+    ``decay``, for a ``restart`` outside (0, 1), and for a ``restart`` with linear decay.
 
     Args:
-        lr: the learning rate at the start.
-        decay: "cosine": it falls along half a cosine, counted in optimiser steps; "linear": once an epoch.
-        fused: Adam's own switch, about 1.5 times faster per epoch on a CPU.
-        restart: a share of the run, where half a cosine ends and another begins, for the fine-tuning of a frozen support:
-            weights come to rest at zero as the steps shrink, and what is left is trained from a full rate again.
+        lr: the initial learning rate.
+        decay: "cosine": half a cosine, updated every optimiser step; "linear": linear, updated every epoch.
+        fused: use Adam's fused implementation, about 1.5 times faster per epoch on a CPU.
+        restart: restart the cosine from ``lr`` after this share of the run, to fine-tune a frozen support: small steps at the
+            end of the first cosine settle weights at zero, and the second cosine trains the remaining weights.
     """
 
     layers: nn.Module
@@ -46,7 +46,8 @@ class Classifier(LightningModule):
         self.lr, self.decay, self.fused = _checks.positive("lr", lr), decay, _checks.truth("fused", fused)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Lightning notes which hook it is in some forty times a step; nn.Module's way of setting takes 10 us for each."""
+        """Set an attribute; set ``_current_fx_name`` directly."""
+        # because Lightning sets it about forty times a step, and nn.Module.__setattr__ takes 10 us each time
         if name == "_current_fx_name":
             object.__setattr__(self, name, value)
         else:
@@ -63,7 +64,8 @@ class Classifier(LightningModule):
         return loss
 
     def _is_logged(self) -> bool:
-        """At the steps that loggers take and at an epoch's end: ``log`` at each one is a good part of LeNet-300-100's step."""
+        """Return True at the steps that loggers record and at the end of an epoch."""
+        # because self.log at every step would take a large share of LeNet-300-100's step time
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (self.trainer.global_step + 1) % every == 0 or self.trainer.is_last_batch
 
@@ -100,7 +102,7 @@ class Classifier(LightningModule):
 
 
 def cosines(step: int, total: int, restart: float) -> float:
-    """Half a cosine from 1 to 0 over the first ``restart`` of ``total`` steps, another over the rest; 0 from ``total`` on."""
+    """Return the rate factor: half a cosine from 1 to 0 over the share ``restart`` of ``total`` steps, another over the rest, then 0."""
     turn = round(restart * total)
     begin, end = (0, turn) if step < turn or turn == total else (turn, total)
     return (1 + math.cos(math.pi * min((step - begin) / max(end - begin, 1), 1.0))) / 2

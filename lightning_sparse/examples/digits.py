@@ -13,16 +13,16 @@ from lightning_sparse.examples.batches import Batch, Batches, ShuffledBatches
 
 
 class Digits(LightningDataModule):
-    """Digits in three stratified parts: training, validation and test; pixels scaled to [-1, 1].
+    """Digits split into three stratified parts, training, validation and test; pixels scaled to [-1, 1].
 
-    The run's own seed (``seed_everything``) gives the order of the batches. Raises ValueError for shares that leave no
+    The run's seed (``seed_everything``) determines the order of the batches. Raises ValueError for shares that leave no
     training image.
 
     Args:
-        batch_size: images in a batch.
-        validation: the share of all images that is for validation.
-        test: the share that is for testing.
-        split_seed: decides which images go where.
+        batch_size: images per batch.
+        validation: share of all images used for validation.
+        test: share of all images used for testing.
+        split_seed: seed of the split.
     """
 
     def __init__(self, batch_size: int = 64, validation: float = 0.2, test: float = 0.2, split_seed: int = 0) -> None:
@@ -38,31 +38,30 @@ class Digits(LightningDataModule):
         if self.parts:
             return
         images, labels = load_digits(return_X_y=True)
-        for name, rows in self._rows(labels).items():
-            x = torch.from_numpy(images[rows]).float() / 8 - 1
-            self.parts[name] = (x, torch.from_numpy(labels[rows]).long())
+        for name, indices in self._split(labels).items():
+            x = torch.from_numpy(images[indices]).float() / 8 - 1
+            self.parts[name] = (x, torch.from_numpy(labels[indices]).long())
 
-    def _rows(self, labels: np.ndarray) -> dict[str, np.ndarray]:
+    def _split(self, labels: np.ndarray) -> dict[str, np.ndarray]:
         validation, test = self.shares
-        rows = np.arange(len(labels))
-        rest, tested = train_test_split(rows, test_size=test, stratify=labels, random_state=self.split_seed)
+        rest, test_indices = train_test_split(np.arange(len(labels)), test_size=test, stratify=labels, random_state=self.split_seed)
         share = validation / (1 - test)
-        trained, validated = train_test_split(rest, test_size=share, stratify=labels[rest], random_state=self.split_seed)
-        return {"training": trained, "validation": validated, "test": tested}
+        training_indices, validation_indices = train_test_split(rest, test_size=share, stratify=labels[rest], random_state=self.split_seed)
+        return {"training": training_indices, "validation": validation_indices, "test": test_indices}
 
     def train_dataloader(self) -> ShuffledBatches:
         x, y = self.parts["training"]
         return ShuffledBatches(x, y, self.batch_size, torch.initial_seed() % 2**31)
 
     def val_dataloader(self) -> Batches:
-        return self._whole("validation")
+        return self._single_batch("validation")
 
     def test_dataloader(self) -> Batches:
-        return self._whole("test")
+        return self._single_batch("test")
 
     def predict_dataloader(self) -> Batches:
-        return self._whole("test")
+        return self._single_batch("test")
 
-    def _whole(self, part: str) -> Batches:
+    def _single_batch(self, part: str) -> Batches:
         x, y = self.parts[part]
         return Batches(x, y, len(x))

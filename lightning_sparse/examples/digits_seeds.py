@@ -1,4 +1,4 @@
-"""``python -m lightning_sparse.examples.digits_seeds [--seeds 5] [overrides]`` is ``lightning-sparse seeds digits``."""
+"""``python -m lightning_sparse.examples.digits_seeds [--seeds 5] [overrides]``: same as ``lightning-sparse seeds digits``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lightning_sparse.cli.report import Result
 
 
 def run(seed: int, overrides: list[str]) -> Result:
-    """The recipe's figures with one seed. Raises UsageError for overrides that the recipe does not take."""
+    """Train the recipe with one seed and return its result. Raises UsageError for overrides unknown to the recipe."""
     return seeds.train("digits", seed, overrides)
 
 
 def figures(result: Result) -> dict[str, float]:
-    """Accuracies in %, non-zero weights in % of the selected ones."""
+    """Return the accuracies in % and the non-zero weights in % of the selected weights."""
     dense = result.dense or result.sparse
     return {
         "dense test %": 100 * dense.metrics["test/accuracy"],

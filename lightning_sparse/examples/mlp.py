@@ -12,13 +12,13 @@ from lightning_sparse.examples.classifier import Classifier
 
 
 class MLP(Classifier):
-    """Linear layers of the given widths with ReLU between them; LeNet-300-100 is ``sizes=[784, 300, 100, 10]``.
+    """Linear layers of widths ``sizes`` with ReLU between them. LeNet-300-100 is ``sizes=[784, 300, 100, 10]``.
 
     x is flattened to (batch, sizes[0]). Raises ValueError for fewer than two sizes.
 
     Args:
-        sizes: the widths, from the inputs to the classes.
-        init_std: weights start as N(0, init_std^2) in place of torch's own.
+        sizes: the widths, from inputs to classes.
+        init_std: initialise weights from N(0, init_std^2); None uses torch's initialisation.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class MLP(Classifier):
         layers = [layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())]
         self.layers = nn.Sequential(nn.Flatten(), *layers[:-1])
         if init_std is not None:
-            self._start(_checks.positive("init_std", init_std))
+            self._initialise(_checks.positive("init_std", init_std))
 
     @torch.no_grad()
-    def _start(self, std: float) -> None:
+    def _initialise(self, std: float) -> None:
         for weight in (parameter for parameter in self.parameters() if parameter.dim() > 1):
             weight.normal_(0.0, std)

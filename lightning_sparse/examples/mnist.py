@@ -12,24 +12,24 @@ from lightning_sparse import _checks
 from lightning_sparse.examples.batches import Batch, Batches, ShuffledBatches
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels, in [0, 1]
-BLACK = float(torch.zeros(()).sub_(MEAN).div_(STD))  # what a pixel of 0 is normalised to
+BLACK = float(torch.zeros(()).sub_(MEAN).div_(STD))  # normalised value of a pixel of 0
 
 
 class MNIST(LightningDataModule):
-    """Normalised images x of shape (batch, 1, 28, 28) and labels y; the training file's 60,000 are split in two.
+    """Normalised images x of shape (batch, 1, 28, 28) and labels y. The 60,000 training images are split into two parts.
 
     Args:
-        root: the folder that holds ``MNIST/raw`` with the four files; where it does not and ``download``
-            is on, torchvision downloads them into it.
-        batch_size: images in a batch.
-        validation: how many of the 60,000 are for validation, at random by ``split_seed``; 0 trains on all of them.
-        split_seed: decides which images are for validation.
-        download: whether to try the network.
-        shift: training images are moved by up to ``shift`` pixels in each direction, anew in each epoch, by the run's seed.
+        root: the folder with ``MNIST/raw`` and its four files; if they are missing and ``download`` is on, torchvision
+            downloads them into it.
+        batch_size: images per batch.
+        validation: number of the 60,000 images used for validation, drawn with ``split_seed``; 0 trains on all of them.
+        split_seed: seed of the split.
+        download: whether to download missing files.
+        shift: shift training images by up to ``shift`` pixels in each direction, randomly in each epoch, with the run's seed.
 
-    The run's own seed (``seed_everything``) gives the order of the batches. Raises ValueError for a share that leaves no
-    training image and for a ``shift`` that is not a whole number >= 0, FileNotFoundError, naming the folder and what to put
-    there, where the files cannot be had.
+    The run's seed (``seed_everything``) determines the order of the batches. Raises ValueError for a ``validation`` that leaves
+    no training image and for a ``shift`` that is not a whole number >= 0. Raises FileNotFoundError, naming the folder and the
+    files it needs, if the files are missing and cannot be downloaded.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class MNIST(LightningDataModule):
         if self.validation >= len(x):
             raise ValueError(f"validation={self.validation} of {len(x)} images in {self.root} leaves none to train on")
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.split_seed))
-        held, rest = order[: self.validation].sort().values, order[self.validation :].sort().values
-        self.parts = {"training": (x[rest], y[rest]), "validation": (x[held], y[held])}
+        validation, training = order[: self.validation].sort().values, order[self.validation :].sort().values
+        self.parts = {"training": (x[training], y[training]), "validation": (x[validation], y[validation])}
         self.parts["test"] = read(self.root, train=False, download=self.download)
 
     def train_dataloader(self) -> ShuffledBatches:
@@ -80,16 +80,16 @@ class MNIST(LightningDataModule):
 
 
 def read(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor]:
-    """Normalised images (count, 1, 28, 28) in float32 and labels; FileNotFoundError where the files cannot be had."""
-    from torchvision import datasets  # takes seconds to import
+    """Read normalised images (count, 1, 28, 28) in float32 and labels. Raises FileNotFoundError if the files are missing."""
+    from torchvision import datasets  # here, because the import takes seconds
 
     try:
-        found = datasets.MNIST(str(root), train=train, download=download)
-    except (RuntimeError, OSError) as error:  # not found; no network, or a folder that cannot be written
+        dataset = datasets.MNIST(str(root), train=train, download=download)
+    except (RuntimeError, OSError) as error:  # files not found, no network, or a folder without write permission
         tried = f"downloading failed ({' '.join(str(error).split())})" if download else "download is off"
         raise FileNotFoundError(
             f"no MNIST in {root.resolve() / 'MNIST' / 'raw'}, and {tried}. Give root (--data.root in a recipe) the folder above "
             "MNIST/raw, and put train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
             "t10k-labels-idx1-ubyte (not gzipped) there"
         ) from error
-    return found.data[:, None].float().div_(255).sub_(MEAN).div_(STD), found.targets.long()
+    return dataset.data[:, None].float().div_(255).sub_(MEAN).div_(STD), dataset.targets.long()

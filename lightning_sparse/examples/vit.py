@@ -1,4 +1,4 @@
-"""A small vision transformer whose every matrix is a Linear layer, so that noise and curvature see each of them."""
+"""A small vision transformer in which every matrix is a Linear layer, so that noise and curvature apply to all of them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from lightning_sparse.examples.classifier import Classifier
 
 
 class ViT(Classifier):
-    """A pre-norm transformer on the patches of square images of one channel: learned positions, mean over tokens, a Linear head.
+    """A pre-norm transformer on patches of square images with one channel: learned positions, mean over tokens, a Linear head.
 
-    x has shape (batch, 1, image, image) and is cut into (image / patch)^2 tokens. The defaults hold 134,848 weights in Linear
-    layers (49 * 64 + 4 * (4 * 64^2 + 2 * 64 * 128) + 64 * 10); positions, norms and biases come on top.
+    x has shape (batch, 1, image, image) and is split into (image / patch)^2 tokens. With the defaults the Linear layers have
+    134,848 weights (49 * 64 + 4 * (4 * 64^2 + 2 * 64 * 128) + 64 * 10), without positions, norms and biases.
 
     Args:
-        image: pixels along a side, a multiple of ``patch``.
-        patch: pixels along a patch's side.
-        width: of a token, a multiple of ``heads``.
-        depth: how many blocks of attention and a two-layer perceptron with GELU.
-        heads: attention heads in a block.
-        ratio: width inside the perceptrons, as a multiple of ``width``.
-        classes: how many.
+        image: side length of an image in pixels, a multiple of ``patch``.
+        patch: side length of a patch in pixels.
+        width: features per token, a multiple of ``heads``.
+        depth: number of blocks of attention and a two-layer perceptron with GELU.
+        heads: attention heads per block.
+        ratio: hidden width of the perceptrons, as a multiple of ``width``.
+        classes: number of classes.
 
-    Raises ValueError for a size that is not a whole number >= 1 or divides unevenly.
+    Raises ValueError for a size that is not a whole number >= 1 and for one that is not the required multiple.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ def _check_multiple(name: str, value: int, of: str, unit: int) -> None:
 
 
 class Tokens(nn.Module):
-    """(batch, 1, rows * patch, rows * patch) to (batch, rows^2, width): each patch's pixels through a Linear, plus its position."""
+    """(batch, 1, rows * patch, rows * patch) to (batch, rows^2, width): a Linear layer of each patch, plus learned positions."""
 
     def __init__(self, rows: int, patch: int, width: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Tokens(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(width / heads)) v in each head, then the output's Linear; shapes (batch, tokens, width)."""
+    """softmax(q k^T / sqrt(width / heads)) v in each head, then a Linear layer; shapes (batch, tokens, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
