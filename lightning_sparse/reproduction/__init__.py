@@ -1,1 +1,1 @@
-"""The paper's case study again: its table and its two figures from runs of the packaged recipes."""
+"""Reproduction of the paper's case study: its table and its two figures, from runs of the packaged recipes."""

@@ -1,4 +1,4 @@
-"""The case study's two figures: the penalties, and the trajectories of the runs beside the published points."""
+"""The two figures of the case study: the penalties, and the trajectories of the runs with the published points."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lightning_sparse.mask_rules import Standout
 from lightning_sparse.penalties import MCP, HardConcrete, LogSum, VariationalDropout
 from lightning_sparse.reproduction.rows import EPOCHS, Row
 
-Trajectories = dict[str, dict[int, list[dict[str, float]]]]  # recipe, seed, one line an epoch
+Trajectories = dict[str, dict[int, list[dict[str, float]]]]  # by recipe and seed: one line per epoch
 
-# Okabe and Ito's colours, told apart by colour-blind readers too, without the yellow, which is too pale for a line
+# Okabe and Ito's colours, safe for colour-blind readers; without yellow, because it is too pale for a line
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 _MARKERS, _DASHES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", ":")
 DIMENSION, KEPT = 32, 16
@@ -34,24 +34,25 @@ CURVES: tuple[tuple[str, Penalty, float], ...] = (
 
 
 def on_weights(penalty: Penalty, lam: float, w: Sequence[float]) -> list[float]:
-    """lam * omega at each weight."""
+    """Return lam * omega at each weight."""
     values: list[float] = (lam * penalty.omega(torch.tensor(w, dtype=torch.float64))).tolist()
     return values
 
 
 def on_vectors(penalty: Penalty, lam: float) -> list[float]:
-    """lam * Omega of vectors of norm 1 in DIMENSION dimensions with k equal entries 1 / sqrt(k) and zeros, k = 0 to DIMENSION."""
+    """Return lam * Omega of vectors in DIMENSION dimensions with k entries 1 / sqrt(k), the others 0, for k = 0 to DIMENSION."""
     counts = range(1, DIMENSION + 1)
     return [0.0] + [k * value for k, value in zip(counts, on_weights(penalty, lam, [k**-0.5 for k in counts]), strict=True)]
 
 
 def penalties() -> Figure:
-    """Figure 1: lam * Omega of one weight, and of vectors of one norm that are more and more spread out."""
+    """Draw figure 1: lam * Omega of one weight, and of vectors of norm 1 with k equal non-zeros."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     one, spread = figure.subplots(1, 2)
     w = np.geomspace(0.01, 5, 400).tolist()
-    for place, (title, penalty, lam) in enumerate(CURVES):
-        style = {"color": COLOURS[place], "linestyle": "--" if place in (1, 4) else "-", "linewidth": 2}  # those that others cover
+    for index, (title, penalty, lam) in enumerate(CURVES):
+        # dashed where another curve overlaps
+        style = {"color": COLOURS[index], "linestyle": "--" if index in (1, 4) else "-", "linewidth": 2}
         one.plot(w, on_weights(penalty, lam, w), label=title, **style)
         spread.plot(range(DIMENSION + 1), on_vectors(penalty, lam), marker=".", **style)
     top = 1.08 * max(max(on_vectors(penalty, lam)) for _, penalty, lam in CURVES)
@@ -65,13 +66,13 @@ def penalties() -> Figure:
 
 
 def trajectories(rows: Sequence[Row], found: Trajectories) -> Figure:
-    """Figure 2: share of non-zero weights and validation error by epoch, mean over seeds and the band from least to most.
+    """Draw figure 2: share of non-zero weights and validation error per epoch, as mean and minimum-to-maximum band over seeds.
 
-    Published points are drawn where a row has them and its runs are as long as the published ones.
+    Published points are drawn for rows that have them, if the runs are as long as the published ones.
     """
     figure = Figure(figsize=(13, 6.4), layout="constrained")
     axes = figure.subplots(1, 2)
-    handles = [_draw_row(axes, row, found[row.recipe], _style(place)) for place, row in enumerate(rows) if row.recipe in found]
+    handles = [_draw_row(axes, row, found[row.recipe], _style(index)) for index, row in enumerate(rows) if row.recipe in found]
     for axis, title in zip(axes, ("non-zero weights %", "validation error %"), strict=True):
         _label(axis, title)
     if any(handle.get_marker() != "None" for handle in handles):
@@ -83,7 +84,8 @@ def trajectories(rows: Sequence[Row], found: Trajectories) -> Figure:
 
 
 def _label(axis: Axes, title: str) -> None:
-    """On a logarithmic scale, unless nothing was measured: runs on all images have no validation error."""
+    """Label an axis and set a logarithmic scale; write a note instead if the axis has no finite values."""
+    # because runs that train on all images have no validation error
     measured = any(np.isfinite(np.asarray(line.get_ydata(), float)).any() for line in axis.lines)
     if not measured:
         axis.set(title=f"{title}: no images held out", xticks=[], yticks=[])
@@ -93,33 +95,33 @@ def _label(axis: Axes, title: str) -> None:
 
 
 def _draw_row(axes: Sequence[Axes], row: Row, seeds: dict[int, list[dict[str, float]]], style: dict[str, str]) -> Line2D:
-    """One row in both panels; what stands for it in the legend."""
-    as_long = max(len(lines) for lines in seeds.values()) == EPOCHS[-1]
+    """Draw one row in both panels and return its legend handle."""
+    comparable = max(len(lines) for lines in seeds.values()) == EPOCHS[-1]
     for axis, name, factor, points in ((axes[0], "nonzero", 100, row.shares), (axes[1], "val_error", 1, row.errors)):
         epoch, mean, least, most = mean_and_band(seeds, name, factor).T
         axis.plot(epoch, mean, color=style["color"], linestyle=style["linestyle"], linewidth=1.8)
         axis.fill_between(epoch, least, most, color=style["color"], alpha=0.2, linewidth=0)
-        if points and as_long:
+        if points and comparable:
             axis.plot(EPOCHS, [factor * point for point in points], **(style | {"linestyle": "", "markerfacecolor": "white"}))  # type: ignore[arg-type]
-    shown = style if row.shares and as_long else style | {"marker": "None"}
-    return Line2D([], [], label=row.title, markerfacecolor="white", **shown)  # type: ignore[arg-type]
+    legend_style = style if row.shares and comparable else style | {"marker": "None"}
+    return Line2D([], [], label=row.title, markerfacecolor="white", **legend_style)  # type: ignore[arg-type]
 
 
 def mean_and_band(seeds: dict[int, list[dict[str, float]]], name: str, factor: float = 1.0) -> np.ndarray:
-    """Columns epoch, mean, least and most over seeds, for the epochs that every seed has."""
+    """Return the columns epoch, mean, minimum and maximum over seeds, for the epochs recorded for every seed."""
     length = min(len(lines) for lines in seeds.values())
     values = factor * np.array([[line[name] for line in lines[:length]] for lines in seeds.values()])
     epochs = [line["epoch"] for line in next(iter(seeds.values()))[:length]]
     return np.stack([np.array(epochs), values.mean(0), values.min(0), values.max(0)], axis=1)
 
 
-def _style(place: int) -> dict[str, str]:
+def _style(index: int) -> dict[str, str]:
     count = len(COLOURS)
-    return {"color": COLOURS[place % count], "marker": _MARKERS[place % count], "linestyle": _DASHES[place // count % len(_DASHES)]}
+    return {"color": COLOURS[index % count], "marker": _MARKERS[index % count], "linestyle": _DASHES[index // count % len(_DASHES)]}
 
 
 def _plain_numbers(axis: Axes) -> None:
-    """1, 2, 3, 5, 10 in place of powers of ten."""
+    """Label the y axis with 1, 2, 3, 5, 10 instead of powers of ten."""
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())

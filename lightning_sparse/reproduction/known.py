@@ -1,4 +1,4 @@
-"""Runs that were recorded elsewhere, laid out as if they had been trained here."""
+"""Import of recorded runs: write their results and trajectories as if the jobs had been trained here."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lightning_sparse.reproduction.runs import Job, write
 
 
 def lay_out(folder: Path, jobs: Iterable[Job]) -> int:
-    """Give each job without a result the one that the CSVs of ``folder`` hold for it; how many were given.
+    """Write the recorded result for each job without one, from the CSVs of ``folder``; return the number of results written.
 
-    A run is a job's where recipe, seed, epochs and overrides (but for the data's folder) are the same. Raises
-    FileNotFoundError, naming the file, where ``folder`` holds no ``runs.csv`` and ``trajectories.csv``.
+    A recorded run matches a job if recipe, seed, epochs and overrides (without the data folder) are the same. Raises
+    FileNotFoundError naming the file if ``folder`` has no ``runs.csv`` or no ``trajectories.csv``.
     """
     runs = {(run["recipe"], run["seed"], run["epochs"], run["overrides"]): run for run in written.read_runs(folder / written.RUNS)}
     trajectories = written.read_trajectories(folder / written.TRAJECTORIES)
-    given = 0
+    count = 0
     for job in jobs:
         run = runs.get((job.recipe, job.seed, job.epochs, written.portable(job.overrides)))
-        given += run is not None and give(job, run, trajectories[job.recipe][job.seed])
-    return given
+        count += run is not None and give(job, run, trajectories[job.recipe][job.seed])
+    return count
 
 
 def give(job: Job, run: Mapping[str, Any], lines: Sequence[Mapping[str, float]]) -> bool:
-    """Write a recorded result and its epochs where the job would have written its own, unless it has; whether it was written."""
+    """Write a recorded result and trajectory to the job's files. Returns False, without writing, if the job has a result."""
     if job.result.is_file():
         return False
     job.folder.mkdir(parents=True, exist_ok=True)

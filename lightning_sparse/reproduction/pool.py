@@ -1,4 +1,4 @@
-"""Jobs side by side in processes of their own, with a display of how far each is."""
+"""Jobs run in parallel processes, with a progress bar."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Running = dict["Future[dict[str, Any]]", Job]
 
 
 def run(jobs: Sequence[Job], at_once: int, work: Callable[[Any], dict[str, Any]] = train) -> list[dict[str, Any]]:
-    """The results of ``jobs`` in their order, ``at_once`` of them running at a time; finished ones are read, not run again.
+    """Run ``jobs`` in parallel, at most ``at_once`` at a time, and return the results in order. Finished jobs are not run again.
 
-    ``work`` runs one of them, or reads its result; a function of a module's own, since other processes import it.
+    ``work`` runs a job or reads its result. It must be a function at module level, because other processes import it.
 
-    The first job that fails ends the others and its error is raised; what they recorded stays, and a second call goes on.
+    If a job fails, the other jobs are stopped and its error is raised. Their records stay, and a second call resumes them.
     """
     with ProcessPoolExecutor(at_once, mp_context=get_context("spawn"), initializer=_begin) as pool:
         running = {pool.submit(work, job): job for job in jobs if not job.result.is_file()}
@@ -34,19 +34,20 @@ def run(jobs: Sequence[Job], at_once: int, work: Callable[[Any], dict[str, Any]]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list((pool._processes or {}).values()):
-                process.kill()  # the Trainer would only make a note of a SIGTERM
+                process.kill()  # because the Trainer does not stop at once on SIGTERM
             raise
-    return [work(job) for job in jobs]  # each reads its result
+    return [work(job) for job in jobs]  # all jobs are finished: work reads the results
 
 
 def _begin() -> None:
-    """In each of the processes, and in none but them: weights and moments that decay to denormals slow a CPU down many times."""
-    torch.set_flush_denormal(True)
+    """Set up a worker process."""
+    torch.set_flush_denormal(True)  # because weights and moments decay to denormals, which slow a CPU down many times
     Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A command that is killed ends nothing by itself: its runs would go on, and write beside those of the next command."""
+    """End this process when its parent ends."""
+    # because the workers of a killed command would go on and write to the same files as the next command
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
@@ -54,16 +55,16 @@ def _end_with_parent() -> None:
 
 
 def _watch(running: Running) -> None:
-    """Until all are done: a bar over all epochs on a terminal, a line for each finished run elsewhere."""
+    """Wait for all jobs: show a bar over all epochs on a terminal, and print a line for each finished run."""
     pending = set(running)
     with _bar() as bar:
         task = bar.add_task("", total=sum(job.epochs for job in running.values()))
         while pending:
             done, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in done:
-                _say(running[future], future.result())
-            shown = (f"{job.folder.name} {job.epochs_done()}/{job.epochs}" for future, job in running.items() if future.running())
-            bar.update(task, completed=sum(job.epochs_done() for job in running.values()), description=", ".join(shown))
+                _print_result(running[future], future.result())
+            active = (f"{job.folder.name} {job.epochs_done()}/{job.epochs}" for future, job in running.items() if future.running())
+            bar.update(task, completed=sum(job.epochs_done() for job in running.values()), description=", ".join(active))
 
 
 def _bar() -> Progress:
@@ -77,16 +78,16 @@ def _bar() -> Progress:
     return Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), disable=not sys.stderr.isatty())
 
 
-def _say(job: Job, found: dict[str, Any]) -> None:
-    figures = f"test error {found['test_error']:.2f} %, non-zero {found['nonzero']:.2f} %"
-    print(f"{time.strftime('%H:%M')} {job.folder.name}: {figures}, {found['seconds'] / 60:.1f} min", flush=True)
+def _print_result(job: Job, result: dict[str, Any]) -> None:
+    figures = f"test error {result['test_error']:.2f} %, non-zero {result['nonzero']:.2f} %"
+    print(f"{time.strftime('%H:%M')} {job.folder.name}: {figures}, {result['seconds'] / 60:.1f} min", flush=True)
 
 
 def jobs_left(jobs: Iterable[Job]) -> int:
-    """How many have no result yet."""
+    """Count the jobs without a result."""
     return sum(not job.result.is_file() for job in jobs)
 
 
 def epochs_left(jobs: Iterable[Job]) -> int:
-    """How many epochs of those are still to go."""
+    """Count the remaining epochs of the jobs without a result."""
     return sum(max(job.epochs - job.epochs_done(), 0) for job in jobs if not job.result.is_file())

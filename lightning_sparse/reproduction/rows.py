@@ -1,4 +1,4 @@
-"""What the paper's case study reports, row by row: one run each, read from its authors' public notebook.
+"""The rows of the paper's case study. The published figures are one run each, from the authors' public notebook.
 
 LeNet-300-100 (266,200 weights; biases neither penalised nor counted), MNIST, 48,000 training and 12,000 validation images,
 batch 128, 200 epochs, Adam with a learning rate that falls linearly to 0, no pre-training, warm-up or fine-tuning. A weight
@@ -14,7 +14,7 @@ EPOCHS = (1, 10, 25, 50, 100, 150, 190, 200)
 
 @dataclass(frozen=True)
 class Row:
-    """A method of the table: its packaged recipe, and the published figures in % where there are any."""
+    """A method of the table: its packaged recipe and, if published, its figures in %."""
 
     title: str
     recipe: str
@@ -22,16 +22,16 @@ class Row:
     nonzero: float | None = None
     shares: tuple[float, ...] = field(default=(), repr=False)  # non-zero share at EPOCHS
     errors: tuple[float, ...] = field(default=(), repr=False)  # validation error in % at EPOCHS
-    slip: str = ""  # what the published run did differently from what it meant to
+    slip: str = ""  # how the published run deviates from its method
 
     @property
     def key(self) -> str:
-        """The recipe's own name, for files."""
+        """Name of the recipe in file names and on the command line."""
         return key_of(self.recipe)
 
 
 def key_of(recipe: str) -> str:
-    """The last part of a recipe's packaged name or path."""
+    """Return the last part of a recipe's packaged name or path, without ``.yaml``."""
     return recipe.rsplit("/", 1)[-1].removesuffix(".yaml")
 
 

@@ -1,4 +1,4 @@
-"""One run of the case study: a recipe with a seed, recorded epoch by epoch, and resumed where it was interrupted."""
+"""One run of the case study: a recipe with a seed, recorded every epoch and resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.training import RecipeCLI, launch
 
 FIELDS = ("epoch", "nonzero", "nonzero_file", "val_error", "train_loss", "seconds")
-GAP = "duality_gap"  # a column after FIELDS where the form has ``gap_samples``
+GAP = "duality_gap"  # an extra column if the callback has ``gap_samples``
 _QUIET = ["--trainer.logger", "false", "--report.table", "false", "--report.pictures", "false"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a recipe (a packaged name or a file) for ``epochs`` epochs with ``seed``, its files in ``folder``.
+    """One run: a recipe (a packaged name or a file) for ``epochs`` epochs with ``seed``, with its files in ``folder``.
 
-    ``until``: stop after that many of them; schedules are those of the whole run, which another job may go on with.
+    ``until`` stops the run after that many epochs. Schedules still span all ``epochs``, so another job can continue the run.
     """
 
     recipe: str
@@ -42,21 +42,21 @@ class Job:
 
     @property
     def trajectory(self) -> Path:
-        """One line for each epoch, see FIELDS: shares in [0, 1], errors in %, seconds since the run began."""
+        """CSV file with one line per epoch, see FIELDS: shares in [0, 1], errors in %, seconds since the start."""
         return self.folder / "trajectory.csv"
 
     @property
     def result(self) -> Path:
-        """Written when the run is done."""
+        """JSON file, written at the end of the run."""
         return self.folder / "result.json"
 
     def epochs_done(self) -> int:
-        """How far the run is."""
+        """Count the recorded epochs."""
         return len(read(self.trajectory))
 
 
 def read(trajectory: Path) -> list[dict[str, float]]:
-    """The lines of a trajectory as numbers, an unfinished last line left out; none where the file does not exist yet."""
+    """Read the lines of a trajectory as numbers, without an incomplete last line. A missing file has no lines."""
     if not trajectory.is_file():
         return []
     text = trajectory.read_text(encoding="utf-8")
@@ -65,7 +65,7 @@ def read(trajectory: Path) -> list[dict[str, float]]:
 
 
 def write(trajectory: Path, lines: Sequence[Mapping[str, float]]) -> None:
-    """Write a trajectory anew; with a column for the duality gap where a line has one."""
+    """Overwrite a trajectory; with a column for the duality gap if one of the lines has it."""
     with trajectory.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, columns(lines))
         writer.writeheader()
@@ -73,15 +73,15 @@ def write(trajectory: Path, lines: Sequence[Mapping[str, float]]) -> None:
 
 
 def columns(lines: Iterable[Mapping[str, float]]) -> list[str]:
-    """FIELDS, and GAP where one of the lines has it."""
+    """Return FIELDS, plus GAP if one of the lines has it."""
     return [*FIELDS, *([GAP] if any(GAP in line for line in lines) else [])]
 
 
 class Recorder(Callback):
-    """Appends a line of FIELDS to a file at each epoch's end.
+    """Append a line of FIELDS to a file at the end of each epoch.
 
-    ``nonzero`` is the share of weights whose alpha, as the form uses it, is at least ``tol``, as the paper counts;
-    ``nonzero_file`` of those that a file of that epoch holds. After epoch ``until`` the run ends.
+    ``nonzero`` is the share of weights with alpha >= ``tol``, as in the paper; alpha is the callback's keep probability.
+    ``nonzero_file`` is the share of non-zero weights in a checkpoint of that epoch. The run ends after epoch ``until``.
     """
 
     def __init__(self, file: Path, until: int | None = None) -> None:
@@ -89,9 +89,9 @@ class Recorder(Callback):
         self.began, self.before = 0.0, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        kept = [row for row in read(self.file) if row["epoch"] <= trainer.current_epoch]
-        self.before, self.began = (kept[-1]["seconds"] if kept else 0.0), time.perf_counter()
-        write(self.file, kept)
+        earlier = [row for row in read(self.file) if row["epoch"] <= trainer.current_epoch]
+        self.before, self.began = (earlier[-1]["seconds"] if earlier else 0.0), time.perf_counter()
+        write(self.file, earlier)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = trainer.callback_metrics
@@ -99,7 +99,7 @@ class Recorder(Callback):
             "epoch": trainer.current_epoch + 1,
             "nonzero": share_above_tol(trainer),
             "nonzero_file": 1 - float(logged["sparsity/total"]),
-            "val_error": 100 * (1 - float(logged.get("val/accuracy", torch.nan))),  # NaN where a run trains on all images
+            "val_error": 100 * (1 - float(logged.get("val/accuracy", torch.nan))),  # NaN without validation images
             "train_loss": float(logged["train/loss"]),
             "seconds": self.before + time.perf_counter() - self.began,
         }
@@ -108,7 +108,7 @@ class Recorder(Callback):
         trainer.should_stop |= row["epoch"] == self.until
 
     def _append(self, row: dict[str, float]) -> None:
-        """One line more; the first to have a gap, or to lack it, is written with all lines anew, under its own columns."""
+        """Append a line; rewrite the whole file if its columns change (with or without a duality gap)."""
         before = read(self.file)
         if columns(before) != columns([row]):
             write(self.file, [*before, row])
@@ -118,10 +118,10 @@ class Recorder(Callback):
 
 
 def share_above_tol(trainer: Trainer) -> float:
-    """Of the weights of the run's sparsity callbacks, those with alpha >= tol."""
-    forms = [callback for callback in trainer.callbacks if isinstance(callback, Sparsifier)]  # type: ignore[attr-defined]
-    kept = [(form.keep_probability(name) >= form.tol).float() for form in forms for name in form.parameters]
-    return float(sum(part.sum() for part in kept)) / sum(part.numel() for part in kept)
+    """Return the share of weights with alpha >= tol, over all sparsity callbacks of the run."""
+    own = [callback for callback in trainer.callbacks if isinstance(callback, Sparsifier)]  # type: ignore[attr-defined]
+    masks = [(callback.keep_probability(name) >= callback.tol).float() for callback in own for name in callback.parameters]
+    return float(sum(mask.sum() for mask in masks)) / sum(mask.numel() for mask in masks)
 
 
 class _Front(RecipeCLI):
@@ -132,26 +132,27 @@ class _Front(RecipeCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         recorder = Recorder(self.job.trajectory, self.job.until)
-        trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined] # before a checkpoint is written
+        trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined] # first, to record before a checkpoint is written
         return trainer
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Run a job, from its last checkpoint if it has one, and write its result; what it prints goes to ``log.txt``.
+    """Run a job, from its last checkpoint if there is one, and write its result. Output goes to ``log.txt``.
 
-    Raises UsageError for a recipe that cannot be trained or has no sparsity callback.
+    A finished job is not run again: its result is read. Raises UsageError for a recipe that cannot be trained or has no
+    sparsity callback.
     """
     if job.result.is_file():
-        found: dict[str, Any] = json.loads(job.result.read_text(encoding="utf-8"))
-        return found
+        recorded: dict[str, Any] = json.loads(job.result.read_text(encoding="utf-8"))
+        return recorded
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         front: RecipeCLI = launch(type("Front", (_Front,), {"job": job}), ["fit", *_words(job)])
     if front.result is None:
         raise UsageError(f"{job.recipe} has no sparsity callback, so there is nothing to record")
-    found = _summary(job, front)
-    job.result.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return found
+    result = _summary(job, front)
+    job.result.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
 
 
 def _words(job: Job) -> list[str]:

@@ -1,4 +1,4 @@
-"""The table of the case study in Markdown: what the runs reached, over seeds, beside the published figures."""
+"""The table of the case study in Markdown: results of the runs over seeds, with the published figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_sparse.reproduction.rows import ROWS, Row
 
-Runs = Sequence[dict[str, Any]]  # one mapping a run, with the keys of its result.json
+Runs = Sequence[dict[str, Any]]  # one mapping per run, with the keys of result.json
 
 PUBLISHED_EPOCHS = 200
 _HEAD = (
@@ -34,19 +34,19 @@ _READING = (
 
 
 def rows_of(runs: Runs) -> list[Row]:
-    """The rows of the case study, then one for every other recipe that was run."""
+    """Return the rows of the case study, then one row for every other recipe in ``runs``."""
     known = {row.recipe for row in ROWS}
     others = sorted({str(run["recipe"]) for run in runs} - known)
     return [*ROWS, *(Row(Path(recipe).stem if recipe.endswith(".yaml") else recipe, recipe) for recipe in others)]
 
 
 def of_row(row: Row, runs: Runs) -> list[dict[str, Any]]:
-    """The runs of one row."""
+    """Return the runs of one row."""
     return [run for run in runs if run["recipe"] == row.recipe]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """``mean (sd)``, the sd of a sample; the value alone where there is one, nothing where there is none."""
+    """Format values as ``mean (sd)`` with the sample sd; a single value without sd, no values as an empty string."""
     if not values:
         return ""
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -54,7 +54,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def markdown(runs: Runs) -> str:
-    """Settings, versions and commands, the table, and a footnote for each published run that had a slip."""
+    """Return commands and versions, the table, and a footnote for each published run that deviates from its method."""
     notes: list[str] = []
     lines = ["| " + " | ".join(_HEAD) + " |", "|---" * len(_HEAD) + "|"]
     lines += ["| " + " | ".join(_cells(row, of_row(row, runs), notes)) + " |" for row in rows_of(runs)]
@@ -90,7 +90,7 @@ def _published(value: float | None) -> str:
 
 
 def _apart(values: Sequence[float], published: float | None, relative: bool = False) -> str:
-    """Mean of ours minus the published figure: in points, or as a share of the published figure."""
+    """Format the mean of our values minus the published value, in points or relative to the published value."""
     if published is None or not values:
         return ""
     ours = statistics.mean(values)
@@ -112,13 +112,13 @@ def _preamble(runs: Runs) -> list[str]:
 
 
 def commands(runs: Runs) -> list[str]:
-    """The commands that make these runs: one for each set of epochs, seeds and overrides."""
+    """Return the commands that repeat these runs: one for each combination of epochs, seeds and overrides."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in rows_of(runs):
-        found = of_row(row, runs)
-        if found:
-            seeds = [str(seed) for seed in sorted({run["seed"] for run in found})]
-            key = ("--epochs", str(found[0]["epochs"]), "--seeds", *seeds, *shlex.split(str(found[0]["overrides"])))
+        own = of_row(row, runs)
+        if own:
+            seeds = [str(seed) for seed in sorted({run["seed"] for run in own})]
+            key = ("--epochs", str(own[0]["epochs"]), "--seeds", *seeds, *shlex.split(str(own[0]["overrides"])))
             groups.setdefault(key, []).append(row.key if row in ROWS else row.recipe)
     return [_command(key, names) for key, names in groups.items()]
 
