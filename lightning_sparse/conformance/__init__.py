@@ -1,6 +1,6 @@
-"""The conformance suite behind :func:`lightning_sparse.testing.check_callback`: what every sparsity callback must keep.
+"""The conformance suite behind :func:`lightning_sparse.testing.check_callback`: checks for every sparsity callback.
 
-Each check fits small models on the CPU and looks from outside: it knows Lightning and torch, not the callback.
+Each check fits small models on the CPU and inspects the run through Lightning and torch only, not through the callback.
 """
 
 from __future__ import annotations

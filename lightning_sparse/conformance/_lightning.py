@@ -1,7 +1,7 @@
-"""The package of Lightning that the checks run under: ``lightning.pytorch``, or ``pytorch_lightning``.
+"""The Lightning package used by the checks: ``lightning.pytorch`` or ``pytorch_lightning``.
 
-The environment variable ``LIGHTNING_SPARSE_PACKAGE`` names it, also for the processes that the checks start. Checks import
-Lightning's classes from here, so that all of them are of one package.
+The environment variable ``LIGHTNING_SPARSE_PACKAGE`` selects it, also for child processes of the checks. Checks import
+Lightning's classes from this module, so that all classes come from one package.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import *  # noqa: F403
 else:
     callbacks = importlib.import_module(f"{NAME}.callbacks")
-    for _room in ("", ".callbacks", ".loggers", ".plugins.precision", ".strategies"):
-        _module = importlib.import_module(NAME + _room)
+    for _submodule in ("", ".callbacks", ".loggers", ".plugins.precision", ".strategies"):
+        _module = importlib.import_module(NAME + _submodule)
         globals().update({name: getattr(_module, name) for name in _module.__all__ if not name.startswith("__")})
 
 
 def other() -> Any | None:
-    """The package that the checks do not run under, or None where it is not installed."""
+    """Import the Lightning package not used by the checks; None if it is not installed."""
     (name,) = (name for name in PACKAGES if name != NAME)
     try:
         return importlib.import_module(name)

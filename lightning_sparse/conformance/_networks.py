@@ -1,4 +1,4 @@
-"""Small networks of the kinds that users bring, and batches for them."""
+"""Small networks of many architectures, and batches for them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ CLASSES, FEATURES = 3, 8
 
 
 def batches(kind: str, count: int = 2, size: int = 8) -> list[tuple[Tensor, Tensor]]:
-    """Random inputs of a kind (vectors, tokens, images) with labels."""
+    """Draw ``count`` batches of random inputs (``kind``: vectors, tokens or images) and labels."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"vectors": (FEATURES,), "images": (3, 32, 32)}
-    found = []
+    result = []
     for _ in range(count):
         x = torch.randint(10, (size, 5), generator=generator) if kind == "tokens" else torch.randn(size, *shapes[kind], generator=generator)
-        found.append((x, torch.randint(CLASSES, (size,), generator=generator)))
-    return found
+        result.append((x, torch.randint(CLASSES, (size,), generator=generator)))
+    return result
 
 
 def plain() -> nn.Sequential:
@@ -26,7 +26,7 @@ def plain() -> nn.Sequential:
 
 
 class Attention(nn.Module):
-    """An encoder layer with its fused evaluation path, and nn.MultiheadAttention used by itself."""
+    """An encoder layer, which has a fused path in evaluation, followed by nn.MultiheadAttention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Two layers of LSTM in both directions, then a GRU."""
+    """A bidirectional LSTM of two layers, followed by a GRU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Recurrent(nn.Module):
 
 
 class Tied(nn.Module):
-    """The embedding's matrix is also the output layer's; ``seen`` keeps both as a training forward uses them."""
+    """Embedding and output layer share one matrix. ``seen`` records its values at both uses in each training forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Tied(nn.Module):
 
 
 class Computed(nn.Module):
-    """Weights computed by weight_norm and spectral_norm, as parametrisations or by the older hooks, and a plain one."""
+    """Layers with weight_norm and spectral_norm (parametrisations, or hooks if ``old``), and a plain layer."""
 
     def __init__(self, old: bool) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Computed(nn.Module):
 
 
 class Wave(nn.Module):
-    """A complex layer in the middle."""
+    """A complex layer between two real layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Wave(nn.Module):
 
 
 class Looked(nn.Module):
-    """An embedding with sparse gradients before a plain head; its own optimiser is needed."""
+    """An embedding with sparse gradients and a plain head; needs an optimiser that supports sparse gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,11 +114,11 @@ class Looked(nn.Module):
 
 
 class Quantised(nn.Module):
-    """A dynamically quantised layer, which has no parameters, before a plain head."""
+    """A dynamically quantised layer without parameters, and a plain head."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body: Any = torch.ao.nn.quantized.dynamic.Linear(FEATURES, 16)  # whose weights are not initialised
+        self.body: Any = torch.ao.nn.quantized.dynamic.Linear(FEATURES, 16)  # its weights are uninitialised memory
         self.body.set_weight_bias(torch.quantize_per_tensor(0.2 * torch.randn(16, FEATURES), 0.01, 0, torch.qint8), torch.zeros(16))
         self.head = nn.Linear(16, CLASSES)
 
@@ -128,7 +128,7 @@ class Quantised(nn.Module):
 
 
 def generator(channels: int = 8) -> nn.Module:
-    """DCGAN's generator, from (4, 1, 1) to images of 16 x 16."""
+    """Build DCGAN's generator, from noise (4, 1, 1) to images (3, 16, 16)."""
     return nn.Sequential(
         nn.ConvTranspose2d(4, 2 * channels, 4, 1, 0, bias=False),
         nn.BatchNorm2d(2 * channels),
@@ -142,7 +142,7 @@ def generator(channels: int = 8) -> nn.Module:
 
 
 def discriminator(channels: int = 8) -> nn.Module:
-    """DCGAN's discriminator of images of 16 x 16."""
+    """Build DCGAN's discriminator of images (3, 16, 16)."""
     return nn.Sequential(
         nn.Conv2d(3, channels, 4, 2, 1, bias=False),
         nn.LeakyReLU(0.2),
@@ -155,7 +155,7 @@ def discriminator(channels: int = 8) -> nn.Module:
 
 
 class Conv1D(nn.Module):
-    """A linear layer with a matrix (in, out) of its own, as in GPT-2."""
+    """A linear layer with a custom weight of shape (in, out), as in GPT-2."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Conv1D(nn.Module):
 
 
 class Experts(nn.Module):
-    """The sum of several experts, whose matrices are one 3-D parameter."""
+    """The sum of several linear experts; their matrices are stacked in one 3-D parameter."""
 
     def __init__(self, width: int, count: int = 2) -> None:
         super().__init__()
@@ -177,5 +177,5 @@ class Experts(nn.Module):
 
 
 def own_layers() -> nn.Sequential:
-    """Most weights in layers that are not torch's."""
+    """Build a network with most of its weights in custom layers."""
     return nn.Sequential(Conv1D(FEATURES, 32), nn.ReLU(), Experts(32), nn.ReLU(), nn.Linear(32, CLASSES))

@@ -1,4 +1,4 @@
-"""Processes that share one import of Lightning: a server imports it once, each child is a fork of that server."""
+"""Child processes with one shared import of Lightning: a fork server imports it once and forks every child."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from typing import Any
 
-_TIMEOUT = 300.0  # seconds after which a child is held to hang
+_TIMEOUT = 300.0  # seconds without an answer after which a child counts as hanging
 
 
 class Died(Exception):
-    """A child ended without an answer; ``code`` is its exit code, minus the signal's number where one killed it."""
+    """A child ended without an answer. ``code`` is its exit code, negative for a signal."""
 
     def __init__(self, code: int | None) -> None:
         super().__init__(f"a process ended with code {code} and no answer")
@@ -23,10 +23,10 @@ class Died(Exception):
 
 
 def call(function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-    """``function(*args)`` for each ``args`` in ``arguments``, side by side, each in a process of its own; their results.
+    """Call ``function(*args)`` for each ``args`` in ``arguments``, in parallel child processes, and return the results.
 
-    Functions, arguments and results must be picklable. Raises what a child raised (as RuntimeError with its traceback),
-    :class:`Died` if one was killed, TimeoutError if one hangs.
+    Function, arguments and results must be picklable. Raises RuntimeError with the child's traceback if a child raises,
+    :class:`Died` if a child is killed, TimeoutError if a child hangs.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning_sparse.conformance"])
@@ -45,7 +45,8 @@ def call(function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
 
 
 def _start_server() -> None:
-    """From a folder that holds no package: the server looks there first, and would import a source tree for what is installed."""
+    """Start the fork server in a folder without packages."""
+    # because the server imports from its folder first, and would import a source tree instead of the installed package
     here = os.getcwd()
     os.chdir(sys.prefix)
     try:
@@ -64,7 +65,7 @@ def _run(writer: Any, function: Callable[..., Any], args: Sequence[Any]) -> None
     logging.getLogger(os.environ.get("LIGHTNING_SPARSE_PACKAGE", "lightning.pytorch")).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     try:
-        answer = pickle.dumps((True, function(*args)))  # by value: torch's own way shares memory with a child that has ended
+        answer = pickle.dumps((True, function(*args)))  # by value, because torch's pipes share memory, which ends with the child
     except BaseException:
         answer = pickle.dumps((False, traceback.format_exc()))
     writer.send_bytes(answer)

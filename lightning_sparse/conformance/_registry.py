@@ -1,4 +1,4 @@
-"""What a conformance check is, what it is run on, and what came of it."""
+"""Registry of the conformance checks, their subjects and their outcomes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lightning_sparse.conformance._lightning import NAME, Callback, LightningMod
 
 
 class NotApplicable(Exception):
-    """The subject does not offer what a check is about, or the same run without it is not exact either; says which."""
+    """The check does not apply: the callback lacks the feature, or Lightning itself is not exact in this setting."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked: callbacks, made anew for every run, and where sparsity is an optimiser's work, that optimiser.
+    """The callbacks to check, or the optimiser if the optimiser makes the zeros.
 
-    ``callbacks()`` returns fresh callbacks; ``optimizer(parameters)`` makes the optimiser in place of a check's own. Both
-    must be importable functions (or partials of such) for the checks that start processes.
+    ``callbacks()`` returns new callbacks for every run. ``optimizer(parameters)`` makes the optimiser and replaces the check's
+    own. Both must be importable functions (or partials of them) because some checks start processes.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Subject:
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
 
     def model(self, *args: Any, **options: Any) -> toys.Toy:
-        """A :class:`toys.Toy` with the subject's optimiser where it has one."""
+        """Build a :class:`toys.Toy`, with the subject's optimiser if it has one."""
         return toys.Toy(*args, **(options | ({"optimizer": self.optimizer} if self.optimizer else {})))
 
     def trainer(self, *neighbours: Callback, first: bool = True, **options: Any) -> Trainer:
-        """A quiet CPU Trainer with the subject's callbacks, before its neighbours or after them."""
+        """Build a quiet CPU Trainer with the subject's callbacks before (``first``) or after its neighbours."""
         own = [*self.callbacks()]
         return toys.trainer(*(own + [*neighbours] if first else [*neighbours] + own), **options)
 
@@ -59,7 +59,7 @@ class Check:
     """One requirement: raises ContractError where a subject breaks it, NotApplicable where it says nothing of it."""
 
     name: str
-    title: str  # as the table shows it
+    title: str  # as in the table of docs/correctness.md
     group: str
     run: Callable[[Subject, Path], None]
     slow: bool
@@ -78,7 +78,7 @@ CHECKS: dict[str, Check] = {}
 
 @dataclass(frozen=True)
 class _Copies:
-    """Makes copies of a callback."""
+    """Return a deep copy of a callback at each call."""
 
     callback: Callback
 
@@ -88,7 +88,7 @@ class _Copies:
 
 @dataclass(frozen=True)
 class _Made:
-    """Makes callbacks by a function that returns one or several."""
+    """Return the callbacks of a function that returns one or several."""
 
     make: Callable[[], Any]
 
@@ -98,7 +98,7 @@ class _Made:
 
 
 def subject(given: Any) -> Subject:
-    """The :class:`Subject` of a callback, or of a function that makes one or several."""
+    """Build the :class:`Subject` of a callback, or of a function that returns one or several."""
     if is_a(given, "Callback"):
         return Subject(type(given).__name__, _Copies(given))
     if callable(given) and not isinstance(given, type):
@@ -107,7 +107,7 @@ def subject(given: Any) -> Subject:
 
 
 def chosen(only: Collection[str] | None, skip: Collection[str], slow: bool) -> list[str]:
-    """Names of the checks to run; ValueError for one that is unknown."""
+    """Return the names of the checks to run. Raises ValueError for an unknown name."""
     for name in [*(only or ()), *skip]:
         if name not in CHECKS:
             raise ValueError(f"no check {name!r}{_checks.closest(name, CHECKS)}; one of {', '.join(CHECKS)}")
@@ -115,7 +115,7 @@ def chosen(only: Collection[str] | None, skip: Collection[str], slow: bool) -> l
 
 
 def check(title: str, group: str, slow: bool = False) -> Callable[[Callable[[Subject, Path], None]], Callable[[Subject, Path], None]]:
-    """Register a check under its function's name."""
+    """Register a check under the name of its function."""
 
     def register(run: Callable[[Subject, Path], None]) -> Callable[[Subject, Path], None]:
         CHECKS[run.__name__] = Check(run.__name__, title, group, run, slow)
@@ -125,13 +125,13 @@ def check(title: str, group: str, slow: bool = False) -> Callable[[Callable[[Sub
 
 
 def require(holds: object, message: str) -> None:
-    """Raise ContractError with ``message`` unless ``holds``."""
+    """Raise ContractError with ``message`` unless ``holds`` is true."""
     if not holds:
         raise ContractError(message)
 
 
 def outcome(subject: Subject, name: str) -> Outcome:
-    """Run one check; an error that the subject raises by itself is a failure too."""
+    """Run one check and return its outcome. Any error of the subject is a failure."""
     try:
         with undisturbed(), tempfile.TemporaryDirectory() as folder:
             CHECKS[name].run(subject, Path(folder))
@@ -140,15 +140,16 @@ def outcome(subject: Subject, name: str) -> Outcome:
     except ContractError as reason:
         return Outcome(name, "fail", str(reason))
     except Exception as error:
-        said = str(error).strip()
-        said = said.splitlines()[-1] if "Traceback" in said else f"{type(error).__name__}: {said}"  # of another process: its last line
-        return Outcome(name, "fail", " ".join(said.split())[:300])
+        text = str(error).strip()
+        # an error of another process is a whole traceback: take its last line
+        text = text.splitlines()[-1] if "Traceback" in text else f"{type(error).__name__}: {text}"
+        return Outcome(name, "fail", " ".join(text.split())[:300])
     return Outcome(name, "pass", "")
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """The caller's random numbers, warnings and log level stay as they are."""
+    """Restore the caller's random state, warning filters and log level at exit."""
     logger = logging.getLogger(NAME)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What an offline W&B run wrote, read back from its file."""
+"""Reader for the file of an offline W&B run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Run(NamedTuple):
-    """What a run's file holds: rows of the history, config, summary, tables by name."""
+    """The content of a run's file: history rows, config, summary, and tables by name."""
 
     history: list[dict[str, Any]]
     config: dict[str, Any]
@@ -20,21 +20,21 @@ class Run(NamedTuple):
 
 
 def _records(path: Path) -> Iterator[Any]:
-    """The protobuf records of a .wandb file: a LevelDB log of 32 KiB blocks after a header of 7 bytes."""
+    """Yield the protobuf records of a .wandb file: a LevelDB log of 32 KiB blocks after a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
     data, position, parts = path.read_bytes(), 7, b""
     while position + 7 <= len(data):
-        room = 32768 - position % 32768
-        if room < 7:
-            position += room
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
             continue
         _, size, kind = struct.unpack_from("<IHB", data, position)
         if position + 7 + size > len(data):
             return  # still being written
         parts += data[position + 7 : position + 7 + size]
         position += 7 + size
-        if kind in (1, 4):  # a whole record, or its last part
+        if kind in (1, 4):  # a full record, or the last fragment of one
             record: Any = vars(wandb_internal_pb2)["Record"]()
             record.ParseFromString(parts)
             parts = b""
@@ -42,7 +42,8 @@ def _records(path: Path) -> Iterator[Any]:
 
 
 def _finished(path: Path) -> list[Any]:
-    """All records: wandb's service may still be writing when ``finish()`` returns; the exit record is the last to matter."""
+    """Return all records, after waiting for the exit record."""
+    # because wandb's service may still be writing when finish() returns; the exit record comes last
     for _ in range(400):
         records = list(_records(path))
         if any(record.HasField("exit") for record in records):
@@ -59,7 +60,7 @@ def _put(target: dict[str, Any], item: Any) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """The only W&B run below ``folder``, read from its file once it is whole."""
+    """Read the only W&B run below ``folder``, once its file is complete."""
     (path,) = folder.rglob("*.wandb")
     run = Run([], {}, {}, {})
     for record in _finished(path):
@@ -80,7 +81,7 @@ def read_run(folder: Path) -> Run:
 
 
 def history(folder: Path) -> dict[int, dict[str, float]]:
-    """The numbers that were logged, by Lightning's step."""
+    """Return the logged numbers by Lightning's step."""
     rows: dict[int, dict[str, float]] = {}
     for row in read_run(folder).history:
         step = row.get("trainer/global_step")

@@ -1,4 +1,4 @@
-"""Arguments that are numbers of numpy, as np.linspace and np.logspace give them, in a run whose files are read safely."""
+"""Arguments that are numpy numbers, as from np.linspace and np.logspace: checkpoints must load with weights_only=True."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def numbers_of_numpy_are_no_matter(subject: Subject, folder: Path) -> None:
 
 
 def _with_numpy(make: Callable[[], Sequence[Callback]]) -> Callable[[], list[Callback]]:
-    """What makes the callbacks again, of arguments whose numbers are numpy's."""
+    """Return a function that makes the same callbacks, with numpy numbers in their arguments."""
     kinds = {type(callback) for callback in make()}
     if not kinds:
         raise NotApplicable("there is no callback that takes arguments")
@@ -37,50 +37,50 @@ def _with_numpy(make: Callable[[], Sequence[Callback]]) -> Callable[[], list[Cal
         callbacks = [*make()]
     if any(id(callback) not in made for callback in callbacks):
         raise NotApplicable("a callback was copied, so its arguments are not seen; give check_callback a function that makes it")
-    given = [(type(callback), *made[id(callback)]) for callback in callbacks]
-    return lambda: [kind(*numpy(args), **numpy(options)) for kind, args, options in given]
+    calls = [(type(callback), *made[id(callback)]) for callback in callbacks]
+    return lambda: [kind(*numpy(args), **numpy(options)) for kind, args, options in calls]
 
 
 @contextmanager
 def _recorded(kinds: set[type[Callback]]) -> Iterator[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """The arguments that callbacks of these classes are made of meanwhile, by the callback's id."""
+    """Record the constructor arguments of new callbacks of these classes, by the callback's id."""
     made: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def recording(own: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(own)
         def record(self: Callback, *args: Any, **options: Any) -> None:
-            made.setdefault(id(self), (args, options))  # a base's __init__ comes after
+            made.setdefault(id(self), (args, options))  # only the first call, because super().__init__ is recorded too
             own(self, *args, **options)
 
         return record
 
     inherited = {kind for kind in kinds if "__init__" not in vars(kind)}
-    before = {kind: kind.__init__ for kind in kinds}
-    for kind, own in before.items():
+    originals = {kind: kind.__init__ for kind in kinds}
+    for kind, own in originals.items():
         kind.__init__ = recording(own)  # type: ignore[method-assign]
     try:
         yield made
     finally:
-        for kind, own in before.items():
+        for kind, own in originals.items():
             if kind in inherited:
                 del kind.__init__
             else:
                 kind.__init__ = own  # type: ignore[method-assign]
 
 
-def numpy(given: Any) -> Any:
-    """``given`` with the numbers in it as numpy's, those of frozen dataclasses too."""
-    if isinstance(given, bool):
-        return np.bool_(given)
-    if isinstance(given, (int, float)):
-        return np.int64(given) if isinstance(given, int) else np.float64(given)
-    if isinstance(given, str):
-        return np.str_(given)
-    if type(given) in (list, tuple):
-        return type(given)(map(numpy, given))
-    if type(given) is dict:
-        return {name: numpy(value) for name, value in given.items()}
-    if dataclasses.is_dataclass(given) and not isinstance(given, type):
-        fields = {field.name: numpy(getattr(given, field.name)) for field in dataclasses.fields(given) if field.init}
-        return dataclasses.replace(given, **fields)
-    return given
+def numpy(argument: Any) -> Any:
+    """Convert the numbers and strings in ``argument`` to numpy types, also inside containers and dataclasses."""
+    if isinstance(argument, bool):
+        return np.bool_(argument)
+    if isinstance(argument, (int, float)):
+        return np.int64(argument) if isinstance(argument, int) else np.float64(argument)
+    if isinstance(argument, str):
+        return np.str_(argument)
+    if type(argument) in (list, tuple):
+        return type(argument)(map(numpy, argument))
+    if type(argument) is dict:
+        return {name: numpy(value) for name, value in argument.items()}
+    if dataclasses.is_dataclass(argument) and not isinstance(argument, type):
+        fields = {field.name: numpy(getattr(argument, field.name)) for field in dataclasses.fields(argument) if field.init}
+        return dataclasses.replace(argument, **fields)
+    return argument

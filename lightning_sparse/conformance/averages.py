@@ -1,4 +1,4 @@
-"""Beside WeightAveraging (EMA) and StochasticWeightAveraging, in either order: the average is sparse, and an average."""
+"""Together with EMAWeightAveraging or StochasticWeightAveraging, in either order: the averaged weights are sparse and correct."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_sparse.conformance._registry import NotApplicable, Subject, check
 from lightning_sparse.conformance.resume import first_difference
 
 GROUP = "neighbours"
-DECAY, EPOCHS, STEPS = 0.5, 4, 16  # four batches an epoch
+DECAY, EPOCHS, STEPS = 0.5, 4, 16  # four batches per epoch
 ORDERS = ((True, "before the averaging callback"), (False, "after the averaging callback"))
 
 
@@ -30,18 +30,18 @@ def _swa() -> Callback:
 
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights that the linear layers use, by their plain names."""
+    """Copy the weights in use by the linear layers, by their plain names."""
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     return {f"{name}.weight": layer.weight.detach().clone() for name, layer in layers.items()}
 
 
 class _Reference(Callback):
-    """The averages again, of the weights as they are after each step and at each epoch's start; what validation sees."""
+    """Compute the averages independently: EMA after each step, SWA at the start of each epoch; record the weights in validation."""
 
     def __init__(self) -> None:
         self.ema: dict[str, Tensor] = {}
         self.starts: list[dict[str, Tensor]] = []
-        self.seen: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # in validation: the weights and the average
+        self.seen: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # (weights in validation, expected average)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self.starts.append(matrices(pl_module))
@@ -56,12 +56,12 @@ class _Reference(Callback):
 
 
 def _thresholded(shown: dict[str, Tensor], average: dict[str, Tensor], where: str) -> None:
-    """``shown`` is the average with zeros in it."""
+    """Check that ``shown`` equals ``average`` except for some zeros."""
     zeros = sum(int((w == 0).sum()) for w in shown.values())
     require(0 < zeros < 176, f"{where}: {zeros} of 176 weights are zero; some, not all, should be")
     for name, w in shown.items():
-        odd = int((~torch.isclose(w, average[name], rtol=1e-4, atol=1e-6) & (w != 0)).sum())
-        require(not odd, f"{where}: {odd} weights of {name} are neither the average's nor zero")
+        wrong = int((~torch.isclose(w, average[name], rtol=1e-4, atol=1e-6) & (w != 0)).sum())
+        require(not wrong, f"{where}: {wrong} weights of {name} are neither the average's nor zero")
 
 
 @check("EMAWeightAveraging, in either order: the average is sparse in validation, in the file and after fit", GROUP)
@@ -104,30 +104,31 @@ def swa_renews_statistics(subject: Subject, folder: Path) -> None:
 
 
 def _ends(one: Subject, average: Callback, seed: int, **options: Any) -> dict[str, Any]:
-    """What a run ends with, the average too."""
+    """Fit, and return the final weights, average and optimiser states."""
     module = one.model(decay=STEPS, seed=seed)
     trainer = one.fit(module, average, *options.pop("more", ()), epochs=EPOCHS, **options)
-    kept = getattr(average, "_average_model", None)
-    averaged = {} if kept is None else dict(kept.state_dict())
+    average_model = getattr(average, "_average_model", None)
+    averaged = {} if average_model is None else dict(average_model.state_dict())
     return {"weights": dict(module.state_dict()), "average": averaged, "optimisers": [o.state_dict() for o in trainer.optimizers]}
 
 
 def _differences(one: Subject, folder: Path, make: Any, first: bool) -> dict[str, str]:
-    """By the file that a run wrote: where the run that goes on from it ends elsewhere."""
+    """Return, by checkpoint, the first difference between the uninterrupted run and the run resumed from the checkpoint."""
     keeper = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    whole = _ends(one, make(), 0, first=first, more=(keeper,), enable_checkpointing=True)
+    uninterrupted = _ends(one, make(), 0, first=first, more=(keeper,), enable_checkpointing=True)
     paths = sorted(folder.glob("*.ckpt"))[1:]
-    return {path.stem: first_difference(whole, _ends(one, make(), 1, first=first, ckpt_path=path)) for path in paths}
+    return {path.stem: first_difference(uninterrupted, _ends(one, make(), 1, first=first, ckpt_path=path)) for path in paths}
 
 
 def _resumes(subject: Subject, folder: Path, make: Any) -> None:
-    """From every file from which Lightning's own run is exact: not from a finished run's, whose average it forgets."""
+    """Check that resumed runs end equal, for every checkpoint from which Lightning alone resumes exactly."""
+    # Lightning alone is not exact from the checkpoint of a finished run, because it does not restore the average
     control = _differences(Subject("nothing", tuple, subject.optimizer), folder / "control", make, True)
     if all(control.values()):
         raise NotApplicable(f"Lightning's own run, resumed, differs at {next(iter(control.values()))}")
     for first, order in ORDERS:
         own = _differences(subject, folder / order, make, first)
-        for file in (file for file, odd in control.items() if not odd):
+        for file in (file for file, difference in control.items() if not difference):
             require(not own[file], f"resumed from {file}, {order}, the run ends elsewhere: {own[file]}")
 
 

@@ -1,4 +1,4 @@
-"""What happens to a module in mid-run: it is copied, pickled, cast, compiled."""
+"""Changes of a module during a run: copy, pickle, cast to another dtype, torch.compile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_sparse.conformance.steps import matrices, own_steps
 
 
 class Portable(LightningModule):
-    """A module that can be pickled whole: no function made on the spot hangs on it."""
+    """A module that can be pickled, because it has no lambda or local function as an attribute."""
 
     def __init__(self, optimizer: Any = None) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def copies_in_mid_run_are_plain(subject: Subject, folder: Path) -> None:
 
 
 def _is_plain(where: str, made: Any, before: dict[str, Tensor]) -> None:
-    """It computes what a plain network with its parameters does, forwards and backwards."""
+    """Check that a copy has the same outputs and gradients as a plain network with the same parameters."""
     twin, x = _networks.plain(), torch.randn(4, _networks.FEATURES)
     twin.load_state_dict({name.removeprefix("network."): w for name, w in before.items()})
     made.train()
@@ -79,7 +79,7 @@ def _is_plain(where: str, made: Any, before: dict[str, Tensor]) -> None:
 
 
 class Widening(toys.Toy):
-    """Goes to float64 at the start of its second epoch."""
+    """Convert the module to float64 at the start of the second epoch."""
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == 1:
@@ -105,7 +105,7 @@ def a_change_of_dtype_is_followed(subject: Subject, folder: Path) -> None:
 
 
 def graphs() -> int:
-    """Graphs that torch.compile has made so far."""
+    """Return the number of graphs compiled so far by torch.compile."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])

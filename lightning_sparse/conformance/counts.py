@@ -1,4 +1,4 @@
-"""Logged figures equal a direct count of the saved file, whichever logger took them."""
+"""Logged figures equal a direct count of the zeros in the checkpoint, for every logger."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ EPOCHS = 3
 
 
 def _compare(figures: Mapping[str, float], file: Mapping[str, Tensor], where: str) -> None:
-    """Every ``sparsity/<parameter>`` and the total against the zeros of a file."""
+    """Compare every ``sparsity/<parameter>`` and the total with the zeros in a file."""
     names = [key[len(PREFIX) :] for key in figures if key.startswith(PREFIX) and key[len(PREFIX) :] in file]
     require(names and TOTAL in figures, f"{where} has no sparsity figures; it has {sorted(figures)[:8]}")
     for name in names:
         share = float((file[name] == 0).double().mean())
-        said = figures[PREFIX + name]
-        require(abs(said - share) < 1e-6, f"{where} says {said:.6f} of {name}, the file has {share:.6f}")
+        logged = figures[PREFIX + name]
+        require(abs(logged - share) < 1e-6, f"{where} says {logged:.6f} of {name}, the file has {share:.6f}")
     count, size = sum(int((file[name] == 0).sum()) for name in names), sum(file[name].numel() for name in names)
     require(abs(figures[TOTAL] - count / size) < 1e-6, f"{where} says {figures[TOTAL]:.6f} in all, the file has {count} of {size}")
 
@@ -70,7 +70,7 @@ def _logged(subject: Subject, folder: Path, logger: Logger, read: Any) -> None:
     require(rows, f"{where} got no figure that starts with {PREFIX!r}")
     for path in (folder / "files").glob("*.ckpt"):
         step = int(path.stem.partition("=")[2])
-        row = rows.get(step - 1, {})  # Lightning logs an epoch's values at its last step, counted from 0
+        row = rows.get(step - 1, {})  # Lightning logs epoch values at the last step of the epoch, counted from 0
         _compare(row, torch.load(path, weights_only=True)["state_dict"], f"{where} at step {step}")
     _compare(rows[max(rows)], module.state_dict(), f"the last of {where}")
 
@@ -101,7 +101,7 @@ def wandb_figures_equal_the_file(subject: Subject, folder: Path) -> None:
 
 
 class Tied(nn.Module):
-    """Two layers with one weight, and a third of its own."""
+    """Two layers with a tied weight, and a third layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files when things go wrong: a full disk, cut and flipped ones, and what it takes to read them."""
+"""Damaged checkpoints: a full disk, truncated files, flipped bits; and loading with weights_only=True."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_sparse.conformance.resume import first_difference
 
 
 class _Full(Callback):
-    """Lets the disk be full from a step on: files may not grow beyond a kilobyte."""
+    """Simulate a full disk after a step: limit the size of files to 1024 bytes."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if trainer.global_step == STEP:
@@ -28,20 +28,20 @@ class _Full(Callback):
 def _limit(size: int) -> None:
     import resource
 
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with EFBIG, as on a full disk with ENOSPC
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails with EFBIG, like ENOSPC on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def _fill_the_disk(subject: Subject, folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """What is odd after the failed save, and the end of a run without and with that failure in between."""
-    whole = unlucky(subject)
-    subject.fit(whole, epochs=EPOCHS)
+    """Return the problem after a failed save (empty if none), and the final weights without and with the failure and a resume."""
+    uninterrupted = unlucky(subject)
+    subject.fit(uninterrupted, epochs=EPOCHS)
     module, path = unlucky(subject), folder / "one.ckpt"
     keeper = ModelCheckpoint(folder, filename="one", enable_version_counter=False, every_n_epochs=1, save_on_train_epoch_end=True)
-    odd = _failed_save(subject, module, keeper)
-    again = unlucky(subject, seed=1)
-    subject.fit(again, epochs=EPOCHS, ckpt_path=path)
-    return odd, toys.weights(whole), toys.weights(again)
+    problem = _failed_save(subject, module, keeper)
+    resumed = unlucky(subject, seed=1)
+    subject.fit(resumed, epochs=EPOCHS, ckpt_path=path)
+    return problem, toys.weights(uninterrupted), toys.weights(resumed)
 
 
 def _failed_save(subject: Subject, module: Unlucky, keeper: Callback) -> str:
@@ -64,12 +64,12 @@ def _failed_save(subject: Subject, module: Unlucky, keeper: Callback) -> str:
 
 @check("a full disk while saving leaves the module, and the file of before whole: the run resumes from it", GROUP, slow=True)
 def a_full_disk_while_saving(subject: Subject, folder: Path) -> None:
-    ((odd, whole, again),) = call(_fill_the_disk, (subject, folder))
-    require(not odd, odd)
+    ((problem, uninterrupted, resumed),) = call(_fill_the_disk, (subject, folder))
+    require(not problem, problem)
     step = torch.load(folder / "one.ckpt", weights_only=True)["global_step"]
     require(step == 4, f"the file on disk is of step {step}, not the whole one of step 4")
-    odd = first_difference(whole, again)
-    require(not odd, f"resumed from the file of before, the run ends elsewhere than without the fault: {odd}")
+    difference = first_difference(uninterrupted, resumed)
+    require(not difference, f"resumed from the file of before, the run ends elsewhere than without the fault: {difference}")
 
 
 def _saved(subject: Subject, folder: Path) -> Path:
@@ -79,7 +79,7 @@ def _saved(subject: Subject, folder: Path) -> Path:
 
 
 def _is_refused(subject: Subject, path: Path, what: str, loaded: bool = False) -> None:
-    """Resuming raises before a step and leaves the module as it was, but for weights that had been loaded by then."""
+    """Check that resuming raises before the first step and leaves the module unchanged, except for weights ``loaded`` by then."""
     module = unlucky(subject, seed=1)
     module.prepare("training_step", fails(Accident()), step=0)
     try:
@@ -109,8 +109,8 @@ def flipped_bits_are_refused(subject: Subject, folder: Path) -> None:
     require(first.any(), "the file's weights are all zero")
     place = raw.find(first.contiguous().numpy().tobytes())
     require(place > 0, "the weight's bytes are not found in the file")
-    kept = first.flatten().nonzero().flatten().tolist()
-    for index, bit in ((kept[0], 0), (kept[-1], 12), (kept[-1], 31)):
+    nonzero = first.flatten().nonzero().flatten().tolist()
+    for index, bit in ((nonzero[0], 0), (nonzero[-1], 12), (nonzero[-1], 31)):
         flipped = bytearray(raw)
         flipped[place + 4 * index + bit // 8] ^= 1 << bit % 8
         (folder / "flipped.ckpt").write_bytes(bytes(flipped))

@@ -1,4 +1,4 @@
-"""What goes wrong in a run leaves the module as it was: exceptions, Ctrl-C, values that are not finite."""
+"""Faults in a run leave the module unchanged: exceptions, Ctrl-C, NaN and inf."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_sparse.conformance._processes import call
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 
 GROUP = "faults"
-EPOCHS, STEP = 3, 6  # four batches an epoch; the step, in the second one, at which things go wrong
+EPOCHS, STEP = 3, 6  # four batches per epoch; the fault occurs at STEP, in the second epoch
 MOMENTS = (
     "on_train_batch_start",
     "training_step",
@@ -33,16 +33,16 @@ MOMENTS = (
 
 
 class Accident(Exception):
-    """Raised in the user's code by these checks."""
+    """An error raised by the checks in the user's code."""
 
 
 class Unlucky(toys.Toy):
-    """Remembers what it was at the end of each batch, and calls ``fault`` at a moment of a step."""
+    """Record the module's state at the end of each batch, and call ``fault`` in a hook from a step on."""
 
     before: dict[str, Any]
 
     def prepare(self, moment: str, fault: Callable[[Any], Any], step: int = STEP) -> None:
-        """``fault`` is given what the moment's own hook returns, and its result replaces that."""
+        """Replace the result of hook ``moment`` by ``fault(result)`` from ``step`` on."""
         own = getattr(self, moment)
 
         def hook(*args: Any, **kwargs: Any) -> Any:
@@ -67,12 +67,12 @@ def unlucky(subject: Subject, **options: Any) -> Unlucky:
 
 
 def is_as_before(module: Unlucky, when: str) -> None:
-    """Keys, parameter objects, hooks and weights are those at the end of the batch before."""
+    """Check that keys, parameter objects, hooks and weights equal those at the end of the previous batch."""
     now = state_of(module)
     for what in ("keys", "parameters", "hooks"):
         require(now[what] == module.before[what], f"{when}, the {what} are {now[what]}; before {module.before[what]}")
-    odd = [name for name, w in module.before["weights"].items() if not torch.equal(w, now["weights"][name])]
-    require(not odd, f"{when}, {odd} are not those at the end of the batch before")
+    changed = [name for name, w in module.before["weights"].items() if not torch.equal(w, now["weights"][name])]
+    require(not changed, f"{when}, {changed} are not those at the end of the batch before")
 
 
 def fails(error: BaseException) -> Callable[[Any], Any]:
@@ -97,7 +97,7 @@ def an_exception_leaves_the_module(subject: Subject, folder: Path) -> None:
 
 @contextmanager
 def _interruptible() -> Any:
-    """Lightning switches Ctrl-C off for good while it shuts down; here it comes back."""
+    """Restore the SIGINT handler at exit, because Lightning disables Ctrl-C during shutdown and does not restore it."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -119,19 +119,19 @@ def _after_ctrl_c(subject: Subject) -> str:
 
 @check("so does Ctrl-C", GROUP, slow=True)
 def ctrl_c_leaves_the_module(subject: Subject, folder: Path) -> None:
-    (odd,) = call(_after_ctrl_c, (subject,))
-    require(not odd, odd)
+    (problem,) = call(_after_ctrl_c, (subject,))
+    require(not problem, problem)
 
 
 def _stops(subject: Subject, module: Unlucky, what: str) -> None:
-    """The run raises FloatingPointError or ValueError; before the batch its weights were finite."""
+    """Check that the run raises FloatingPointError or ValueError, with the weights of the previous batch."""
     try:
         subject.fit(module)
     except (FloatingPointError, ValueError) as error:
         require("nan" in str(error).lower() or "inf" in str(error).lower(), f"{what}: the error does not say so: {error}")
     else:
-        harmed = [name for name, w in toys.weights(module).items() if not bool(w.isfinite().all())]
-        require(False, f"{what} went unnoticed to the end of the run; not finite in the end: {harmed}")
+        nonfinite = [name for name, w in toys.weights(module).items() if not bool(w.isfinite().all())]
+        require(False, f"{what} went unnoticed to the end of the run; not finite in the end: {nonfinite}")
     is_as_before(module, f"after {what}")
 
 
@@ -144,7 +144,7 @@ def a_loss_that_is_not_finite(subject: Subject, folder: Path) -> None:
 
 
 class _Steep(torch.autograd.Function):
-    """The identity, with a slope that is not finite."""
+    """The identity, with its gradient multiplied by ``slope`` (NaN or inf)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Plain keys, the user's own parameters and no noise, wherever a hook can look; files that need nothing of the package."""
+"""At every hook: plain state_dict keys, the user's own parameters, no noise in files. Files load without the package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_sparse.conformance._lightning import Callback, ModelCheckpoint
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 
 GROUP = "files"
-NOISY = ("on_train_batch_start", "training_step", "on_before_zero_grad", "on_before_backward")  # the data may be masked here
+NOISY = ("on_train_batch_start", "training_step", "on_before_zero_grad", "on_before_backward")  # parameters may be noisy here
 MOMENTS = (
     "on_train_start",
     "on_train_epoch_start",
@@ -38,22 +38,22 @@ Look = Callable[[str, Any, toys.Toy], None]  # moment, trainer, module
 
 
 class Everywhere(Callback):
-    """Calls ``look`` at every moment; a step's forward is a moment of :class:`Watched`."""
+    """Call ``look`` at every hook. :class:`Watched` calls ``look`` in training_step."""
 
     def __init__(self, look: Look) -> None:
-        self.look, self.found = look, False
+        self.look, self.blocked = look, False
         for moment in MOMENTS:
             setattr(self, moment, partial(self._at, moment))
 
     def _at(self, moment: str, trainer: Any, module: Any, *args: Any) -> None:
-        if not self.found:  # a look that found something is itself an exception; what comes then would hide it
-            self.found = True
+        if not self.blocked:  # not after a look has raised, because an error in on_exception would hide the first one
+            self.blocked = True
             self.look(moment, trainer, module)
-            self.found = False
+            self.blocked = False
 
 
 class Watched(toys.Toy):
-    """A toy that looks after its own forward, and may fail there at a given step."""
+    """A toy that calls ``look`` in training_step, and may raise there at a given step."""
 
     look: Look | None = None
     fails_at = -1
@@ -68,7 +68,7 @@ class Watched(toys.Toy):
 
 
 def _watch(subject: Subject, look: Look, first: bool, fails_at: int = -1, **options: Any) -> Watched:
-    """Two epochs, looked at from before and after the subject in the list of callbacks."""
+    """Fit two epochs and call ``look`` at every hook, after (``first``) or before the subject's callbacks."""
     module = Watched(**options)
     module.look, module.fails_at = look, fails_at
     trainer = subject.trainer(Everywhere(look), first=first)
@@ -107,11 +107,11 @@ def _rate_zero(parameters: Any) -> torch.optim.Optimizer:
 
 
 def _clean(state: dict[str, Tensor], before: dict[str, Tensor], where: str) -> None:
-    """With a rate of 0 a weight is what it was, or zero; anything else is noise."""
+    """Check that each weight is unchanged or zero: at a learning rate of 0 any other value is noise."""
     require(state.keys() == before.keys(), f"{where} has the keys {_short(list(state))}")
     for name, w in state.items():
-        odd = (w != before[name]) & (w != 0)
-        require(not odd.any(), f"{where}: {int(odd.sum())} of {w.numel()} weights of {name} are neither the live ones nor zero")
+        noisy = (w != before[name]) & (w != 0)
+        require(not noisy.any(), f"{where}: {int(noisy.sum())} of {w.numel()} weights of {name} are neither the live ones nor zero")
 
 
 def _no_noise(subject: Subject, folder: Path, first: bool, fails_at: int = -1) -> None:
@@ -158,8 +158,8 @@ def validation_evaluates_the_file(subject: Subject, folder: Path) -> None:
     for file in files[:5]:
         for name, w in shown[0].items():
             require(name in file, f"the file has no {name}; it has {_short(list(file))}")
-            odd = int((file[name] != w).sum())
-            require(not odd, f"the file's {name} differs from the evaluated one in {odd} of {w.numel()} weights")
+            different = int((file[name] != w).sum())
+            require(not different, f"the file's {name} differs from the evaluated one in {different} of {w.numel()} weights")
 
 
 def _equal_its_file(trainer: Any, module: toys.Toy, path: Path, where: str) -> None:
@@ -167,8 +167,8 @@ def _equal_its_file(trainer: Any, module: toys.Toy, path: Path, where: str) -> N
     file, own = torch.load(path, weights_only=True)["state_dict"], module.state_dict()
     require(file.keys() == own.keys(), f"the file written {where} has the keys {_short(list(file))}, the module {_short(list(own))}")
     for name, w in own.items():
-        odd = int((file[name] != w).sum())
-        require(not odd, f"the file written {where}: {name} differs from the module's in {odd} of {w.numel()} weights")
+        different = int((file[name] != w).sum())
+        require(not different, f"the file written {where}: {name} differs from the module's in {different} of {w.numel()} weights")
 
 
 @check("a file written after fit, or after it failed, holds what the module holds, whatever was loaded into that since", GROUP)

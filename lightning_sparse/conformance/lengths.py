@@ -1,4 +1,4 @@
-"""Runs whose length is unknown, or changes: a schedule arrives when the run ends, not before it."""
+"""Runs of unknown or changing length: schedules end with the run, not earlier."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lightning_sparse.conformance.steps import GROUP, some_zeros
 
 
 class Stream(IterableDataset[Any]):
-    """The toy data without a length."""
+    """An iterable dataset of the toy data, without a length."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter([*toys.data()])
 
 
 def stream() -> DataLoader[Any]:
-    """A loader of the toy data that has no length."""
+    """Build a loader of the toy data without a length."""
     return DataLoader(Stream(), batch_size=None)
 
 
 class _First(Callback):
-    """Counts the zeros after the first batch."""
+    """Count the zeros after the first batch."""
 
     zeros: int | None = None
 
@@ -56,7 +56,7 @@ def unknown_length_is_refused_or_works(subject: Subject, folder: Path) -> None:
 
 
 class Shrinking(toys.Toy):
-    """Its loader has six batches in the first epoch and two in each later one, the same batch throughout."""
+    """A toy with six batches in the first epoch and two in each later epoch, always the same batch."""
 
     lengths = (6, 2, 2, 2)
 
@@ -66,18 +66,18 @@ class Shrinking(toys.Toy):
 
 
 class Even(Shrinking):
-    """As many batches in as many epochs, three in each."""
+    """A toy with the same total number of batches, three in each epoch."""
 
     lengths = (3, 3, 3, 3)
 
 
 @check("epochs that change their length end with the zeros of as many batches in equal ones", GROUP)
 def changing_lengths_keep_the_zeros(subject: Subject, folder: Path) -> None:
-    found = []
+    counts = []
     for kind in (Shrinking, Even):
         options: Any = {"optimizer": subject.optimizer} if subject.optimizer else {}
         module = kind(**options)
         torch.manual_seed(0)
         subject.trainer(epochs=4, reload_dataloaders_every_n_epochs=1).fit(module)
-        found.append(zeros(module))
-    require(abs(found[0] - found[1]) <= 2, f"{found[0]} weights are zero, {found[1]} with equal epochs")
+        counts.append(zeros(module))
+    require(abs(counts[0] - counts[1]) <= 2, f"{counts[0]} weights are zero, {counts[1]} with equal epochs")

@@ -1,4 +1,4 @@
-"""True zeros at the end, a module that is its own again, and nothing that grows from fit to fit."""
+"""After fit: exact zeros, a plain module again, and no memory growth over repeated fits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_sparse.conformance import toys
 from lightning_sparse.conformance._registry import Subject, check, require
 
 GROUP = "life cycle"
-SIZE = 128 + 48  # weights of the toy's two matrices
+SIZE = 128 + 48  # number of weights in the toy's two matrices
 
 
 def zeros(module: torch.nn.Module) -> int:
-    """Exact zeros in a module's matrices."""
+    """Count the exact zeros in a module's matrices."""
     return sum(int((w == 0).sum()) for w in module.parameters() if w.dim() > 1)
 
 
@@ -63,7 +63,7 @@ def a_callback_is_reusable(subject: Subject, folder: Path) -> None:
 
 @contextmanager
 def only_new() -> Iterator[None]:
-    """Objects that are there already are not looked at, which makes :func:`storages` quick."""
+    """Exclude existing objects from :func:`storages`, which makes it fast."""
     gc.collect()
     gc.freeze()
     try:
@@ -73,7 +73,7 @@ def only_new() -> Iterator[None]:
 
 
 def storages() -> dict[int, int]:
-    """Bytes by address of the memory of all tensors that Python knows and that are younger than :func:`only_new`."""
+    """Return bytes by address for the memory of all tensors created since :func:`only_new`."""
     gc.collect()
     tensors = [item for item in gc.get_objects() if isinstance(item, Tensor) and item.layout == torch.strided]
     plain = [t.untyped_storage() for t in tensors if type(t) in (Tensor, torch.nn.Parameter)]
