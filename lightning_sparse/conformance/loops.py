@@ -1,4 +1,4 @@
-"""Manual optimisation: several optimisers, several backwards before a step."""
+"""Manual optimisation: several optimisers, several backward passes per step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_sparse.conformance.steps import GROUP, Make, matrices, some_zeros
 
 
 class TwoOptimizers(toys.Toy):
-    """Manual optimisation: an optimiser for each layer, stepped in turn, each after a forward and backward of its own."""
+    """Manual optimisation with one optimiser per layer. They step in turn, each after its own forward and backward."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -46,9 +46,10 @@ def several_optimizers_end_sparse(subject: Subject, folder: Path) -> None:
 
 
 class Gan(LightningModule):
-    """Two networks against each other: the discriminator sees true and made samples in two backwards, then one step.
+    """A GAN. The discriminator takes one step after two backward passes, for real and for generated samples.
 
-    ``make`` makes each network's optimiser. The generator is toggled, so that the discriminator gets no gradient from it.
+    ``make`` makes the optimiser of each network. ``toggle_optimizer`` keeps the generator's loss from adding gradients to the
+    discriminator.
     """
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module, noise: Iterable[int], make: Make | None = None) -> None:
@@ -60,25 +61,25 @@ class Gan(LightningModule):
     def configure_optimizers(self) -> Any:
         return [self.make(part.parameters()) for part in (self.generator, self.discriminator)]
 
-    def _judge(self, samples: Tensor, truth: float) -> Tensor:
+    def _loss(self, samples: Tensor, label: float) -> Tensor:
         score = self.discriminator(samples)
-        return nn.functional.binary_cross_entropy_with_logits(score, torch.full_like(score, truth))
+        return nn.functional.binary_cross_entropy_with_logits(score, torch.full_like(score, label))
 
     def training_step(self, batch: Any, index: int) -> None:
         optimizers: Any = self.optimizers()
-        makes, judges = optimizers
+        of_generator, of_discriminator = optimizers
         z = torch.randn(len(batch[0]), *self.noise, device=self.device)
-        self.toggle_optimizer(makes)
-        makes.zero_grad()
-        self.manual_backward(self._judge(self.generator(z), 1.0))
-        makes.step()
-        self.untoggle_optimizer(makes)
-        self.toggle_optimizer(judges)
-        judges.zero_grad()
-        self.manual_backward(self._judge(batch[0], 1.0))
-        self.manual_backward(self._judge(self.generator(z).detach(), 0.0))
-        judges.step()
-        self.untoggle_optimizer(judges)
+        self.toggle_optimizer(of_generator)
+        of_generator.zero_grad()
+        self.manual_backward(self._loss(self.generator(z), 1.0))
+        of_generator.step()
+        self.untoggle_optimizer(of_generator)
+        self.toggle_optimizer(of_discriminator)
+        of_discriminator.zero_grad()
+        self.manual_backward(self._loss(batch[0], 1.0))
+        self.manual_backward(self._loss(self.generator(z).detach(), 0.0))
+        of_discriminator.step()
+        self.untoggle_optimizer(of_discriminator)
 
 
 def _layers(*sizes: int) -> nn.Module:
@@ -91,6 +92,6 @@ def a_gan_ends_sparse(subject: Subject, folder: Path) -> None:
     module = Gan(_layers(4, 16, 8), _layers(8, 16, 1), (4,), subject.optimizer)
     subject.trainer(epochs=4).fit(module, toys.data())
     for part in (module.generator, module.discriminator):
-        found, size = zeros(part), sum(w.numel() for w in matrices(part).values())
-        require(0 < found < size, f"{found} of {size} weights of a network are zero; some, not all, should be")
+        count, size = zeros(part), sum(w.numel() for w in matrices(part).values())
+        require(0 < count < size, f"{count} of {size} weights of a network are zero; some, not all, should be")
     require(all(bool(torch.isfinite(p).all()) for p in module.parameters()), "a weight is not finite")

@@ -1,4 +1,4 @@
-"""Bytes that a callback holds for each selected weight, beyond the same run without it."""
+"""Memory of a callback in bytes per selected weight, compared with the same run without it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning_sparse.conformance._registry import Subject, check, require
 from lightning_sparse.conformance.life_cycle import only_new, storages
 
 GROUP = "life cycle"
-WIDTH = 512  # one layer of WIDTH^2 weights, so large that all else hardly counts
+WIDTH = 512  # one layer of WIDTH^2 weights, large enough that other memory is negligible
 
 
 class _Meter(Callback):
-    """Bytes of all tensors within each batch (before backward, with what autograd has saved) and between batches."""
+    """Measure the bytes of all tensors within each batch (before backward, with autograd's saved tensors) and between batches."""
 
     def __init__(self) -> None:
         self.within: list[int] = []
@@ -45,20 +45,20 @@ class _Meter(Callback):
 
 
 def _rate_small(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, 1e-3)  # without state of its own
+    return torch.optim.SGD(parameters, 1e-3)  # because plain SGD has no state
 
 
 def _bytes(subject: Subject, steps: int) -> tuple[list[int], list[int]]:
     meter = _Meter()
     module = subject.model(nn.Linear(WIDTH, WIDTH, bias=False), optimizer=_rate_small)
-    batch = (torch.randn(4, WIDTH, requires_grad=True), torch.zeros(4, dtype=torch.long))  # as from a layer before
+    batch = (torch.randn(4, WIDTH, requires_grad=True), torch.zeros(4, dtype=torch.long))  # inputs need gradients, as inside a network
     with only_new():
         subject.trainer(meter, first=True, epochs=1).fit(module, toys.Repeated(batch, steps))
     return meter.within[1:], meter.between[1:]
 
 
 def extra_bytes(subject: Subject, steps: int = 7) -> dict[str, list[float]]:
-    """Extra bytes per selected weight at each step: ``within`` a batch (before backward) and ``between`` batches."""
+    """Measure the extra bytes per selected weight at each step: ``within`` a batch (before backward) and ``between`` batches."""
     bare = _bytes(Subject("nothing", tuple, subject.optimizer), steps)
     own = _bytes(subject, steps)
     pairs = zip(("within", "between"), own, bare, strict=True)

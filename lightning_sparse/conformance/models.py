@@ -1,4 +1,4 @@
-"""Models that no one here wrote: each is trained, ends with true zeros under plain keys, and its file is the plain model's."""
+"""Common architectures: training ends with exact zeros under plain keys, and the plain model loads the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_sparse.conformance.steps import matrices
 
 GROUP = "models"
 Build = Callable[[], nn.Module]
-LOOSE = partial(torch.optim.SGD, lr=0.05)  # keeps no state that a change of the weights' dtype would leave behind
+LOOSE = partial(torch.optim.SGD, lr=0.05)  # without state, because a state would keep the old dtype of the weights
 
 
 def _module(subject: Subject, build: Build, **options: Any) -> toys.Toy:
@@ -46,14 +46,14 @@ class _Loader:
 
 
 def _ends_well(trainer: Trainer, module: toys.Toy, build: Build, data: Any, folder: Path) -> None:
-    """True zeros, plain keys, and a file that the plain network loads strictly and that computes the same."""
+    """Check for exact zeros, plain keys, and a file that the plain network loads strictly, with the same output."""
     require(all(bool(torch.isfinite(p).all()) for p in module.parameters() if not p.is_complex()), "a weight is not finite after fit")
-    require(zeros(module) > 0, "no weight is zero after fit")  # whether all are depends on the strength, which is the author's
+    require(zeros(module) > 0, "no weight is zero after fit")  # all may be zero: that depends on the subject's strength
     trainer.save_checkpoint(folder / "end.ckpt")
     plain = nn.ModuleDict({"network": build()})
     own = torch.load(folder / "end.ckpt", weights_only=True)["state_dict"]
-    odd = sorted(own.keys() ^ plain.state_dict().keys())
-    require(not odd, f"the file's keys are not those of the plain model: {odd[:5]}")
+    different = sorted(own.keys() ^ plain.state_dict().keys())
+    require(not different, f"the file's keys are not those of the plain model: {different[:5]}")
     plain.load_state_dict(own, strict=True)
     require(zeros(plain) == zeros(module), f"the loaded model has {zeros(plain)} zeros, the trained one {zeros(module)}")
     _same_output(plain["network"], module.network, data[0][0])
@@ -72,7 +72,7 @@ def _trains(subject: Subject, folder: Path, build: Build, kind: str, **options: 
 
 
 def _trains_or_refuses(subject: Subject, folder: Path, build: Build, kind: str, epochs: int = 2, **options: Any) -> toys.Toy | None:
-    """As :func:`_trains`, or an error before a weight changed."""
+    """Check like :func:`_trains`, or that fit raises before the first batch, without changing a weight."""
     module, data = _module(subject, build, **options), batches(kind)
     before = toys.weights(module) if not _lazy(module) else {}
     started: list[int] = []
@@ -80,8 +80,8 @@ def _trains_or_refuses(subject: Subject, folder: Path, build: Build, kind: str, 
         spy = toys.Spy(lambda moment, _: started.append(1) if moment == "batch end" else None)
         trainer = _fit(subject, module, data, spy, epochs=epochs)
     except Exception as error:
-        touched = [name for name, w in before.items() if not torch.equal(w, module.get_parameter(name).detach())]
-        require(not started and not touched, f"it failed after {len(started)} batches, with {touched} changed: {error}")
+        changed = [name for name, w in before.items() if not torch.equal(w, module.get_parameter(name).detach())]
+        require(not started and not changed, f"it failed after {len(started)} batches, with {changed} changed: {error}")
         require(len(str(error)) > 30, f"the refusal does not say why: {error!r}")
         return None
     _ends_well(trainer, module, build, data, folder)
@@ -125,8 +125,8 @@ def dcgan_ends_sparse(subject: Subject, folder: Path) -> None:
     plain = Gan(_networks.generator(), _networks.discriminator(), (4, 1, 1))
     plain.load_state_dict(torch.load(folder / "end.ckpt", weights_only=True)["state_dict"], strict=True)
     for name in ("generator", "discriminator"):
-        found, size = zeros(getattr(plain, name)), sum(w.numel() for w in matrices(getattr(plain, name)).values())
-        require(0 < found < size, f"{found} of {size} weights of the file's {name} are zero; some, not all, should be")
+        count, size = zeros(getattr(plain, name)), sum(w.numel() for w in matrices(getattr(plain, name)).values())
+        require(0 < count < size, f"{count} of {size} weights of the file's {name} are zero; some, not all, should be")
 
 
 @check("nn.MultiheadAttention and nn.TransformerEncoderLayer, whose evaluation takes another path", GROUP)
@@ -151,10 +151,10 @@ def tied_weights_are_one(subject: Subject, folder: Path) -> None:
     require(len(network.seen) == 6, f"{len(network.seen)} training forwards were seen")
     require(all(torch.equal(first, second) for first, second in network.seen), "a forward used different values of the tied weight")
     _ends_well(trainer, module, _networks.Tied, data, folder)
-    said = trainer.callback_metrics.get("sparsity/total")
-    if said is not None:
+    logged = trainer.callback_metrics.get("sparsity/total")
+    if logged is not None:
         shares = [_share(network.head.weight, network.body.weight), _share(network.head.weight), _share(network.body.weight)]
-        require(any(abs(float(said) - share) < 1e-6 for share in shares), f"sparsity/total is {float(said):.6f}, the shares {shares}")
+        require(any(abs(float(logged) - share) < 1e-6 for share in shares), f"sparsity/total is {float(logged):.6f}, the shares {shares}")
 
 
 def _share(*weights: Tensor) -> float:
@@ -169,8 +169,8 @@ def computed_weights_are_true(subject: Subject, folder: Path) -> None:
         for layer in () if network is None else (network.normed, network.spectral):
             layer.eval()(torch.zeros(1, layer.in_features))
             for name, source in layer.named_parameters():
-                odd = int(((source == 0) & (layer.weight != 0)).sum()) if source.dim() > 1 else 0
-                require(not odd, f"{odd} weights are not zero where {name} is")
+                nonzero = int(((source == 0) & (layer.weight != 0)).sum()) if source.dim() > 1 else 0
+                require(not nonzero, f"{nonzero} weights are not zero where {name} is")
 
 
 @check("frozen weights stay as they are", GROUP)

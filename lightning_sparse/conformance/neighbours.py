@@ -1,4 +1,4 @@
-"""Beside the callbacks that users already have: checkpoints by score, early stopping, tuners, accumulation, finetuning."""
+"""Together with common Lightning callbacks: best checkpoints, early stopping, tuners, accumulation, finetuning."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def early_stopping_ends_sparse(subject: Subject, folder: Path) -> None:
 
 
 class _Tunable(toys.Toy):
-    """A toy with the attributes that tuners set and its own loader, whose batch size follows."""
+    """A toy with the attributes that tuners set, and a loader that uses ``batch_size``."""
 
     lr = 1e-2
     batch_size = 16
@@ -72,7 +72,7 @@ class _Tunable(toys.Toy):
 
 
 def _tuned(subject: Subject, folder: Path, *tuners: Callback, first: bool = True) -> dict[str, Any]:
-    """What a run ends with that started by a tuner's trial."""
+    """Fit with ``tuners`` and return the final weights, hooks and number of steps."""
     module = _Tunable(optimizer=subject.optimizer, decay=STEPS) if subject.optimizer else _Tunable(decay=STEPS)
     trainer = subject.trainer(*tuners, first=first, epochs=EPOCHS, default_root_dir=folder)
     trainer.fit(module)
@@ -80,15 +80,15 @@ def _tuned(subject: Subject, folder: Path, *tuners: Callback, first: bool = True
 
 
 def _tune(subject: Subject, folder: Path, make: Any) -> None:
-    """The trial leaves no trace: the run ends as it does without it."""
+    """Check that a run with the tuner ends equal to a run without it."""
     control = _nothing(subject)
-    odd = first_difference(_tuned(control, folder), _tuned(control, folder, make()))
-    if odd:
-        raise NotApplicable(f"Lightning's own run differs at {odd} with and without the tuner")
+    difference = first_difference(_tuned(control, folder), _tuned(control, folder, make()))
+    if difference:
+        raise NotApplicable(f"Lightning's own run differs at {difference} with and without the tuner")
     plain = _tuned(subject, folder)
     for first, order in ORDERS:
-        odd = first_difference(plain, _tuned(subject, folder, make(), first=first))
-        require(not odd, f"beside the tuner, with the callback {order}, the run ends elsewhere: {odd}")
+        difference = first_difference(plain, _tuned(subject, folder, make(), first=first))
+        require(not difference, f"beside the tuner, with the callback {order}, the run ends elsewhere: {difference}")
 
 
 @check("LearningRateFinder's trial leaves no trace in the run", GROUP, slow=True)
@@ -98,13 +98,13 @@ def learning_rate_finder_leaves_no_trace(subject: Subject, folder: Path) -> None
 
 @check("BatchSizeFinder's trials leave no trace in the run", GROUP, slow=True)
 def batch_size_finder_leaves_no_trace(subject: Subject, folder: Path) -> None:
-    bounded = "max_val" in inspect.signature(BatchSizeFinder).parameters  # both find the batch size of the run without them
+    bounded = "max_val" in inspect.signature(BatchSizeFinder).parameters  # both options below end at the toy's own batch size, 16
     options: dict[str, Any] = {"init_val": 16, "max_val": 16} if bounded else {"init_val": 8}
     _tune(subject, folder, lambda: BatchSizeFinder(steps_per_trial=2, max_trials=1, **options))
 
 
 class _Buffered(nn.Sequential):
-    """The toy's network with buffers that are called as masks are, and used."""
+    """The toy's network with buffers whose names look like pruning masks; the forward uses them."""
 
     attn_mask: Tensor
     weight_mask: Tensor
@@ -127,12 +127,12 @@ def mask_buffers_are_the_users_own(subject: Subject, folder: Path) -> None:
         subject.fit(module, *more, epochs=EPOCHS, **options)
         return module
 
-    whole = run(0, ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1), enable_checkpointing=True)
+    uninterrupted = run(0, ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1), enable_checkpointing=True)
     file = torch.load(folder / "epoch=1.ckpt", weights_only=True)["state_dict"]
-    for name, buffer in whole.named_buffers():
+    for name, buffer in uninterrupted.named_buffers():
         require(name in file and torch.equal(file[name], buffer), f"the file does not hold the buffer {name}")
-    odd = first_difference(dict(whole.state_dict()), dict(run(1, ckpt_path=folder / "epoch=1.ckpt").state_dict()))
-    require(not odd, f"the resumed run ends elsewhere: {odd}")
+    difference = first_difference(dict(uninterrupted.state_dict()), dict(run(1, ckpt_path=folder / "epoch=1.ckpt").state_dict()))
+    require(not difference, f"the resumed run ends elsewhere: {difference}")
 
 
 def _accumulated(subject: Subject, seed: int, *more: Callback, **options: Any) -> tuple[int, dict[str, Tensor]]:
@@ -145,16 +145,16 @@ def _accumulated(subject: Subject, seed: int, *more: Callback, **options: Any) -
 def accumulation_may_change(subject: Subject, folder: Path) -> None:
     for first, order in ORDERS:
         keeper = ModelCheckpoint(folder / order, filename="{epoch}", save_top_k=-1)
-        steps, whole = _accumulated(subject, 0, keeper, first=first, enable_checkpointing=True)
+        steps, uninterrupted = _accumulated(subject, 0, keeper, first=first, enable_checkpointing=True)
         require(steps == 12, f"{steps} optimiser steps, with the callback {order}; 2 epochs of 4 and 2 of 2 were due")
-        require(any((w == 0).any() for w in whole.values()), f"no weight is zero after fit, with the callback {order}")
+        require(any((w == 0).any() for w in uninterrupted.values()), f"no weight is zero after fit, with the callback {order}")
         _, resumed = _accumulated(subject, 1, first=first, ckpt_path=folder / order / "epoch=1.ckpt")
-        odd = first_difference(whole, resumed)
-        require(not odd, f"resumed where accumulation changes, with the callback {order}, the run ends elsewhere: {odd}")
+        difference = first_difference(uninterrupted, resumed)
+        require(not difference, f"resumed where accumulation changes, with the callback {order}, the run ends elsewhere: {difference}")
 
 
 class Backboned(toys.Toy):
-    """A network in the two parts that BackboneFinetuning knows; the optimiser starts with what is trainable."""
+    """A toy with a backbone and a head, for BackboneFinetuning. The optimiser starts with the trainable parameters only."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(nn.Identity(), **options)

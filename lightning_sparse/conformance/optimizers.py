@@ -1,4 +1,4 @@
-"""Optimisers that hold others and modules that do not step at each batch: a step counts once. Schedulers that hold others."""
+"""Nested optimisers and schedulers, and modules that do not step after every batch: each step counts once."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning_sparse.conformance.steps import GROUP, Scheduled, own_steps, some
 
 
 class Super(torch.optim.Adam):
-    """Adam with a step of its own, which calls Adam's."""
+    """Adam with an overridden ``step`` that calls ``super().step()``."""
 
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
 
 
 class Holding(torch.optim.Optimizer):
-    """Steps another optimiser, as Lookahead does, and never calls ``Optimizer.__init__``."""
+    """A wrapper around another optimiser, like Lookahead. It never calls ``Optimizer.__init__``."""
 
     def __init__(self, held: torch.optim.Optimizer) -> None:
         self.held, self.defaults = held, held.defaults
@@ -38,13 +38,13 @@ class Holding(torch.optim.Optimizer):
 
 
 def super_step(parameters: Any) -> torch.optim.Optimizer:
-    """:class:`Super` after a plain Adam, which makes torch call hooks at both classes' steps."""
+    """Make :class:`Super` after a plain Adam, because torch then calls the step hooks for both classes."""
     torch.optim.Adam([torch.zeros(1, requires_grad=True)])
     return Super(parameters, 1e-2)
 
 
 def held_step(parameters: Any) -> torch.optim.Optimizer:
-    """:class:`Holding` around Adam."""
+    """Make :class:`Holding` around Adam."""
     return Holding(torch.optim.Adam(parameters, 1e-2))
 
 
@@ -66,7 +66,7 @@ def a_step_counts_once(subject: Subject, folder: Path) -> None:
 
 
 class EverySecond(toys.Toy):
-    """Steps after every second batch, on the gradients of both."""
+    """A toy that steps after every second batch, on the sum of both batches' gradients."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         if batch_idx % 2:
@@ -82,13 +82,13 @@ class EverySecond(toys.Toy):
 @check("a module whose optimizer_step steps every second batch ends with the zeros of one that accumulates", GROUP)
 def every_second_batch_steps(subject: Subject, folder: Path) -> None:
     options: Any = {"optimizer": subject.optimizer} if subject.optimizer else {}
-    found = []
+    counts = []
     for module, accumulate in ((EverySecond(**options), 1), (toys.Toy(**options), 2)):
         torch.manual_seed(0)
         subject.fit(module, epochs=8, accumulate_grad_batches=accumulate)
         some_zeros(module, "where every second batch steps" if accumulate == 1 else "where two batches are accumulated")
-        found.append(zeros(module))
-    require(found[0] * 2 > found[1], f"{found[0]} weights are zero, {found[1]} where Lightning accumulates two batches")
+        counts.append(zeros(module))
+    require(counts[0] * 2 > counts[1], f"{counts[0]} weights are zero, {counts[1]} where Lightning accumulates two batches")
 
 
 class Warm(LRScheduler):

@@ -1,4 +1,4 @@
-"""Lightning's two packages, ``lightning.pytorch`` and ``pytorch_lightning``, side by side in one process."""
+"""Lightning's two packages, ``lightning.pytorch`` and ``pytorch_lightning``, in one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUP = "models"
 
 
 class _Steps:
-    """The toy's network and steps, for a LightningModule of either package."""
+    """A mixin with the toy's network and steps, for a LightningModule of either package."""
 
     def __init__(self, make: Any) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Steps:
 
 
 def _trained(subject: Subject, package: Any, folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The module of a run where all that is Lightning's is of ``package``, and what its last file holds."""
+    """Fit with classes of ``package`` only; return the module and the state_dict of its last file."""
     module = type("Model", (_Steps, package.LightningModule), {})(subject.optimizer or toys.Toy().make)
     keeper = package.callbacks.ModelCheckpoint(folder, monitor="val/loss", save_top_k=-1, save_last=True)
     trainer = package.Trainer(
@@ -63,5 +63,5 @@ def both_packages_train_alike(subject: Subject, folder: Path) -> None:
     for name, w in own.named_parameters():
         require(torch.equal(w, module.get_parameter(name)), f"{name} ends elsewhere under {other.__name__}")
     require(file.keys() == own_file.keys(), f"the file's keys under {other.__name__} are {sorted(file)}")
-    odd = [name for name, w in own_file.items() if not torch.equal(w, file[name])]
-    require(not odd, f"the file under {other.__name__} holds other values of {odd[:5]}")
+    different = [name for name, w in own_file.items() if not torch.equal(w, file[name])]
+    require(not different, f"the file under {other.__name__} holds other values of {different[:5]}")

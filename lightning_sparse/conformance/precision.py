@@ -1,4 +1,4 @@
-"""Mixed precision, steps that a GradScaler skips, and the kinds of one optimiser: for-loop, foreach, fused."""
+"""Mixed precision, steps skipped by a GradScaler, and the for-loop, foreach and fused implementations of an optimiser."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def bf16_ends_sparse(subject: Subject, folder: Path) -> None:
 
 
 class Overflowing(toys.Toy):
-    """Its gradients do not fit into fp16 at batch 2 of every epoch, while its loss is finite."""
+    """A toy whose gradients overflow fp16 at batch 2 of every epoch, with a finite loss."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         return super().training_step(batch, index) * (1e30 if index == 2 else 1.0)
 
 
 class _Skips(Callback):
-    """Keeps the weights at the end of every batch, and the GradScaler's scale."""
+    """Record the weights and the GradScaler's scale at the end of every batch."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[dict[str, Tensor], float]] = []
@@ -41,7 +41,7 @@ class _Skips(Callback):
 
 
 def fp16(device: str = "cpu") -> MixedPrecision:
-    """fp16 with a GradScaler, also where ``precision="16-mixed"`` would become bf16."""
+    """Make the plugin for fp16 with a GradScaler, because ``precision="16-mixed"`` means bf16 on a CPU."""
     return MixedPrecision("16-mixed", device)
 
 
@@ -56,7 +56,7 @@ def _fp16_run(subject: Subject, make: Make | None) -> list[tuple[dict[str, Tenso
 FUSED: dict[str, Make] = {
     "Adam": partial(torch.optim.Adam, lr=1e-2, foreach=False),
     "fused Adam": partial(torch.optim.Adam, lr=1e-2, fused=True),
-    "fused SGD": partial(torch.optim.SGD, lr=0.1, fused=True),  # torch leaves its momentum unset by a skipped first step
+    "fused SGD": partial(torch.optim.SGD, lr=0.1, fused=True),  # has no momentum buffer after a skipped first step
 }
 
 
@@ -67,8 +67,8 @@ def skipped_steps_touch_nothing(subject: Subject, folder: Path) -> None:
         skipped = [i for i in range(1, len(seen)) if seen[i][1] < seen[i - 1][1]]
         require(2 in skipped, f"the GradScaler skipped no step under {name}")
         for i in skipped:
-            odd = [key for key, w in seen[i][0].items() if not torch.equal(w, seen[i - 1][0][key])]
-            require(not odd, f"{name}: the skipped step {i} changed {odd}")
+            changed = [key for key, w in seen[i][0].items() if not torch.equal(w, seen[i - 1][0][key])]
+            require(not changed, f"{name}: the skipped step {i} changed {changed}")
 
 
 @check("under 16-mixed a fused optimiser ends where the plain one does", GROUP)

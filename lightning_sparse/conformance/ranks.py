@@ -1,4 +1,4 @@
-"""Two processes that train one model on the CPU (gloo): they hold the same zeros, log the same figures, resume alike."""
+"""Two ranks on the CPU (gloo): they have the same zeros, log the same figures and resume exactly."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ DDP = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
 
 
 def as_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(rank, *arguments)`` in two processes that Lightning takes for the ranks of one run, and what they return.
+    """Call ``function(rank, *arguments)`` in two processes, the ranks of one Lightning run, and return both results.
 
-    Raises RuntimeError with the tracebacks of all ranks where one raises.
+    Raises RuntimeError with the tracebacks of all ranks that raised.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -53,7 +53,7 @@ def _rank(rank: int, port: int, function: Callable[..., Any], arguments: tuple[A
 
 
 class _Diary(Callback):
-    """The module's state dict at every epoch's end, and the figures that the Trainer knows at every epoch's start."""
+    """Record the module's state_dict at the end of each epoch and the Trainer's metrics at the start of each epoch."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, Tensor]] = []
@@ -67,7 +67,7 @@ class _Diary(Callback):
 
 
 def _ddp(rank: int, subject: Subject) -> dict[str, Any]:
-    """A run whose model, seed and data are the rank's own."""
+    """Fit under DDP with a different model, seed and data on each rank."""
     module, diary = subject.model(seed=rank), _Diary()
     torch.manual_seed(1000 + rank)
     trainer = subject.fit(module, diary, loader=toys.data(seed=2 * rank), epochs=3, **DDP)
@@ -78,10 +78,10 @@ def _ddp(rank: int, subject: Subject) -> dict[str, Any]:
 @check("two DDP processes with different seeds and data hold the same weights and zeros after every epoch", GROUP, slow=True)
 def ranks_hold_the_same_zeros(subject: Subject, folder: Path) -> None:
     first, second = (answer["states"] for answer in as_ranks(_ddp, subject))
-    odd = first_difference([_zeros(state) for state in first], [_zeros(state) for state in second])
-    require(not odd, f"the ranks' zeros differ at {odd}")
-    odd = first_difference(first, second)
-    require(not odd, f"the ranks' weights differ at {odd}")
+    difference = first_difference([_zeros(state) for state in first], [_zeros(state) for state in second])
+    require(not difference, f"the ranks' zeros differ at {difference}")
+    difference = first_difference(first, second)
+    require(not difference, f"the ranks' weights differ at {difference}")
     require(any(mask.any() for mask in _zeros(first[-1]).values()), "no weight was zero on either rank")
 
 
@@ -92,7 +92,8 @@ def _zeros(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @check("the figures that a callback logs are the same on two DDP processes", GROUP, slow=True)
 def ranks_log_the_same_figures(subject: Subject, folder: Path) -> None:
     first, second = (answer["figures"] for answer in as_ranks(_ddp, subject))
-    own = [name for name in sorted(first[-1].keys() | second[-1].keys()) if not name.startswith("val")]  # the toy's, of each rank's data
+    # without the toy's val/loss, because each rank has its own data
+    own = [name for name in sorted(first[-1].keys() | second[-1].keys()) if not name.startswith("val")]
     if not own:
         raise NotApplicable("it logs no figure")
     for epoch, (a, b) in enumerate(zip(first, second, strict=True)):
@@ -111,19 +112,20 @@ def _resumable(rank: int, subject: Subject, folder: Path, path: Path | None) -> 
 
 @check("a run of two DDP processes, resumed with other seeds, ends as the uninterrupted one, bit for bit", GROUP, slow=True)
 def ranks_resume_exactly(subject: Subject, folder: Path) -> None:
-    odd = _difference(subject, folder / "own")
-    if odd and _difference(Subject("nothing", tuple, subject.optimizer), folder / "control"):
+    difference = _difference(subject, folder / "own")
+    if difference and _difference(Subject("nothing", tuple, subject.optimizer), folder / "control"):
         raise NotApplicable("Lightning's own run of two processes is not resumed exactly either")
-    require(not odd, f"resumed after the first epoch, rank and weights {odd} differ")
+    require(not difference, f"resumed after the first epoch, rank and weights {difference} differ")
 
 
 def _difference(subject: Subject, folder: Path) -> str:
-    whole = as_ranks(_resumable, subject, folder / "whole", None)
-    return first_difference(whole, as_ranks(_resumable, subject, folder / "rest", folder / "whole" / "epoch=0.ckpt"))
+    uninterrupted = as_ranks(_resumable, subject, folder / "uninterrupted", None)
+    resumed = as_ranks(_resumable, subject, folder / "resumed", folder / "uninterrupted" / "epoch=0.ckpt")
+    return first_difference(uninterrupted, resumed)
 
 
 class SplitToy(toys.Toy):
-    """A :class:`toys.Toy` whose weights FSDP2 splits: the first layer's by itself, the others' together, as the root does."""
+    """A :class:`toys.Toy` sharded by FSDP2 in two groups: the first layer, and the rest of the network."""
 
     def configure_model(self) -> None:
         from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -135,13 +137,13 @@ class SplitToy(toys.Toy):
 
 
 def split(**options: Any) -> dict[str, Any]:
-    """Trainer options for FSDP2 on two processes."""
+    """Return Trainer options for FSDP2 on two processes."""
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **options)
     return {"devices": 2, "strategy": strategy, "use_distributed_sampler": False}
 
 
 def obstacle() -> str:
-    """Why FSDP2 does not run on the CPU here, without any callback (torch 2.6 does not); empty if it does. Both ranks ask."""
+    """Return why FSDP2 does not run on this CPU without any callback (as in torch 2.6), or an empty string. Call it on both ranks."""
     try:
         toys.trainer(epochs=1, **split()).fit(SplitToy(), toys.data())
     except Exception as error:
@@ -150,7 +152,7 @@ def obstacle() -> str:
 
 
 def _both(rank: int, subject: Subject, folder: Path) -> dict[str, Any]:
-    """The same run under DDP and under FSDP2, whose final file is written whole; or why the callback refuses the latter."""
+    """Fit under DDP and under FSDP2, saving a full checkpoint of the latter; or return why the callback refuses FSDP2."""
     plain = subject.model()
     subject.fit(plain, loader=toys.data(seed=2 * rank), epochs=3, **DDP)
     options: dict[str, Any] = {"optimizer": subject.optimizer} if subject.optimizer else {}

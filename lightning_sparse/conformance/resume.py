@@ -1,4 +1,4 @@
-"""Interrupted and resumed equals uninterrupted, bit for bit; and files go from sparse runs to dense ones and back."""
+"""Resumed runs equal uninterrupted ones bit for bit; sparse runs resume dense checkpoints and the reverse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_sparse.conformance._processes import Died, call
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 
 GROUP = "resume"
-EPOCHS, STEPS = 4, 16  # of the toy runs: four batches an epoch
+EPOCHS, STEPS = 4, 16  # of the toy runs: four batches per epoch
 
 
 def _keeper(folder: Path, **when: Any) -> ModelCheckpoint:
@@ -24,7 +24,7 @@ def _keeper(folder: Path, **when: Any) -> ModelCheckpoint:
 
 
 def _run(subject: Subject, *neighbours: Callback, seed: int = 0, mid: bool = False, **options: Any) -> dict[str, Any]:
-    """A whole run's weights, optimiser state and callback states at its end."""
+    """Fit, and return the final weights, optimiser states and callback states."""
     module = subject.model(decay=STEPS, seed=seed)
     loader = toys.Stateful(toys.data()) if mid else toys.data()
     trainer = subject.fit(module, *neighbours, loader=loader, epochs=EPOCHS, **options)
@@ -34,13 +34,13 @@ def _run(subject: Subject, *neighbours: Callback, seed: int = 0, mid: bool = Fal
 
 
 def first_difference(a: Any, b: Any, path: str = "") -> str:
-    """Where two nested states differ by a bit; empty if nowhere."""
+    """Return the path of the first bitwise difference between two nested states, or an empty string."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return "" if a.dtype == b.dtype and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) else path
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return next((found for key in a if (found := first_difference(a[key], b[key], f"{path}[{key!r}]"))), "")
+        return next((inner for key in a if (inner := first_difference(a[key], b[key], f"{path}[{key!r}]"))), "")
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return next((found for i in range(len(a)) if (found := first_difference(a[i], b[i], f"{path}[{i}]"))), "")
+        return next((inner for i in range(len(a)) if (inner := first_difference(a[i], b[i], f"{path}[{i}]"))), "")
     if isinstance(a, (dict, list, tuple)):
         return path
     return "" if type(a) is type(b) and (a is b or bool(a == b) or a != a) else path
@@ -51,18 +51,19 @@ def _without(subject: Subject) -> Subject:
 
 
 def _compare(subject: Subject, folder: Path, mid: bool, **when: Any) -> None:
-    """One run writes files as it goes; another goes on from each; the same without the subject is the control."""
+    """Compare a run with the runs resumed from each of its checkpoints; a run without the subject is the control."""
     for one, name in ((_without(subject), "control"), (subject, "own")):
-        whole = _run(one, _keeper(folder / name, **when), mid=mid, enable_checkpointing=True)
+        uninterrupted = _run(one, _keeper(folder / name, **when), mid=mid, enable_checkpointing=True)
         for path in sorted((folder / name).glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2])):
-            _same(one is subject, path, whole, _run(one, seed=1, mid=mid, ckpt_path=path))
+            _same(one is subject, path, uninterrupted, _run(one, seed=1, mid=mid, ckpt_path=path))
 
 
-def _same(own: bool, path: Path, whole: dict[str, Any], resumed: dict[str, Any]) -> None:
-    odd = first_difference(whole, resumed)
-    if odd and not own:
-        raise NotApplicable(f"Lightning's own run, resumed from {path.stem}, differs at {odd}")
-    require(not odd, f"resumed from {path.stem}, the run ends elsewhere: {odd}; zeros {_zeros(whole)} and {_zeros(resumed)}")
+def _same(own: bool, path: Path, uninterrupted: dict[str, Any], resumed: dict[str, Any]) -> None:
+    difference = first_difference(uninterrupted, resumed)
+    if difference and not own:
+        raise NotApplicable(f"Lightning's own run, resumed from {path.stem}, differs at {difference}")
+    counts = f"zeros {_zeros(uninterrupted)} and {_zeros(resumed)}"
+    require(not difference, f"resumed from {path.stem}, the run ends elsewhere: {difference}; {counts}")
 
 
 def _zeros(run: dict[str, Any]) -> int:
@@ -80,7 +81,7 @@ def resume_within_an_epoch(subject: Subject, folder: Path) -> None:
 
 
 class _Killer(Callback):
-    """Ends the process at an optimiser step as kill -9 does."""
+    """Kill the process at an optimiser step with SIGKILL, like kill -9."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -105,7 +106,7 @@ def resume_after_a_kill(subject: Subject, folder: Path) -> None:
 
 
 class _Smaller(Callback):
-    """Lets the kernel end the process in the middle of writing the next file (SIGXFSZ at half its size)."""
+    """Limit the file size to half of the next checkpoint, so that SIGXFSZ kills the process while it writes."""
 
     def __init__(self, step: int, folder: Path) -> None:
         self.step, self.folder = step, folder

@@ -1,4 +1,4 @@
-"""What a callback works on: nothing that holds most of a network is passed over without a word."""
+"""Selection of weights: a callback must warn about large matrices that it does not select."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ GROUP = "selection"
 @check("matrices of layers that are not torch's own: some of their weights become zero, or a warning names them", GROUP)
 def own_matrices_are_trained_or_named(subject: Subject, folder: Path) -> None:
     module = subject.model(_networks.own_layers())
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         subject.fit(module)
-    texts = " ".join(str(one.message) for one in said)
+    texts = " ".join(str(one.message) for one in caught)
     for name in ("network.0.weight", "network.2.gate_up"):
         trained = bool((module.get_parameter(name) == 0).any())
         require(trained or f"'{name}'" in texts, f"{name!r} has no zero weight, and no warning names it")
@@ -26,8 +26,8 @@ def own_matrices_are_trained_or_named(subject: Subject, folder: Path) -> None:
 @check("a network of torch's layers, embeddings and norms alone: no warning about the selection", GROUP)
 def ordinary_networks_get_no_warning(subject: Subject, folder: Path) -> None:
     module = subject.model(_networks.Attention())
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         subject.fit(module, loader=toys.Repeated(_networks.batches("tokens")[0], 4), limit_val_batches=0)
-    spurious = [str(one.message) for one in said if "select=" in str(one.message)]
+    spurious = [str(one.message) for one in caught if "select=" in str(one.message)]
     require(not spurious, f"a warning about the selection: {spurious[:1]}")

@@ -1,4 +1,4 @@
-"""Momentum, decay, accumulation, clipping, schedules: zeros stay zeros, and lam means the same."""
+"""Momentum, weight decay, accumulation, clipping and schedules: zeros stay zero, and lam keeps its meaning."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def own_steps(subject: Subject) -> None:
 
 
 def some_zeros(module: nn.Module, where: str) -> None:
-    """True zeros, not everywhere, and nothing that is not finite."""
+    """Check that some but not all weights are exactly zero, and that all are finite."""
     require(all(bool(torch.isfinite(p).all()) for p in module.parameters()), f"a weight is not finite {where}")
     require(0 < zeros(module) < SIZE, f"{zeros(module)} of {SIZE} weights are zero {where}; some, not all, should be")
 
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of every weight matrix."""
+    """Copy every weight matrix."""
     return {name: w for name, w in toys.weights(module).items() if w.dim() > 1}
 
 
@@ -48,7 +48,7 @@ def matrices(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _Steps(Callback):
-    """Keeps which weights are zero at the end of each training batch, and in each epoch's state_dict()."""
+    """Record the zero masks of the weights at the end of each training batch and at the start of each validation."""
 
     def __init__(self) -> None:
         self.batches: list[dict[str, Tensor]] = []
@@ -62,7 +62,7 @@ class _Steps(Callback):
 
 
 def _revived(states: list[dict[str, Tensor]]) -> int:
-    """Weights that were zero in the first state and are not in a later one."""
+    """Count weights that are zero in the first state and non-zero in a later one."""
     return sum(int((state[name] & ~later[name]).sum()) for state in states[:1] for later in states[1:] for name in state)
 
 
@@ -82,9 +82,9 @@ def frozen_zeros_stay(subject: Subject, folder: Path) -> None:
         require(not (count := _revived(late)), f"{count} times a zero of the frozen support came back under {name}")
 
 
-def close(wanted: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
-    for name, w in wanted.items():
-        far = float((w - found[name]).abs().max())
+def close(expected: dict[str, Tensor], actual: dict[str, Tensor], where: str) -> None:
+    for name, w in expected.items():
+        far = float((w - actual[name]).abs().max())
         require(far < 1e-3, f"{name} {where} ends up to {far:.2g} from the plain run's")
 
 
@@ -92,7 +92,7 @@ def close(wanted: dict[str, Tensor], found: dict[str, Tensor], where: str) -> No
 
 
 class _Copies:
-    """Each batch of the toy data, ``times`` times in a row."""
+    """A loader that repeats each batch of the toy data ``times`` times."""
 
     def __init__(self, times: int) -> None:
         self.batches = [batch for batch in toys.data() for _ in range(times)]
@@ -118,13 +118,13 @@ def accumulation_keeps_lam(subject: Subject, folder: Path) -> None:
     once = _accumulated(subject, 1)
     others = {times: _accumulated(subject, times) for times in (2, 4)}
     if any(not torch.equal(w, once[name]) for name, w in _accumulated(subject, 1, seed=1).items()):
-        return  # it draws random numbers, more of them for more batches: that it ends sparse is all that can be asked
+        return  # a random method draws more numbers for more batches, so only sparsity can be checked, as above
     for times, end in others.items():
         close(once, end, f"with each batch {times} times and {times} batches a step")
 
 
 class _Norms(Callback):
-    """The largest gradient norm and the largest gradient that any optimiser step was given."""
+    """Record the largest gradient norm and the largest gradient over all optimiser steps."""
 
     norm, size = 0.0, 0.0
 
@@ -133,14 +133,14 @@ class _Norms(Callback):
             optimizer.register_step_pre_hook(self._look)
 
     def _look(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
-        self.given = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Automatic optimisation clears gradients before the closure's backward: what is left is what the last step took."""
-        given: list[Tensor] = getattr(self, "given", [])
-        if given:
-            self.norm = max(self.norm, float(torch.stack([g.norm() for g in given]).norm()))
-            self.size = max(self.size, max(float(g.abs().max()) for g in given))
+        """Measure the gradients of the previous step, still present before automatic optimisation clears them."""
+        gradients: list[Tensor] = getattr(self, "gradients", [])
+        if gradients:
+            self.norm = max(self.norm, float(torch.stack([g.norm() for g in gradients]).norm()))
+            self.size = max(self.size, max(float(g.abs().max()) for g in gradients))
 
 
 @check("gradient clipping by norm and by value holds for what the optimiser gets", GROUP)
@@ -157,7 +157,7 @@ def clipping_holds(subject: Subject, folder: Path) -> None:
 
 
 class Scheduled(toys.Toy):
-    """With a learning rate scheduler of any kind, stepped at every optimiser step."""
+    """A toy with a learning rate scheduler, stepped at every optimiser step."""
 
     scheduler: Callable[[torch.optim.Optimizer], Any]
 
@@ -192,8 +192,8 @@ def lbfgs_is_refused_or_works(subject: Subject, folder: Path) -> None:
     try:
         subject.fit(module, watch)
     except Exception as error:
-        touched = [name for name, w in toys.weights(module).items() if not torch.equal(w, before[name])]
-        require(not steps and not touched, f"it failed after {len(steps)} batches, with {touched} changed: {error}")
+        changed = [name for name, w in toys.weights(module).items() if not torch.equal(w, before[name])]
+        require(not steps and not changed, f"it failed after {len(steps)} batches, with {changed} changed: {error}")
         require("LBFGS" in str(error), f"the refusal does not name LBFGS: {error}")
     else:
         some_zeros(module, "under LBFGS")

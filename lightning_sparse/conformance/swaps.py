@@ -1,4 +1,4 @@
-"""Beside others that exchange weights: home-made averages shown in validation, optimisers with train() and eval() modes."""
+"""Together with other code that swaps weights: custom averages in validation, optimisers with train() and eval() modes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PAIRS = (
 
 
 class Average(Callback):
-    """A mean of the weights, put in by one hook and taken out by another: by copies, or by an exchange of both."""
+    """An average of the weights, swapped in by hook ``into`` and out by hook ``out``, by copying or (``exchanges``) by exchange."""
 
     def __init__(self, into: str, out: str, exchanges: bool = False) -> None:
         self.mean: list[Tensor] = []
-        self.kept: list[Tensor] = []
+        self.saved: list[Tensor] = []
         self.exchanges = exchanges
         self.evaluated: dict[str, Tensor] = {}
         setattr(self, into, partial(self._swap, True))
@@ -50,16 +50,16 @@ class Average(Callback):
     def _swap(self, into: bool, trainer: Any, pl_module: Any) -> None:
         parameters = [*pl_module.parameters()]
         if into and not self.exchanges:
-            self.kept = [p.detach().clone() for p in parameters]
-        for p, mean, kept in zip(parameters, self.mean, self.kept or self.mean, strict=True):
+            self.saved = [p.detach().clone() for p in parameters]
+        for p, mean, saved in zip(parameters, self.mean, self.saved or self.mean, strict=True):
             other = p.detach().clone()
-            p.data.copy_(mean if into or self.exchanges else kept)
+            p.data.copy_(mean if into or self.exchanges else saved)
             if self.exchanges:
                 mean.copy_(other)
 
 
 class _Module(toys.Toy):
-    """The same, or an optimiser's modes, in the module's own hooks."""
+    """A toy that swaps an :class:`Average` in its own hooks."""
 
     def take(self, average: Average | None, into: str, out: str) -> _Module:
         if average is not None:
@@ -73,7 +73,7 @@ def _module(subject: Subject) -> _Module:
 
 
 def _run(subject: Subject, average: Average, module: _Module, first: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """What a run ends with: its weights, and their mean."""
+    """Fit with ``average`` and return the final weights and their average."""
     subject.fit(module, average, first=first, epochs=EPOCHS)
     return toys.weights(module), average.mean
 
@@ -109,12 +109,12 @@ def own_average_is_sparse(subject: Subject, folder: Path) -> None:
         require(0 < zeros < 176, f"{zeros} of 176 weights were zero in validation, with the callback {order}; some, not all, should be")
         for name, w in average.evaluated.items():
             require(name in mean, f"the module has no {name}; it has {names}")
-            odd = int(((w != mean[name]) & (w != 0)).sum())
-            require(not odd, f"in validation, with the callback {order}, {odd} weights of {name} are neither the average's nor zero")
+            wrong = int(((w != mean[name]) & (w != 0)).sum())
+            require(not wrong, f"in validation, with the callback {order}, {wrong} weights of {name} are neither the average's nor zero")
 
 
 class ScheduleFree(torch.optim.Optimizer):
-    """SGD on y, whose evaluation weights x are an average; the parameters hold y after train() and x after eval()."""
+    """Schedule-free SGD: gradients at y, evaluation at an average x. Parameters are y after train() and x after eval()."""
 
     def __init__(self, parameters: Any, lr: float = 0.1, beta: float = 0.9) -> None:
         super().__init__(parameters, {"lr": lr, "beta": beta, "train_mode": False, "k": 0})
@@ -151,7 +151,7 @@ class ScheduleFree(torch.optim.Optimizer):
 
 
 class _Modes(toys.Toy):
-    """Switches its optimiser in these hooks."""
+    """A toy that calls the optimiser's train() and eval() in some hooks."""
 
     def switch(self, **hooks: str) -> _Modes:
         for hook, mode in hooks.items():

@@ -1,4 +1,4 @@
-"""Small modules, data and a quiet Trainer that the checks and the tests share."""
+"""Small modules, data and a quiet Trainer, shared by the checks and the tests."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lightning_sparse.conformance._lightning import Callback, LightningModule, T
 
 
 class Toy(LightningModule):
-    """Any network on any loss; the optimiser is made by a function of its parameters.
+    """A LightningModule for any network and loss. ``optimizer`` is a function of the parameters.
 
-    ``decay`` lets the rate fall to 0 over that many steps, or over the run (True: asking the Trainer for its length makes
-    Lightning forget where a stateful loader stood).
+    ``decay`` reduces the learning rate linearly to 0 over that many steps; True means over the whole run. Do not use True with
+    a stateful loader: the Trainer then computes its length, and Lightning loses the loader's position.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Toy(LightningModule):
 
 
 def data(samples: int = 64, features: int = 8, classes: int = 3, batch_size: int = 16, seed: int = 0) -> DataLoader[Any]:
-    """Learnable classes: a fixed linear map decides them. Not shuffled, so that runs can be compared."""
+    """Build a loader of random inputs with labels from a linear map. Not shuffled, so that runs are comparable."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, features, generator=generator)
     y = (x @ torch.randn(features, classes, generator=generator)).argmax(1)
@@ -60,7 +60,7 @@ def data(samples: int = 64, features: int = 8, classes: int = 3, batch_size: int
 
 
 class Stateful:
-    """A loader that remembers where it stood, so that Lightning itself resumes exactly in the middle of an epoch."""
+    """A loader that saves its position, so that Lightning resumes exactly in the middle of an epoch."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.batches, self.given, self.first = [*loader], 0, 0
@@ -82,7 +82,7 @@ class Stateful:
 
 
 class Repeated:
-    """The same batch ``count`` times."""
+    """A loader of the same batch, ``count`` times."""
 
     def __init__(self, batch: tuple[Tensor, Tensor], count: int = 1) -> None:
         self.batch, self.count = batch, count
@@ -95,18 +95,18 @@ class Repeated:
 
 
 def trainer(*callbacks: Callback, epochs: int = 2, **options: Any) -> Trainer:
-    """A Trainer that prints and writes nothing unless told to."""
+    """Build a CPU Trainer that prints and writes nothing by default."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     return Trainer(max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), log_every_n_steps=1, **(quiet | options))
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter."""
+    """Copy every parameter."""
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 def hooks(module: nn.Module) -> int:
-    """How many hooks hang on a module's parts and parameters."""
+    """Count the hooks on a module's submodules and parameters."""
     kinds: tuple[str, ...] = (
         "_forward_hooks",
         "_forward_pre_hooks",
@@ -120,7 +120,7 @@ def hooks(module: nn.Module) -> int:
 
 
 class Spy(Callback):
-    """Calls ``look(name of the hook, module)`` at every hook of a training batch, last among the callbacks."""
+    """Call ``look(moment, module)`` at every hook of a training batch. Put it last among the callbacks."""
 
     def __init__(self, look: Callable[[str, Toy], None]) -> None:
         self.look = look
