@@ -27,10 +27,10 @@ def run(verb: str, words: list[str]) -> int:
     parser.add_argument("-o", "--output", default="penalties.png", help="the PNG or PDF file (default: %(default)s)")
     parser.add_argument("--lam", type=float, default=1.0, help="strength at which alpha is drawn (default: %(default)s)")
     parser.add_argument("--w-max", type=float, default=4.0, help="largest weight (default: %(default)s)")
-    given = parser.parse_args(words)
+    args = parser.parse_args(words)
     try:
-        figure = plots.penalty_curves([read(word) for word in given.penalties], given.lam, given.w_max)
-        print(plots.save(figure, given.output))
+        figure = plots.penalty_curves([read(word) for word in args.penalties], args.lam, args.w_max)
+        print(plots.save(figure, args.output))
     except (ValueError, TypeError, OSError) as error:
         raise UsageError(str(error)) from error
     return 0

@@ -25,22 +25,22 @@ _ABOUT = (
 
 def run(verb: str, words: list[str]) -> int:
     """Train the runs that have no result yet, then write all files."""
-    given, overrides = _parser(verb).parse_known_args(words)
-    check(given)
-    jobs = _jobs(given, [_recipe(name) for name in given.rows or _rows().values()], overrides)
+    args, overrides = _parser(verb).parse_known_args(words)
+    check(args)
+    jobs = _jobs(args, [_recipe(name) for name in args.rows or _rows().values()], overrides)
     from lightning_sparse.reproduction import known, pool, written
 
-    if given.known:
-        take_known(given.known, lambda folder: known.lay_out(folder, jobs))
+    if args.known:
+        take_known(args.known, lambda folder: known.lay_out(folder, jobs))
     check_kept(jobs)
-    if given.finished:
+    if args.finished:
         jobs = [job for job in jobs if job.result.is_file()]
     if not jobs:
-        raise UsageError(f"--finished: no run in {given.out} is finished; leave it out to train them")
-    given.out.mkdir(parents=True, exist_ok=True)
-    left = f"{pool.jobs_left(jobs)} to go, {given.jobs} at once"
-    print(f"{len(jobs)} runs of {given.epochs} epochs, {left}; files in {given.out}", flush=True)
-    for file in written.write(pool.run(jobs, given.jobs), jobs, given.out):
+        raise UsageError(f"--finished: no run in {args.out} is finished; leave it out to train them")
+    args.out.mkdir(parents=True, exist_ok=True)
+    left = f"{pool.jobs_left(jobs)} to go, {args.jobs} at once"
+    print(f"{len(jobs)} runs of {args.epochs} epochs, {left}; files in {args.out}", flush=True)
+    for file in written.write(pool.run(jobs, args.jobs), jobs, args.out):
         print(file)
     return 0
 
@@ -73,13 +73,13 @@ def take_known(folder: Path, lay_out: Callable[[Path], int]) -> None:
         ) from error
 
 
-def check(given: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     """Raise UsageError if ``--epochs``, ``--jobs`` (unless None) or ``--seeds`` is out of range."""
     for name in ("epochs", "jobs"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(given, name)}")
-    if min(given.seeds) < 0:
-        raise UsageError(f"--seeds must be whole numbers >= 0, got {given.seeds}")
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if min(args.seeds) < 0:
+        raise UsageError(f"--seeds must be whole numbers >= 0, got {args.seeds}")
 
 
 def _rows() -> dict[str, str]:
@@ -99,19 +99,19 @@ def _recipe(name: str) -> str:
     raise UsageError(f"no row {name!r}{_checks.closest(name, known)}; one of {', '.join(_rows())}, or a recipe's name or file")
 
 
-def _jobs(given: argparse.Namespace, chosen: Sequence[str], overrides: Sequence[str]) -> list[Job]:
+def _jobs(args: argparse.Namespace, chosen: Sequence[str], overrides: Sequence[str]) -> list[Job]:
     """Return one job per recipe and seed. Raises UsageError if two recipes would share a folder."""
     from lightning_sparse.reproduction.rows import key_of
     from lightning_sparse.reproduction.runs import Job
 
-    chosen, seeds = list(dict.fromkeys(chosen)), list(dict.fromkeys(given.seeds))
+    chosen, seeds = list(dict.fromkeys(chosen)), list(dict.fromkeys(args.seeds))
     shared = [key for key, count in Counter(map(key_of, chosen)).items() if count > 1]
     if shared:
         raise UsageError(f"two of the recipes are named {shared[0]!r}, and runs are kept by that name: {', '.join(chosen)}")
-    extra = {recipe: (*_root(recipe, given.root), *overrides) for recipe in chosen}
-    folders = {recipe: f"{key_of(recipe)}-{given.epochs}" for recipe in chosen}
+    extra = {recipe: (*_root(recipe, args.root), *overrides) for recipe in chosen}
+    folders = {recipe: f"{key_of(recipe)}-{args.epochs}" for recipe in chosen}
     return [
-        Job(recipe, seed, given.epochs, given.out / f"{folders[recipe]}-seed{seed}", extra[recipe]) for seed in seeds for recipe in chosen
+        Job(recipe, seed, args.epochs, args.out / f"{folders[recipe]}-seed{seed}", extra[recipe]) for seed in seeds for recipe in chosen
     ]
 
 

@@ -59,8 +59,8 @@ def run(verb: str, words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description=_ABOUT)
     parser.add_argument("recipe", help="a packaged recipe or a YAML file")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many (default: %(default)s)")
-    given, overrides = parser.parse_known_args(words)
-    if given.seeds < 2:
-        raise UsageError(f"--seeds must be at least 2 to have a spread, got {given.seeds}")
-    print(summary(given.recipe, [figures(train(given.recipe, seed, overrides)) for seed in range(given.seeds)], overrides))
+    args, overrides = parser.parse_known_args(words)
+    if args.seeds < 2:
+        raise UsageError(f"--seeds must be at least 2 to have a spread, got {args.seeds}")
+    print(summary(args.recipe, [figures(train(args.recipe, seed, overrides)) for seed in range(args.seeds)], overrides))
     return 0

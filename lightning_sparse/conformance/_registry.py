@@ -97,13 +97,13 @@ class _Made:
         return [made] if is_a(made, "Callback") else [*made]
 
 
-def subject(given: Any) -> Subject:
+def subject(callback: Any) -> Subject:
     """Build the :class:`Subject` of a callback, or of a function that returns one or several."""
-    if is_a(given, "Callback"):
-        return Subject(type(given).__name__, _Copies(given))
-    if callable(given) and not isinstance(given, type):
-        return Subject(getattr(given, "__name__", repr(given)), _Made(given))
-    raise TypeError(f"check_callback takes a lightning.pytorch Callback or a function that makes one, got {given!r}")
+    if is_a(callback, "Callback"):
+        return Subject(type(callback).__name__, _Copies(callback))
+    if callable(callback) and not isinstance(callback, type):
+        return Subject(getattr(callback, "__name__", repr(callback)), _Made(callback))
+    raise TypeError(f"check_callback takes a lightning.pytorch Callback or a function that makes one, got {callback!r}")
 
 
 def chosen(only: Collection[str] | None, skip: Collection[str], slow: bool) -> list[str]:

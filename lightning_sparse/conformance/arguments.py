@@ -20,12 +20,12 @@ GROUP = "files"
 
 @check("a run whose arguments were numbers of numpy writes files that load with weights_only=True, and resumes", GROUP)
 def numbers_of_numpy_are_no_matter(subject: Subject, folder: Path) -> None:
-    again = Subject(subject.name, _with_numpy(subject.callbacks), subject.optimizer)
-    trainer = again.fit(again.model())
+    with_numpy = Subject(subject.name, _with_numpy(subject.callbacks), subject.optimizer)
+    trainer = with_numpy.fit(with_numpy.model())
     trainer.save_checkpoint(folder / "numpy.ckpt")
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(folder / "numpy.ckpt")
     require(not foreign, f"the file holds {foreign}, so torch.load(weights_only=True) refuses it")
-    again.fit(again.model(), epochs=3, ckpt_path=folder / "numpy.ckpt")
+    with_numpy.fit(with_numpy.model(), epochs=3, ckpt_path=folder / "numpy.ckpt")
 
 
 def _with_numpy(make: Callable[[], Sequence[Callback]]) -> Callable[[], list[Callback]]:

@@ -55,11 +55,11 @@ class _Reference(Callback):
             self.seen.append((matrices(pl_module), self.ema))
 
 
-def _thresholded(shown: dict[str, Tensor], average: dict[str, Tensor], where: str) -> None:
-    """Check that ``shown`` equals ``average`` except for some zeros."""
-    zeros = sum(int((w == 0).sum()) for w in shown.values())
+def _thresholded(evaluated: dict[str, Tensor], average: dict[str, Tensor], where: str) -> None:
+    """Check that ``evaluated`` equals ``average`` except for some zeros."""
+    zeros = sum(int((w == 0).sum()) for w in evaluated.values())
     require(0 < zeros < 176, f"{where}: {zeros} of 176 weights are zero; some, not all, should be")
-    for name, w in shown.items():
+    for name, w in evaluated.items():
         wrong = int((~torch.isclose(w, average[name], rtol=1e-4, atol=1e-6) & (w != 0)).sum())
         require(not wrong, f"{where}: {wrong} weights of {name} are neither the average's nor zero")
 
@@ -71,10 +71,10 @@ def ema_is_sparse(subject: Subject, folder: Path) -> None:
         keeper = ModelCheckpoint(folder / order, filename="{epoch}", save_top_k=-1)
         subject.fit(module, _ema(), reference, keeper, first=first, epochs=EPOCHS, enable_checkpointing=True)
         require(reference.seen, f"{order}: no validation took place")
-        shown, average = reference.seen[-1]
-        _thresholded(shown, average, f"validation, {order}")
+        evaluated, average = reference.seen[-1]
+        _thresholded(evaluated, average, f"validation, {order}")
         file = torch.load(folder / order / f"epoch={EPOCHS - 1}.ckpt", weights_only=True)["state_dict"]
-        for name, w in shown.items():
+        for name, w in evaluated.items():
             require(name in file, f"the file, {order}, has no {name}; it has {sorted(file)}")
             require(torch.equal(file[name], w), f"the file, {order}: {name} is not what was evaluated")
         _thresholded(matrices(module), reference.ema, f"after fit, {order}")
@@ -99,8 +99,8 @@ def swa_renews_statistics(subject: Subject, folder: Path) -> None:
         subject.fit(subject.model(network), _swa(), first=first, epochs=EPOCHS)
         require((layer.weight == 0).any(), f"no weight of the first layer is zero after fit, {order}")
         mean = torch.stack([layer(x).mean(0) for x, _ in toys.data()]).mean(0).detach()
-        far = float((norm.state_dict()["running_mean"] - mean).abs().max())
-        require(far < 1e-4, f"the running mean, {order}, is {far:.2g} off that of the weights that fit ends with")
+        deviation = float((norm.state_dict()["running_mean"] - mean).abs().max())
+        require(deviation < 1e-4, f"the running mean, {order}, is {deviation:.2g} off that of the weights that fit ends with")
 
 
 def _ends(one: Subject, average: Callback, seed: int, **options: Any) -> dict[str, Any]:

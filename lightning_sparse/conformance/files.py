@@ -144,19 +144,19 @@ def no_noise_at_any_moment(subject: Subject, folder: Path) -> None:
 
 @check("what validation evaluates is what the file of that moment holds", GROUP)
 def validation_evaluates_the_file(subject: Subject, folder: Path) -> None:
-    shown: list[dict[str, Tensor]] = []
+    evaluated: list[dict[str, Tensor]] = []
     files: list[dict[str, Tensor]] = []
 
     def look(moment: str, trainer: Any, module: toys.Toy) -> None:
         if moment == "on_validation_batch_end":
-            shown.append(toys.weights(module))
+            evaluated.append(toys.weights(module))
         if moment in ("on_validation_batch_end", "on_validation_end") and not trainer.sanity_checking:
             trainer.save_checkpoint(folder / "now.ckpt")
             files.append(torch.load(folder / "now.ckpt", weights_only=True)["state_dict"])
 
     subject.fit(subject.model(), Everywhere(look), num_sanity_val_steps=0)
     for file in files[:5]:
-        for name, w in shown[0].items():
+        for name, w in evaluated[0].items():
             require(name in file, f"the file has no {name}; it has {_short(list(file))}")
             different = int((file[name] != w).sum())
             require(not different, f"the file's {name} differs from the evaluated one in {different} of {w.numel()} weights")

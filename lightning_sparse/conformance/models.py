@@ -61,8 +61,8 @@ def _ends_well(trainer: Trainer, module: toys.Toy, build: Build, data: Any, fold
 
 @torch.no_grad()
 def _same_output(plain: nn.Module, trained: nn.Module, x: Tensor) -> None:
-    far = float((plain.eval()(x) - trained.eval()(x)).abs().max())
-    require(far < 1e-4, f"the loaded model's output differs from the trained one's by {far:.2g}")
+    deviation = float((plain.eval()(x) - trained.eval()(x)).abs().max())
+    require(deviation < 1e-4, f"the loaded model's output differs from the trained one's by {deviation:.2g}")
 
 
 def _trains(subject: Subject, folder: Path, build: Build, kind: str, **options: Any) -> toys.Toy:

@@ -27,14 +27,14 @@ class Super(torch.optim.Adam):
 class Holding(torch.optim.Optimizer):
     """A wrapper around another optimiser, like Lookahead. It never calls ``Optimizer.__init__``."""
 
-    def __init__(self, held: torch.optim.Optimizer) -> None:
-        self.held, self.defaults = held, held.defaults
-        self.param_groups, self.state = held.param_groups, held.state
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.defaults = inner, inner.defaults
+        self.param_groups, self.state = inner.param_groups, inner.state
         for hooks in ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             setattr(self, f"_optimizer_{hooks}_hooks", OrderedDict())
 
     def step(self, closure: Any = None) -> Any:
-        return self.held.step(closure)
+        return self.inner.step(closure)
 
 
 def super_step(parameters: Any) -> torch.optim.Optimizer:
@@ -61,8 +61,8 @@ def a_step_counts_once(subject: Subject, folder: Path) -> None:
     plain = _end(subject, lambda parameters: torch.optim.Adam(parameters, 1e-2))
     for name, make in {"super().step()": super_step, "an optimiser that it holds": held_step}.items():
         for key, w in _end(subject, make).items():
-            far = float((w - plain[key]).abs().max())
-            require(far == 0, f"{key} ends up to {far:.2g} from the plain run's where the optimiser steps by {name}")
+            deviation = float((w - plain[key]).abs().max())
+            require(deviation == 0, f"{key} ends up to {deviation:.2g} from the plain run's where the optimiser steps by {name}")
 
 
 class EverySecond(toys.Toy):

@@ -84,8 +84,8 @@ def frozen_zeros_stay(subject: Subject, folder: Path) -> None:
 
 def close(expected: dict[str, Tensor], actual: dict[str, Tensor], where: str) -> None:
     for name, w in expected.items():
-        far = float((w - actual[name]).abs().max())
-        require(far < 1e-3, f"{name} {where} ends up to {far:.2g} from the plain run's")
+        deviation = float((w - actual[name]).abs().max())
+        require(deviation < 1e-3, f"{name} {where} ends up to {deviation:.2g} from the plain run's")
 
 
 # -- accumulation and clipping --------------------------------------------------------------------------------------------

@@ -81,8 +81,8 @@ def _run(subject: Subject, average: Average, module: _Module, first: bool) -> tu
 def _same(ends: tuple[Any, Any], expected: tuple[Any, Any], where: str) -> None:
     for what, now, before in zip(("weights", "mean"), ends, expected, strict=True):
         values, others = (list(one.values()) if isinstance(one, dict) else one for one in (now, before))
-        far = max(float((one - other).abs().max()) for one, other in zip(values, others, strict=True))
-        require(far == 0, f"{where}: the {what} differ by {far:.3g} from those of the run in which nothing is exchanged")
+        deviation = max(float((one - other).abs().max()) for one, other in zip(values, others, strict=True))
+        require(deviation == 0, f"{where}: the {what} differ by {deviation:.3g} from those of the run in which nothing is exchanged")
 
 
 @check("an average of one's own, put in for validation by any hooks and in either order, changes nothing of the run", GROUP)
@@ -188,5 +188,5 @@ def optimiser_modes_are_kept(subject: Subject, folder: Path) -> None:
             same = logged is None or abs(float(logged) - zeros / 176) < 1e-6
             require(same, f"{logged} is logged and {zeros / 176:.4f} is zero, switched {way}, at last in {end}")
             for name, w in matrices(module).items():
-                far = float((w - reference.setdefault(name, w)).abs().max())
-                require(far < 1e-4, f"{name} differs by {far:.3g} after fit, switched {way}, at last in {end}")
+                deviation = float((w - reference.setdefault(name, w)).abs().max())
+                require(deviation < 1e-4, f"{name} differs by {deviation:.3g} after fit, switched {way}, at last in {end}")

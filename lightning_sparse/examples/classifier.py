@@ -32,8 +32,8 @@ class Classifier(LightningModule):
 
     layers: nn.Module
 
-    def __init_subclass__(cls, **given: Any) -> None:
-        super().__init_subclass__(**given)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
         _docstrings.complete(cls)
 
     def __init__(self, lr: float, decay: str = "cosine", fused: bool = False, restart: float | None = None) -> None:
