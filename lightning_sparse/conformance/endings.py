@@ -1,4 +1,4 @@
-"""Runs of another length than was planned: stopped early, a few steps long, or continued by a second fit."""
+"""Runs shorter or longer than planned: stopped early, a few steps long, or continued by a second fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUNDING = 1.5 / SIZE
 
 
 class StopAt(Callback):
-    """Stops training after so many batches, as EarlyStopping, ``max_time`` or a cluster's time limit do."""
+    """Stop training after ``batches`` batches, like EarlyStopping, ``max_time`` or a cluster's time limit."""
 
     def __init__(self, batches: int) -> None:
         self.batches, self.left = batches, batches
@@ -29,7 +29,7 @@ class StopAt(Callback):
 
 
 class Shares(Callback):
-    """The share of zeros in the module's state at the end of each epoch."""
+    """Record the share of zeros in the module's state_dict at the end of each epoch."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -48,15 +48,16 @@ def _logged(trainer: Trainer, name: str) -> float | None:
 def a_run_stopped_early_says_what_it_missed(subject: Subject, folder: Path) -> None:
     promised = _logged(subject.fit(subject.model(), epochs=EPOCHS), "sparsity/target")
     module = subject.model()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = subject.fit(module, StopAt(EPOCHS), epochs=EPOCHS)
     share, logged = zeros(module) / SIZE, _logged(trainer, "sparsity/total")
     require(logged is None or abs(logged - share) < 1e-6, f"sparsity/total is {logged} after a run that was stopped, the module's {share}")
-    told = [str(one.message) for one in said if "ended at step" in str(one.message)]
+    notices = [str(one.message) for one in caught if "ended at step" in str(one.message)]
     missed = promised is not None and share < promised - ROUNDING
     require(
-        not missed or len(told) == 1, f"stopped at {share:.1%} zeros on the way to {promised or 0:.1%}, and {len(told)} warnings say so"
+        not missed or len(notices) == 1,
+        f"stopped at {share:.1%} zeros on the way to {promised or 0:.1%}, and {len(notices)} warnings say so",
     )
 
 

@@ -92,7 +92,7 @@ def every_second_batch_steps(subject: Subject, folder: Path) -> None:
 
 
 class Warm(LRScheduler):
-    """Warms up over some steps, then hands over to a scheduler that it holds, as warm-ups of other packages do."""
+    """A linear warm-up followed by an inner scheduler, as in warm-up schedulers of other packages."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, steps: int = 4) -> None:
         self.steps, self.after = steps, CosineAnnealingLR(optimizer, 12)
@@ -110,7 +110,7 @@ class Warm(LRScheduler):
 
 
 class _Rates(Callback):
-    """Keeps the rates, and how many groups the optimisers have, after each batch."""
+    """Record the learning rate of every param group after each batch."""
 
     def __init__(self) -> None:
         self.seen: list[list[float]] = []

@@ -1,4 +1,4 @@
-"""Optimisers that keep the count of steps, betas, rate or moments elsewhere than torch's: they run, and lam means the same."""
+"""Optimisers that store step count, betas, rate or moments differently from torch's: they run, and lam keeps its meaning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Make = Callable[[Any], torch.optim.Optimizer]
 
 
 class Foreign(torch.optim.Optimizer):
-    """What optimisers outside torch share here: a step per weight in :meth:`move`."""
+    """Base class of the optimisers here. Subclasses implement :meth:`move`, the update of one parameter."""
 
     def __init__(self, parameters: Any, **settings: Any) -> None:
         super().__init__(parameters, settings)
@@ -37,10 +37,10 @@ class Foreign(torch.optim.Optimizer):
         return loss
 
     def begin(self, group: dict[str, Any]) -> None:
-        """Before a group's weights are moved; nothing by default."""
+        """Prepare the update of a param group; does nothing by default."""
 
     def move(self, w: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Move the weights of one parameter."""
+        """Update one parameter in place."""
         raise NotImplementedError
 
 
@@ -50,7 +50,7 @@ def _moments(grad: Tensor, state: dict[str, Any], names: tuple[str, str], second
 
 
 class GroupStep(Foreign):
-    """Adam with its count of steps in the group, as timm's Lamb and Adan, Prodigy and schedule-free ones."""
+    """Adam with the step count in the param group, like timm's Lamb and Adan, Prodigy and schedule-free optimisers."""
 
     def __init__(self, parameters: Any, lr: float = 1e-2) -> None:
         super().__init__(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, step=0)
@@ -65,7 +65,7 @@ class GroupStep(Foreign):
 
 
 class NoBetas(Foreign):
-    """Adam whose group holds neither betas nor eps, and whose count of steps is in itself."""
+    """Adam without betas and eps in the param group, and with the step count as an attribute of the optimiser."""
 
     def __init__(self, parameters: Any, lr: float = 1e-2) -> None:
         super().__init__(parameters, lr=lr)
@@ -80,16 +80,16 @@ class NoBetas(Foreign):
 
 
 class OtherNames(GroupStep):
-    """Adam whose moments have other names, as AdaBelief's."""
+    """Adam with other names for the moments, like AdaBelief."""
 
     def move(self, w: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        held = {"exp_avg": state.get("m", torch.zeros_like(w)), "exp_avg_sq": state.get("s", torch.zeros_like(w))}
-        super().move(w, grad, held, group)
-        state.update(m=held["exp_avg"], s=held["exp_avg_sq"])
+        moments = {"exp_avg": state.get("m", torch.zeros_like(w)), "exp_avg_sq": state.get("s", torch.zeros_like(w))}
+        super().move(w, grad, moments, group)
+        state.update(m=moments["exp_avg"], s=moments["exp_avg_sq"])
 
 
 class NoRate(Foreign):
-    """A rate of its own, with ``lr=None`` and factored second moments, as Adafactor's."""
+    """``lr=None``, an internal learning rate, and factored second moments, like Adafactor."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, lr=None, eps=(1e-30, 1e-3))
@@ -105,7 +105,7 @@ class NoRate(Foreign):
 
 
 class Signs(Foreign):
-    """The sign of the mean gradient, as Lion's step: no second moments at all."""
+    """Steps by the sign of the mean gradient, without second moments, like Lion."""
 
     def __init__(self, parameters: Any, lr: float = 6e-3) -> None:
         super().__init__(parameters, lr=lr, betas=(0.9, 0.99))
@@ -117,17 +117,17 @@ class Signs(Foreign):
 
 
 class Slow(Foreign):
-    """Steps an Adam that it holds, and every fifth time goes half of the way back, as Lookahead does."""
+    """A wrapper around Adam that moves half of the way back after every fifth step, like Lookahead."""
 
     def __init__(self, parameters: Any, lr: float = 1e-2) -> None:
-        held = torch.optim.Adam(parameters, lr)
-        super().__init__([{"params": group["params"]} for group in held.param_groups], lr=lr, k=5)
-        self.held, self.count = held, 0
-        self.param_groups = held.param_groups
+        inner = torch.optim.Adam(parameters, lr)
+        super().__init__([{"params": group["params"]} for group in inner.param_groups], lr=lr, k=5)
+        self.inner, self.count = inner, 0
+        self.param_groups = inner.param_groups
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = self.held.step(closure)
+        loss = self.inner.step(closure)
         self.count += 1
         for parameter in (one for group in self.param_groups for one in group["params"]):
             slow = self.state[parameter].setdefault("slow", parameter.detach().clone())
@@ -137,7 +137,7 @@ class Slow(Foreign):
 
 
 class OwnStep(torch.optim.Adam):
-    """A subclass of torch's that keeps less than its base, and steps by itself."""
+    """A subclass of torch's Adam with its own ``step`` and less state than Adam."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -166,15 +166,15 @@ FOREIGN: dict[str, Make] = {
 @check("optimisers that keep step, betas, rate or moments elsewhere run, with zeros within a factor of 2 of Adam's", GROUP)
 def foreign_optimizers_work(subject: Subject, folder: Path) -> None:
     own_steps(subject)
-    wanted = _zeros(subject, lambda parameters: torch.optim.Adam(parameters, 1e-2))
+    expected = _zeros(subject, lambda parameters: torch.optim.Adam(parameters, 1e-2))
     for name, make in FOREIGN.items():
         try:
-            found = _zeros(subject, make)
+            count = _zeros(subject, make)
         except ValueError as error:
             require(getattr(error, "before", False), f"under an optimiser with {name}: {error}")
             continue
-        near = wanted <= 2 * found and found <= 2 * wanted
-        require(near, f"{found} of {SIZE} weights are zero under an optimiser with {name}, {wanted} under Adam")
+        near = expected <= 2 * count and count <= 2 * expected
+        require(near, f"{count} of {SIZE} weights are zero under an optimiser with {name}, {expected} under Adam")
 
 
 def _zeros(subject: Subject, make: Make) -> int:
