@@ -37,7 +37,7 @@ def read(path: Any) -> Any:
         content = _load(path)
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             keys = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"no checkpoint of a LightningModule: it holds {keys}, not 'state_dict'")
+            raise ValueError(f"no checkpoint of a LightningModule: it contains {keys}, not 'state_dict'")
         if "pytorch-lightning_version" not in content:
             raise ValueError("no checkpoint that a Trainer wrote: it lacks 'pytorch-lightning_version'")
         if not isinstance(content.get("hyper_parameters", {}), dict):
@@ -64,7 +64,7 @@ def _load(path: Any) -> Any:
     if foreign:
         names = ", ".join(foreign[:3])
         raise ValueError(
-            f"it holds {names}, which may run code when loaded; Trainer.fit(..., weights_only=False) loads a file that you trust"
+            f"it contains {names}, which may run code when loaded; Trainer.fit(..., weights_only=False) loads a file that you trust"
         )
     return content
 

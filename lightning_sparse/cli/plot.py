@@ -15,7 +15,7 @@ from lightning_sparse.cli.errors import UsageError, below, explain, imported
 from lightning_sparse.duality import MaskRule, Penalty
 
 _HELP = (
-    "class names, alone (then with the class's first example) or as YAML with their arguments: 'MCP: {c: 0.7}', "
+    "class names, alone (with the arguments of the class's first example), or as YAML with arguments: 'MCP: {c: 0.7}', "
     "or as in recipes: '{class_path: MCP, init_args: {c: 0.7}}'"
 )
 

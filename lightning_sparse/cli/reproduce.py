@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _ABOUT = (
     "Train every row of the paper's case study (LeNet-300-100 on MNIST) with each seed, and write the runs as CSV, the table "
-    "beside the published figures, figure 1 (penalties) and figure 2 (trajectories). Interrupted, the same command goes on "
-    "where it stopped. Further arguments override the recipes as in fit."
+    "with the published figures, figure 1 (penalties) and figure 2 (trajectories). To continue after an interruption, run the "
+    "same command again. Further arguments override the recipes as in fit."
 )
 
 
@@ -56,20 +56,22 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 def add_options(parser: argparse.ArgumentParser, out: Path, seeds: list[int], recorded: str) -> None:
     """Add the options shared by all commands that train a list of jobs. ``recorded`` is the example folder for ``--known``."""
     parser.add_argument("--root", default="data", help="the folder above MNIST/raw (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=out, help="where everything is written (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=out, help="the folder for all output (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help=f"(default: {' '.join(map(str, seeds))})")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each (default: %(default)s)")
-    parser.add_argument("--known", type=Path, metavar="FOLDER", help=f"take the runs that the CSVs in this folder hold, such as {recorded}")
-    parser.add_argument("--finished", action="store_true", help="train nothing, write everything from the runs that are finished")
+    parser.add_argument(
+        "--known", type=Path, metavar="FOLDER", help=f"use the runs recorded in the CSVs of this folder, such as {recorded}"
+    )
+    parser.add_argument("--finished", action="store_true", help="train nothing; write all files from the finished runs")
 
 
 def take_known(folder: Path, lay_out: Callable[[Path], int]) -> None:
     """Use the recorded runs of ``folder``, copied by ``lay_out``. Raises UsageError for a folder without recorded runs."""
     try:
-        print(f"{lay_out(folder)} of the runs are known from {folder}", flush=True)
+        print(f"{lay_out(folder)} of the runs are recorded in {folder}", flush=True)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"--known must name a folder with the runs.csv and trajectories.csv of one length that reproduce wrote: {error}"
+            f"--known must name a folder with the runs.csv and trajectories.csv of a reproduction, all runs of equal length: {error}"
         ) from error
 
 
@@ -107,7 +109,7 @@ def _jobs(args: argparse.Namespace, chosen: Sequence[str], overrides: Sequence[s
     chosen, seeds = list(dict.fromkeys(chosen)), list(dict.fromkeys(args.seeds))
     shared = [key for key, count in Counter(map(key_of, chosen)).items() if count > 1]
     if shared:
-        raise UsageError(f"two of the recipes are named {shared[0]!r}, and runs are kept by that name: {', '.join(chosen)}")
+        raise UsageError(f"two of the recipes are named {shared[0]!r}, but the name is the folder of the runs: {', '.join(chosen)}")
     extra = {recipe: (*_root(recipe, args.root), *overrides) for recipe in chosen}
     folders = {recipe: f"{key_of(recipe)}-{args.epochs}" for recipe in chosen}
     return [
@@ -128,7 +130,7 @@ def _check_kept(job: Job) -> None:
     recorded: str = json.loads(job.result.read_text(encoding="utf-8"))["overrides"]
     before, now = (portable(words.split()) for words in (recorded, " ".join(job.overrides)))
     if before != now:
-        raise UsageError(f"{job.folder} holds a run with the overrides {before!r}, not {now!r}; name another folder with --out")
+        raise UsageError(f"{job.folder} contains a run with the overrides {before!r}, not {now!r}; choose another folder with --out")
 
 
 def _root(recipe: str, root: str) -> tuple[str, ...]:

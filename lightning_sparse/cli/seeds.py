@@ -17,8 +17,9 @@ from lightning_sparse.cli.training import fit
 
 _PLAIN = ["--trainer.logger", "false", "--report.pictures", "false", "--report.table", "false"]
 _ABOUT = (
-    "Run a recipe with seeds 0 to N - 1 (initial weights and order of the batches; a split with a seed of its own stays), "
-    "without logger and pictures, and print mean and standard deviation. Further arguments override the recipe as in fit."
+    "Run a recipe with seeds 0 to N - 1, without logger and pictures, and print mean and standard deviation. The seed changes "
+    "the initial weights and the order of the batches, not a data split with its own seed. Further arguments override the "
+    "recipe as in fit."
 )
 
 
@@ -61,6 +62,6 @@ def run(verb: str, words: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many (default: %(default)s)")
     args, overrides = parser.parse_known_args(words)
     if args.seeds < 2:
-        raise UsageError(f"--seeds must be at least 2 to have a spread, got {args.seeds}")
+        raise UsageError(f"--seeds must be at least 2 for a standard deviation, got {args.seeds}")
     print(summary(args.recipe, [figures(train(args.recipe, seed, overrides)) for seed in range(args.seeds)], overrides))
     return 0

@@ -56,7 +56,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Check:
-    """One requirement: raises ContractError where a subject breaks it, NotApplicable where it says nothing of it."""
+    """A check. ``run`` raises ContractError if the subject fails, NotApplicable if the check does not apply."""
 
     name: str
     title: str  # as in the table of docs/correctness.md

@@ -88,7 +88,9 @@ class Classifier(LightningModule):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, fused=self.fused or None)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise ValueError(f"{type(self).__name__}'s learning rate falls over the run's length: give the Trainer max_epochs or max_steps")
+            raise ValueError(
+                f"{type(self).__name__}'s learning rate depends on the length of the run: give the Trainer max_epochs or max_steps"
+            )
         if self.decay == "cosine":
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._cosine(optimizer, max(int(steps), 1)), "interval": "step"}}
         epochs = max(1, round(steps * self.trainer.accumulate_grad_batches / self.trainer.num_training_batches))

@@ -57,7 +57,7 @@ class MNIST(LightningDataModule):
             return
         x, y = read(self.root, train=True, download=self.download)
         if self.validation >= len(x):
-            raise ValueError(f"validation={self.validation} of {len(x)} images in {self.root} leaves none to train on")
+            raise ValueError(f"validation={self.validation} of {len(x)} images in {self.root} leaves no training images")
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.split_seed))
         validation, training = order[: self.validation].sort().values, order[self.validation :].sort().values
         self.parts = {"training": (x[training], y[training]), "validation": (x[validation], y[validation])}
