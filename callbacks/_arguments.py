@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import _checks, attach
-from lightning_sparse._clipping import Clipping
 from lightning_sparse._construction import Constructed, typed
-from lightning_sparse._joint import Joint
 from lightning_sparse.callbacks import _refusals, _report, _strengths
 from lightning_sparse.callbacks._averages import Averages
 from lightning_sparse.callbacks._clock import Clock
@@ -22,8 +20,11 @@ from lightning_sparse.callbacks._promises import Fit
 from lightning_sparse.callbacks._swaps import Swaps
 from lightning_sparse.callbacks.compatibility import AnyCallback
 from lightning_sparse.duality import MaskRule, Penalty
-from lightning_sparse.optimizer import StepSizes
+from lightning_sparse.elementwise import Engine
+from lightning_sparse.methods.base import Method
+from lightning_sparse.optimizer import ClipFactor
 from lightning_sparse.schedules import Constant, Schedule, as_schedule
+from lightning_sparse.step_sizes import StepSizes
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._endings import Ending
@@ -89,7 +90,12 @@ class Arguments(AnyCallback, metaclass=Constructed):
         self.keep_zeros = _checks.truth("keep_zeros", keep_zeros)
         self.finish = _strengths.check_finish(finish, target_sparsity)
         self.compile = _refusals.check_compile(compile, self)
+        self.method = self._make_method()
         self._forget()
+
+    def _make_method(self) -> Method:
+        """Return what the callback does to gradients and weights, and its formulas."""
+        return Method(self.penalty)
 
     def _forget(self) -> None:
         """The state of a callback that is not fitting."""
@@ -98,7 +104,7 @@ class Arguments(AnyCallback, metaclass=Constructed):
         self.parameters: dict[str, nn.Parameter] = {}
         self.step, self.total = 0, math.inf
         self.attachment: attach.Attachment | None = None
-        self._joint = Joint()
+        self.engine = Engine()
         self.support: dict[str, Tensor] | None = None  # where weights may live, once frozen
         self._compared = False  # the ranks' numbers of batches
         self.held: dict[str, Tensor] = {}  # where weights may live by keep_zeros, or after pruning
@@ -115,7 +121,7 @@ class Arguments(AnyCallback, metaclass=Constructed):
         self._own_hooks: frozenset[str] = frozenset()  # of the module, that may mend or clip gradients
         self._begun, self._applied = False, False  # training has started; the restored state is in place
         self._averages: Averages | None = None
-        self._clipping = Clipping()
+        self._clipping = ClipFactor()
         self._step_sizes = StepSizes()
         self._seen: tuple[int, ...] = ()  # what shows that parameters join
         self._members: dict[int, Members] = {}  # of each optimiser

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse import shards
+from lightning_sparse import elementwise
 from lightning_sparse.callbacks import _report, _swaps
 
 if TYPE_CHECKING:
@@ -54,9 +54,12 @@ class Ending:
 def _lost(callback: Supported) -> float:
     """The share of the weights' squared norm that the zeros would take."""
     zeros = callback.all_zeros()
-    whole = {name: shards.local(callback._live(name)).double().square() for name in callback.parameters}
-    taken = sum(float(shards.total(whole[name][shards.local(zeros[name])].sum(), callback._live(name))) for name in whole)
-    norm = sum(float(shards.total(squares.sum(), callback._live(name))) for name, squares in whole.items())
+    taken = norm = 0.0
+    for name in callback.parameters:
+        w = callback._live(name)
+        squares = elementwise.local_part(w).double().square()
+        taken += float(elementwise.sum_shards(squares[elementwise.local_part(zeros[name])].sum(), w))
+        norm += float(elementwise.sum_shards(squares.sum(), w))
     return taken / norm if norm > 0 else 0.0
 
 
@@ -75,7 +78,7 @@ def is_frozen(callback: Supported) -> bool:
 
 
 def _lies_in(w: Tensor, kept: Tensor) -> bool:
-    return int(shards.total(((shards.local(w) != 0) & ~shards.local(kept).to(w.device)).sum(), w)) == 0
+    return int(elementwise.sum_shards(((elementwise.local_part(w) != 0) & ~elementwise.local_part(kept).to(w.device)).sum(), w)) == 0
 
 
 def leave_out(callback: Supported, module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sparse._finite import doubtful, unfit
+from lightning_sparse import elementwise
 from lightning_sparse.callbacks import compatibility
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def check_loss(callback: Form, trainer: Trainer, loss: Tensor) -> None:
         bad = _left_alone(callback, trainer) and trainer.strategy.reduce_boolean_decision(bad, all=False)
     if bad:
         value, step = float(loss.detach().sum()), callback.step
-        harmed = unfit({name: callback._live(name) for name in callback.parameters})
+        harmed = elementwise.count_nonfinite({name: callback._live(name) for name in callback.parameters})
         state = f"{_listed(harmed)} since an earlier step; files written before that are whole" if harmed else _WHOLE
         raise FloatingPointError(f"the loss is {value} at optimiser step {step}; {state}. {_remedy(callback)}")
 
@@ -64,8 +64,8 @@ def check_gradients(callback: Form, trainer: Trainer, optimizer: torch.optim.Opt
         return
     clipped = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm == "value"
     grads = {name: p.grad for name, p, _ in callback._owned(optimizer) if p.grad is not None}
-    unknown = doubtful(grads)
-    if unknown and (found := unfit(unknown, nan_only=clipped)):  # clipping by value makes inf finite
+    unknown = elementwise.maybe_nonfinite(grads)
+    if unknown and (found := elementwise.count_nonfinite(unknown, nan_only=clipped)):  # clipping by value makes inf finite
         cause = "while the loss is finite" if trainer.world_size == 1 else "from the loss of this rank or of another"
         raise FloatingPointError(
             f"the gradient of {_listed(found)} at optimiser step {callback.step}, {cause}; {_WHOLE}. "
@@ -75,13 +75,13 @@ def check_gradients(callback: Form, trainer: Trainer, optimizer: torch.optim.Opt
 
 def check_start(callback: Form) -> None:
     """Selected weights that are not finite before the first step: ValueError."""
-    if found := unfit({name: callback._live(name) for name in callback.parameters}):
+    if found := elementwise.count_nonfinite({name: callback._live(name) for name in callback.parameters}):
         raise ValueError(f"{_listed(found)} before training starts; initialise them, or resume from a file that was written earlier")
 
 
 def check_weights(callback: Form) -> None:
     """Selected weights that are no longer finite: FloatingPointError, before they are evaluated or saved."""
-    if found := unfit({name: callback._live(name) for name in callback.parameters}):
+    if found := elementwise.count_nonfinite({name: callback._live(name) for name in callback.parameters}):
         raise FloatingPointError(
             f"{_listed(found)} after optimiser step {callback.step}; files written before that are whole: resume from one. "
             f"{_remedy(callback)}"

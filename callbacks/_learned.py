@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_sparse import _checks, _step_hooks, attach
+from lightning_sparse import optimizer as steps
 from lightning_sparse._second_optimizer import SecondOptimizer, Share, overflowed, reference
-from lightning_sparse.callbacks import _states, _steps
+from lightning_sparse.callbacks import _states
 from lightning_sparse.callbacks.base import Sparsifier
-from lightning_sparse.optimizer import suits_logarithms, uniform_rate
+from lightning_sparse.step_sizes import suits_logarithms, uniform_rate
 
 
 class Learned(Sparsifier):
@@ -150,7 +151,7 @@ class Learned(Sparsifier):
     def _limit(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Where gradients are not divided by their size, as under SGD, shorten those that would move a logarithm by more than 1."""
         for group in self._second[id(optimizer)].groups if id(optimizer) in self._second else ():
-            rate = uniform_rate(optimizer, group) / _steps.scale(trainer, optimizer)
+            rate = uniform_rate(optimizer, group) / steps.grad_scale(getattr(trainer.precision_plugin, "scaler", None), optimizer)
             for grad in (parameter.grad for parameter in group["params"]) if rate > 0 else ():
                 if grad is not None:
                     grad.clamp_(-1 / rate, 1 / rate)

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_sparse import attach, duality
+from lightning_sparse import optimizer as steps
 from lightning_sparse.callbacks import _steps
 from lightning_sparse.callbacks._learned import Learned
 from lightning_sparse.callbacks._noisy import Noisy
@@ -20,8 +21,8 @@ class LearnedNoise(Learned, Noisy):
 
     # -- what a subclass says -----------------------------------------------------------------------------------------------
 
-    def precision(self, name: str, w: Tensor) -> Tensor:
-        """The eta of the noise, of weights ``w``."""
+    def precision(self, w: Tensor, learned: Tensor) -> Tensor:
+        """Return the eta of the noise, of weights ``w`` and their learned parameters."""
         raise NotImplementedError
 
     def hear(self, name: str, grad: Tensor) -> None:
@@ -34,17 +35,22 @@ class LearnedNoise(Learned, Noisy):
 
     # -- what the form uses ---------------------------------------------------------------------------------------------
 
-    def eta(self, name: str, w: Tensor) -> Tensor:
-        """The learned eta in units of lam, so that the noise's variance is lam / eta as in the other forms."""
-        return self.lam * self.precision(name, w)
+    def terms(self, name: str, w: Tensor) -> tuple[Tensor, ...]:
+        """Return w and its learned parameters."""
+        return w, self.value(name, w)
 
-    def _alpha(self, name: str, w: Tensor) -> Tensor:
-        """Of the noise itself, also while lam is still 0."""
-        return duality.keep_probability(self.precision(name, w), 1.0)
+    def eta_of(self, *terms: Tensor) -> Tensor:
+        """Return the learned eta in units of lam, so that the noise's variance is lam / eta as in the other forms."""
+        return self.lam * self.precision(*terms)
 
-    def at_rest(self, name: str, w: Tensor) -> Tensor:
-        """What is zero, the noise says."""
-        return w == 0
+    def alpha_of(self, *terms: Tensor) -> Tensor:
+        """Return the noise's own keep probability, also while lam is still 0."""
+        return duality.keep_probability(self.precision(*terms), 1.0)
+
+    @property
+    def oscillates(self) -> bool:
+        """The noise alone says what is zero."""
+        return False
 
     @property
     def needs_step_sizes(self) -> bool:
@@ -63,7 +69,7 @@ class LearnedNoise(Learned, Noisy):
     @torch.no_grad()
     def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         self.reduce_gradients(trainer, optimizer)
-        strength = self.lam * _steps.scale(trainer, optimizer)
+        strength = self.lam * steps.grad_scale(getattr(trainer.precision_plugin, "scaler", None), optimizer)
         for name, parameter, group in self._owned(optimizer):
             if parameter.grad is not None:
                 self.pay(name, parameter, -strength if group.get("maximize") else strength)

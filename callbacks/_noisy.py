@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_sparse import attach
-from lightning_sparse._draws import stream
+from lightning_sparse import attach, elementwise
 from lightning_sparse.callbacks import _states
 from lightning_sparse.callbacks.base import Sparsifier, is_skipped
 
@@ -96,7 +95,7 @@ class Noisy(Sparsifier):
     def _stream(self, index: int, call: int = 0) -> torch.Generator:
         """The draws of one parameter (and call of its layer) in this batch, the same again in a recomputed forward."""
         device = next(iter(self.parameters.values())).device
-        return stream(device, self._seed, self._rank, self._draws, index, call)
+        return elementwise.generator_for(device, self._seed, self._rank, self._draws, index, call)
 
     def _blur(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if not self._loud or name not in self._local or name not in self._trained:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sparse import shards
+from lightning_sparse import elementwise
 from lightning_sparse.schedules import Constant
 
 if TYPE_CHECKING:
@@ -92,11 +92,12 @@ def carried(callback: Supported) -> dict[str, Any] | None:
     taken no step, or where weights that it held at zero have been given other values since: then they are meant to be trained anew.
     """
     masks = [*callback.held.items(), *callback.cut.items(), *(callback.support or {}).items()]
-    changed = any(bool((shards.local(callback.parameters[name].detach())[~shards.local(where)] != 0).any()) for name, where in masks)
+    pruned = (elementwise.local_part(callback.parameters[name].detach())[~elementwise.local_part(where)] for name, where in masks)
+    changed = any(bool((values != 0).any()) for values in pruned)
     if not callback.step or not callback._begun or changed:
         return None
     state = callback.state_dict()
     state.pop("averaged", None)
     state.pop("moments", None)
-    live = {name: shards.full(parameter.detach()) for name, parameter in callback.parameters.items()}
+    live = {name: elementwise.full_tensor(parameter.detach()) for name, parameter in callback.parameters.items()}
     return state | {"taken": {name: w[w == 0].cpu() for name, w in live.items()}}

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_sparse import shards
+from lightning_sparse import elementwise
 from lightning_sparse._digest import digest
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def check_weights(callback: Form, trainer: Trainer) -> None:
     """At an epoch's end: RuntimeError where ranks hold different weights, or zeros, of a parameter (FSDP2 holds each once)."""
     if trainer.world_size == 1:
         return
-    names = [name for name, parameter in callback.parameters.items() if not shards.is_sharded(parameter)]
+    names = [name for name, parameter in callback.parameters.items() if not elementwise.is_sharded(parameter)]
     found = [digest(callback._live(name), callback.zeros(name)).to(trainer.strategy.root_device) for name in names]
     gathered = _gathered(trainer, [callback.step, *found])
     for name, hashes in zip(["the number of optimiser steps", *map(repr, names)], gathered.unbind(1), strict=True):

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_sparse import _checks, duality, shards
+from lightning_sparse import _checks, duality, elementwise
 from lightning_sparse.callbacks.compatibility import is_a, overrides
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.select import left_out
@@ -163,7 +163,7 @@ def check_state(callback: Form, state: dict[str, Any]) -> None:
         )
     for name, taken in state["taken"].items():
         parameter = callback.parameters[name].detach()
-        zeros = int(shards.total((shards.local(parameter) == 0).sum(), parameter))
+        zeros = int(elementwise.sum_shards((elementwise.local_part(parameter) == 0).sum(), parameter))
         if taken.numel() != zeros:
             raise ValueError(
                 f"the checkpoint keeps {taken.numel()} thresholded weights of {name!r}, but the loaded file has {zeros} zeros there: "

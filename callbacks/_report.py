@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sparse import attach, counts, masked_loss
 from lightning_sparse._plain import plain
-from lightning_sparse.callbacks import _logged, _together, _wandb
+from lightning_sparse.callbacks import _logged, _wandb
 from lightning_sparse.curvature import Curvature
 from lightning_sparse.noise import Gaussian
 
@@ -49,7 +49,7 @@ def figures(callback: Form, pruned: bool = False) -> dict[str, float]:
     ``pruned``: what is evaluated already holds its zeros.
     """
     shown = {name: callback.evaluated(name) for name in callback.parameters}
-    zeros = {name: w == 0 for name, w in shown.items()} if pruned else _together.zeros(callback, shown)
+    zeros = {name: w == 0 for name, w in shown.items()} if pruned else callback.zeros_of(shown)
     weights = [w.masked_fill(zeros[name], 0.0) for name, w in shown.items()]
     return counts.figures(counts.count_zeros(callback.parameters, zeros)) | {
         "sparsity/keep_probability": counts.mean(callback.keep_probability(name) for name in callback.parameters),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_sparse import archive, attach, shards
+from lightning_sparse import archive, attach, elementwise
 from lightning_sparse.callbacks import _endings, _joining, _ranks, _recipes, _refusals, _states
 from lightning_sparse.callbacks._supported import Supported
 
@@ -35,17 +35,17 @@ class Saved(Supported):
         """What a resumed run needs: the step, and the live values where the file holds the threshold's zeros."""
         if self._restored is not None and not self._applied:  # a tuner saves before on_fit_start
             return self._restored
-        taken = {name: shards.picked(self._live(name), _endings.filed(self, name) == 0) for name in self.parameters}
+        taken = {name: elementwise.gather_where(self._live(name), _endings.filed(self, name) == 0) for name in self.parameters}
         clock: dict[str, Any] = {"step": self.step, "offset": self._offset, "begun": self._begun}
         averaged = {} if self._averages is None else self._averages.taken()
-        held = {name: shards.full(where).cpu() for name, where in self.held.items()}
+        held = {name: elementwise.full_tensor(where).cpu() for name, where in self.held.items()}
         clock |= {"recipe": self.recipe(), "clipped": self._clipping.mean} | ({"held": held} if held else {})
         sizes = self._step_sizes.state_dict(self.parameters)
         clock |= {"step_sizes": sizes} if sizes else {}
         clock |= {} if self.ascent is None else {"ascent": self.ascent.state_dict()}
         clock |= {"drift": self._drift} if self._drift else {}
         clock |= {"total": float(self.total)} if math.isfinite(self.total) else {}
-        clock |= {"cut": {name: shards.full(where).cpu() for name, where in self.cut.items()}} if self.cut else {}
+        clock |= {"cut": {name: elementwise.full_tensor(where).cpu() for name, where in self.cut.items()}} if self.cut else {}
         return clock | {"frozen": _endings.is_frozen(self), "taken": taken} | ({"averaged": averaged} if averaged else {})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -97,6 +97,6 @@ class Saved(Supported):
         if self._averages is not None:
             self._averages.give_back(averaged)
         for name, taken in state["taken"].items():
-            shards.put(self.parameters[name], taken)
+            elementwise.scatter_to_zeros_(self.parameters[name], taken)
         frozen = {name: parameter.detach() != 0 for name, parameter in self.parameters.items()}
         self.support = frozen if state["frozen"] else None

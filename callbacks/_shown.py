@@ -53,7 +53,7 @@ class Shown(Saved):
         for handle in self._handles:
             handle.remove()
         self._handles, self._batch = [], None
-        self._joint.clear()
+        self.engine.clear()
 
     def _close(self) -> None:
         """Live weights back, hooks removed."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_sparse import optimizer, target
+from lightning_sparse import step_sizes, target
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
@@ -112,7 +112,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "total": (is_factor, "a finite number > 0"),
     "clipped": (is_factor, "a finite number > 0"),
     "ascent": (target.is_state, "a dict of finite numbers 'log_lam', 'error' and 't'"),
-    "step_sizes": (optimizer.are_step_sizes, "a dict of the tensors of measured step sizes by parameter name"),
+    "step_sizes": (step_sizes.are_step_sizes, "a dict of the tensors of measured step sizes by parameter name"),
     "recipe": (_is_recipe, "a dict with 'class_path' and 'init_args'"),
 }
 _REQUIRED = ("step", "offset", "frozen", "taken")  # the others came later, or stand for an option

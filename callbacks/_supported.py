@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_sparse import counts, shards
-from lightning_sparse.callbacks import _promises, _target, _together
+from lightning_sparse import counts, elementwise
+from lightning_sparse.callbacks import _promises, _target
 from lightning_sparse.callbacks._form import Form
 
 
@@ -23,11 +23,7 @@ class Supported(Form):
     @torch.no_grad()
     def _hold(self, optimizer: torch.optim.Optimizer, support: Mapping[str, Tensor]) -> None:
         if support:
-            shards.hold_all((parameter, support[name]) for name, parameter, _ in self._owned(optimizer) if name in support)
-
-    def all_zeros(self) -> dict[str, Tensor]:
-        """:meth:`zeros` of every parameter."""
-        return _together.zeros(self, {name: self._live(name) for name in self.parameters})
+            elementwise.apply_masks_((parameter, support[name]) for name, parameter, _ in self._owned(optimizer) if name in support)
 
     def share_of_zeros(self) -> float:
         """Of the selected weights, tied ones once, those that count as zero."""
@@ -57,12 +53,12 @@ class Supported(Form):
             aimed = self.ascent is not None and not support
             fresh = _target.largest(self, self.ascent.target) if aimed else {name: ~self.zeros(name) for name in names}  # type: ignore[union-attr]
             for name, kept in fresh.items():
-                shards.hold(self.parameters[name], kept)
+                elementwise.apply_mask_(self.parameters[name], kept)
             self.support, self.cut = support | fresh, {}
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
         parameter = self.parameters[name]
-        return shards.like(shards.part(whole.to(parameter.device), parameter), parameter)
+        return elementwise.shard_like(elementwise.cut_like(whole.to(parameter.device), parameter), parameter)
 
     @torch.no_grad()
     def prune(self) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse import shards
+from lightning_sparse import elementwise
 from lightning_sparse._digest import digest
 from lightning_sparse.callbacks.compatibility import PACKAGES
 
@@ -55,9 +55,9 @@ class Snapshot:
         return any(found)
 
     def _number(self, data: Tensor) -> int:
-        part = shards.local(data)
+        part = elementwise.local_part(data)
         number = digest(part, part == 0)
-        return int(number if self._alone else shards.total(number, data))
+        return int(number if self._alone else elementwise.sum_shards(number, data))
 
 
 class Swaps:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_sparse import counts, shards
+from lightning_sparse import counts, elementwise
 from lightning_sparse.mask_rules.ranked import lamp, shrunk
 from lightning_sparse.target import FAR, ROUNDS
 
@@ -52,7 +52,7 @@ def cut(callback: Supported, share: float) -> None:
         callback.attachment.restore()
     callback.cut = largest(callback, share)
     for name, kept in callback.cut.items():
-        shards.hold(callback.parameters[name], kept)
+        elementwise.apply_mask_(callback.parameters[name], kept)
 
 
 def largest(callback: Supported, zeros: float) -> dict[str, Tensor]:
@@ -61,9 +61,10 @@ def largest(callback: Supported, zeros: float) -> dict[str, Tensor]:
     LAMP (Lee et al., arXiv 2010.07611) divides x_j^2 by the sum of the squares at least as large in the same parameter, x being
     alpha |w|: unlike a magnitude it leaves something of every layer.
     """
-    alive = {name: ~shards.full(where) for name, where in callback.all_zeros().items()}
+    alive = {name: ~elementwise.full_tensor(where) for name, where in callback.all_zeros().items()}
     everywhere = {name: torch.ones_like(whole) for name, whole in alive.items()}
     counted = {name: alive[name].float() for name in counts.distinct(callback.parameters)}  # what is tied to one of them is cleared with it
-    scores = {name: lamp(shards.full(callback.keep_probability(name)) * shards.full(callback._live(name))) for name in counted}
+    sizes = {name: (callback.keep_probability(name), callback._live(name)) for name in counted}
+    scores = {name: lamp(elementwise.full_tensor(alpha) * elementwise.full_tensor(w)) for name, (alpha, w) in sizes.items()}
     kept = everywhere | shrunk(counted, everywhere, zeros, scores)
     return {name: callback._part(name, whole) for name, whole in kept.items()}

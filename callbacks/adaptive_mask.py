@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,18 +13,35 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_sparse import _checks, _masks, attach
+from lightning_sparse import _checks, attach, duality
 from lightning_sparse._curvature import noise_eta
 from lightning_sparse._labels import batch_size
-from lightning_sparse._memory import Kept
-from lightning_sparse._pieces import mapped
 from lightning_sparse.callbacks import _steps
 from lightning_sparse.callbacks._arguments import Finish
 from lightning_sparse.callbacks._noisy import Noisy
 from lightning_sparse.curvature import Curvature, EmpiricalFisher
 from lightning_sparse.duality import MaskRule, Penalty
-from lightning_sparse.noise import Gaussian, Noise, output_noise
+from lightning_sparse.noise import Elementwise, Gaussian, Noise, bounded_variance, output_noise
 from lightning_sparse.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class MaskFormula:
+    """Keep probability and variance of the mask on a weight ``w``, of ``(w, lam)`` or, calibrated by H_jj, of ``(w, H, lam)``."""
+
+    penalty: Penalty
+    ceiling: float
+    alpha_min: float
+
+    def keep_probability(self, *terms: Any) -> Tensor:
+        """alpha = 1 / (1 + lam / eta), alpha_min at least."""
+        *terms_of_eta, lam = terms
+        return duality.alpha_of(noise_eta(self.penalty, lam, self.ceiling, *terms_of_eta), lam).clamp_(min=self.alpha_min)
+
+    def variance(self, *terms: Any) -> Tensor:
+        """Var s = (1 - alpha) / alpha = lam / eta, at most that of alpha_min."""
+        *terms_of_eta, lam = terms
+        return bounded_variance(noise_eta(self.penalty, lam, self.ceiling, *terms_of_eta), lam, self.alpha_min)
 
 
 class AdaptiveMask(Noisy):
@@ -42,7 +60,7 @@ class AdaptiveMask(Noisy):
     In compiled modules and layers whose forward is bypassed, noise goes onto the weights whatever ``noise.local`` says.
     """
 
-    needs_separable, joins, compiles = False, True, True
+    needs_separable, compiles = False, True
 
     def __init__(
         self,
@@ -68,22 +86,19 @@ class AdaptiveMask(Noisy):
         if not isinstance(curvature, (Curvature, type(None))):
             raise TypeError(f"curvature must be a Curvature such as EmpiricalFisher(), or None, got {curvature!r}")
         self.noise, self.curvature = noise, copy.deepcopy(curvature)  # an estimate is this callback's own
+        if compile and not isinstance(noise, Elementwise):
+            raise TypeError(
+                f"compile=True needs ScaledBernoulli(), Gaussian() or another lightning_sparse.noise.Elementwise, got {noise!r}"
+            )
         self.ceiling = _checks.positive("ceiling", ceiling)
         self.alpha_min = _checks.between("alpha_min", alpha_min, 0, 1)
-        self._masking = self._made()
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
         cls.compiles = cls.eta_of is AdaptiveMask.eta_of  # the kernel's
 
-    def _made(self) -> _masks.Masking:
-        if self.compile:
-            return _masks.Fused(self.penalty, self.noise, self.ceiling, self.alpha_min)
-        return _masks.Called(self.eta_of, self.noise, self.alpha_min, self.penalty.separable)
-
     def _forget(self) -> None:
         super()._forget()
-        self._kept = Kept()
         self._doubted = False  # and said so
         self._spread: dict[str, Tensor] = {}  # Var s of each local layer's weights in this batch
 
@@ -92,15 +107,8 @@ class AdaptiveMask(Noisy):
 
     # -- what the form uses ---------------------------------------------------------------------------------------------
 
-    def eta(self, name: str, w: Tensor) -> Tensor:
-        """eta_hat(w), times H_jj where curvature calibrates: infinite (no noise, no zero) before its first estimate."""
-        if not self.penalty.separable:
-            return self.penalty.eta_hat(w)
-        terms = self.eta_terms(name, w)
-        return torch.full_like(w, torch.inf) if terms is None else mapped(self.eta_of, *terms)
-
-    def eta_terms(self, name: str, w: Tensor) -> tuple[Tensor, ...] | None:
-        """w, and H_jj where it calibrates; None before its first estimate."""
+    def terms(self, name: str, w: Tensor) -> tuple[Tensor, ...] | None:
+        """Return w, and H_jj where it calibrates; None before its first estimate: no noise, no zero."""
         if self.curvature is None or not self.penalty.separable:  # a rule without a penalty acts as it is written
             return (w,)
         estimate = self.curvature.estimate(name)
@@ -129,9 +137,21 @@ class AdaptiveMask(Noisy):
         if self.curvature is not None:
             self.curvature.attach(pl_module, attachment)
         super()._install(pl_module, attachment)
-        self._masking, terms = self._made(), 1 if self.curvature is None else 2
-        for outputs in (True, False):
-            self._masking.check([p for name, p in self.parameters.items() if (name in self._local) == outputs], terms, outputs)
+        if self.compile:
+            self._compile()
+
+    def _compile(self) -> None:
+        """Make the kernels: for the variance of noise on outputs, and for masks on weights."""
+        formula, values = self._formula, (0.5,) * (1 if self.curvature is None else 2)
+        on_outputs, on_weights = ([p for name, p in self.parameters.items() if (name in self._local) == local] for local in (True, False))
+        self.engine.compile_map(formula.variance, on_outputs, values, (0.5,), what=repr(self.penalty))
+        what = f"{self.penalty!r} with {self.noise!r}"
+        self.engine.compile_draw(formula.keep_probability, self.noise, on_weights, values, (0.5,), what=what)
+
+    @property
+    def _formula(self) -> MaskFormula:
+        """The kernels' key, and what is computed without them unless a subclass has an ``eta_of`` of its own."""
+        return MaskFormula(self.penalty, self.ceiling, self.alpha_min)
 
     def begin_batch(self, batch: Any) -> None:
         if self.curvature is not None:
@@ -144,18 +164,34 @@ class AdaptiveMask(Noisy):
 
     def prepare_outputs(self, name: str) -> None:
         w = self._live(name)
-        terms = self.eta_terms(name, w) if self.lam > 0 else None
-        self._spread[name] = torch.zeros_like(w) if terms is None else self._masking.spread(self.lam, *terms)
+        terms = self.terms(name, w) if self.lam > 0 else None
+        (self._spread[name],) = [torch.zeros_like(w)] if terms is None else self._variance(terms)
+
+    def _variance(self, terms: tuple[Tensor, ...]) -> list[Tensor]:
+        variance = self._formula.variance if self.compile else self._variance_of
+        return self.engine.map([[term] for term in terms], variance, (self.lam,))
+
+    def _variance_of(self, *terms: Any) -> Tensor:
+        """Return Var s of masks, of :meth:`terms` and lam."""
+        return bounded_variance(self.eta_of(*terms[:-1]), terms[-1], self.alpha_min)
+
+    def _probability_of(self, *terms: Any) -> Tensor:
+        """Return the keep probability that masks are drawn with: ``alpha_min`` at least, but for a rule that drops a weight for good."""
+        eta = self.eta_of(*terms[:-1])
+        alpha = duality.alpha_of(eta, terms[-1]).clamp_(min=self.alpha_min)
+        return alpha if self.penalty.separable else alpha.masked_fill(eta == 0, 0.0)
 
     def draw_outputs(self, name: str, layer: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
         return output_noise(layer, x, self._spread[name], generator, self.noise.share)
 
     def draw_all(self, names: list[str], attachment: attach.Attachment) -> None:
         """Small weights are drawn together; those whose H_jj is not known yet, and all at lam 0, have no noise."""
-        rows = {name: terms for name in names if (terms := self.eta_terms(name, self._live(name))) is not None and self.lam > 0}
+        rows = {name: terms for name in names if (terms := self.terms(name, self._live(name))) is not None and self.lam > 0}
         known, generator = list(rows), self._stream(-1, -1)
-        kept = None if self._manual else self._kept  # there a graph of the masks before may still wait for its backward
-        for number, mask, product in self._masking.masked(list(rows.values()), self.lam, generator, kept):
+        alpha = self._formula.keep_probability if self.compile else self._probability_of
+        # in a manual loop the graph of an earlier batch's masks may still wait for its backward: their memory is not reused
+        how = {"separable": self.penalty.separable, "reuse": not self._manual}
+        for number, mask, product in self.engine.draw(list(rows.values()), alpha, self.noise, generator, (self.lam,), **how):
             attachment.multiply(known[number], mask, product)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -197,7 +233,6 @@ class AdaptiveMask(Noisy):
     def _release(self) -> None:
         super()._release()
         self._spread = {}
-        self._kept.clear()
 
     # -- state --------------------------------------------------------------------------------------------------------------
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sparse import _fused, _rates, proximal
-from lightning_sparse import optimizer as optimizer_
-from lightning_sparse.callbacks import _steps
+from lightning_sparse import step_sizes
 from lightning_sparse.callbacks._arguments import Finish
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.duality import MaskRule, Penalty
+from lightning_sparse.methods.proximal import Metric, Proximal
 from lightning_sparse.schedules import Schedule
-
-Metric = Literal["auto", "adam", "plain"]
 
 
 class AdaptiveProx(Sparsifier):
@@ -30,7 +27,7 @@ class AdaptiveProx(Sparsifier):
         exact: the exact prox, which reaches zeros by itself, in place of the reweighted step.
     """
 
-    joins, compiles = True, True
+    compiles = True
 
     def __init__(
         self,
@@ -48,36 +45,26 @@ class AdaptiveProx(Sparsifier):
         compile: bool = False,
         finish: Finish = "keep",
     ) -> None:
-        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, compile, finish)
         if metric not in ("auto", "adam", "plain"):
             raise ValueError(f"metric must be 'auto', 'adam' or 'plain', got {metric!r}")
         self.metric, self.exact = metric, exact
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._fused: _fused.Shrinkage | None = None
+        super().__init__(penalty, lam, select, tol, freeze, threshold, gap_samples, keep_zeros, target_sparsity, compile, finish)
 
     def own_settings(self) -> dict[str, Any]:
         return {"metric": self.metric, "exact": self.exact}
 
-    @property
-    def oscillates(self) -> bool:
-        """The exact prox lands on its zeros by itself."""
-        return not self.exact
+    def _make_method(self) -> Proximal:
+        return Proximal(self.penalty, self.metric, self.exact)
 
     def check_form(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
             for _, parameter, group in self._owned(optimizer):
                 self._check_metric(optimizer, parameter, group)
-        if self.compile:
-            self._fused = shrinkage = _fused.Shrinkage(self.penalty, self.exact)
-            for optimizer in trainer.optimizers:
-                for _, parameter, group in self._owned(optimizer):
-                    shrinkage.check([parameter], "number" if self.metric == "plain" else optimizer_.kind_of(optimizer, parameter, group))
+        super().check_form(trainer, pl_module)
 
     def _check_metric(self, optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, Any]) -> None:
         name = type(optimizer).__name__
-        if self.metric == "adam" and not optimizer_.has_second_moments(optimizer, parameter, group):
+        if self.metric == "adam" and not step_sizes.has_second_moments(optimizer, parameter, group):
             raise ValueError(
                 f"metric='adam' needs an optimiser with second moments, got {name}: one of torch's, such as AdamW, whose state is read. "
                 "Use metric='auto', which measures the step size of others, or metric='plain'"
@@ -88,23 +75,3 @@ class AdaptiveProx(Sparsifier):
     @property
     def needs_step_sizes(self) -> bool:
         return self.metric == "auto" or super().needs_step_sizes
-
-    @torch.no_grad()
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        lam = self.lam * self._clipping.last  # a clipped step has that much less of a prox, too
-        stepped = ((parameter, group, (parameter,)) for _, parameter, group in self._owned(optimizer) if parameter.grad is not None)
-        for kind in _steps.alike(optimizer, stepped, self._step_sizes if self.metric == "auto" else None):
-            factor = _rates.gain(kind.group) * lam
-            for w, *held in _steps.parts(self._joint, self.penalty, kind.columns, written=0, whole=self.compile):
-                self._shrink(w, kind.rate_state(held), kind.group, factor)
-
-    def _shrink(self, w: Tensor, state: dict[str, Any], group: dict[str, Any], factor: float) -> None:
-        """The prox of step * omega, in place, step being ``factor`` times the optimiser's rate."""
-        if self._fused is not None:
-            self._fused(w, state, group, self.metric, factor)
-            return
-        step = proximal.rate(state, group, self.metric, factor)
-        if self.exact:
-            w.copy_(self.penalty.prox(w, step))
-        else:
-            proximal.reweighted_step(self.penalty, w, step, out=w)

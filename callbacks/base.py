@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sparse import _memory, _step_hooks, attach
+from lightning_sparse import _step_hooks, attach
+from lightning_sparse import optimizer as steps
 from lightning_sparse.callbacks import (
     _averages,
     _best,
@@ -27,6 +28,7 @@ from lightning_sparse.callbacks import (
     _target,
 )
 from lightning_sparse.callbacks._shown import Shown
+from lightning_sparse.methods.base import Step
 
 
 class Sparsifier(Shown):
@@ -59,7 +61,6 @@ class Sparsifier(Shown):
         self.check_form(trainer, pl_module)
         _ranks.check_start(self, trainer)
         self._manual, self._own_hooks = not pl_module.automatic_optimization, _faults.own_hooks(pl_module)
-        _memory.keep_freed()
         self._attach(trainer, pl_module)
         self._hold_zeros(self.parameters)
         if self._restored is not None:
@@ -94,7 +95,9 @@ class Sparsifier(Shown):
             self._freeze(new)
 
     def check_form(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What a form refuses before training; nothing by default."""
+        """What a form refuses before training; kernels are made here."""
+        if self.compile:
+            self.method.compile(self.engine, [(optimizer, self._owned(optimizer)) for optimizer in trainer.optimizers])
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _faults.check_start(self)
@@ -146,7 +149,7 @@ class Sparsifier(Shown):
             self.before_step(trainer, optimizer)
         self._watch_steps(optimizer)
         if self._clips(trainer):
-            self._clipping.before(parameter.grad for _, parameter, _ in self._owned(optimizer))
+            self._clipping.before_clipping(parameter.grad for _, parameter, _ in self._owned(optimizer))
 
     def _watch_steps(self, optimizer: torch.optim.Optimizer) -> None:
         if self.needs_step_sizes and not self.frozen:
@@ -157,7 +160,14 @@ class Sparsifier(Shown):
         return not self._manual and bool(trainer.gradient_clip_val or "configure_gradient_clipping" in self._own_hooks)
 
     def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        """What a form does to the gradients before they are clipped and the optimiser steps; nothing by default."""
+        """What a form does to the gradients before they are clipped and the optimiser steps."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.method.before_optimizer(self._step(optimizer, steps.grad_scale(scaler, optimizer)))
+
+    def _step(self, optimizer: torch.optim.Optimizer, grad_scale: float = 1.0) -> Step:
+        """What the method needs to know of one step of ``optimizer``."""
+        sizes, clipped = self._step_sizes, self._clipping.last
+        return Step(optimizer, self._owned(optimizer), self.lam, self.engine, self._live, sizes, grad_scale, clipped)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         _faults.check_loss(self, trainer, loss)
@@ -175,7 +185,7 @@ class Sparsifier(Shown):
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """After a real optimiser step (not a skipped one, not an accumulation batch)."""
-        self._clipping.after(parameter.grad for _, parameter, _ in self._owned(optimizer))
+        self._clipping.after_step(parameter.grad for _, parameter, _ in self._owned(optimizer))
         if self.needs_step_sizes and not self.frozen:
             _report.say_unknown_steps(self, self._step_sizes.after(optimizer, (member[1:] for member in self._owned(optimizer))))
         if self.frozen:
@@ -206,7 +216,8 @@ class Sparsifier(Shown):
             self._tick()
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """What a form does to the weights after an optimiser step; nothing by default."""
+        """What a form does to the weights after an optimiser step."""
+        self.method.after_optimizer(self._step(optimizer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.attachment is not None:

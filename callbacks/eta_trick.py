@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_sparse import _checks, duality
-from lightning_sparse._pieces import pieces
+from lightning_sparse import optimizer as steps
 from lightning_sparse.callbacks import _refusals, _steps
 from lightning_sparse.callbacks._arguments import Finish
 from lightning_sparse.callbacks._learned import Learned, rate
@@ -57,27 +57,36 @@ class EtaTrick(Learned):
         eta = duality.eta(torch.tensor(self.keep_start, dtype=torch.float64), self.schedule.lam)
         return torch.full_like(w, math.log(eta), dtype=torch.promote_types(w.dtype, torch.float32))
 
-    def eta(self, name: str, w: Tensor) -> Tensor:
-        """The learned eta."""
-        return self.value(name, w).exp().to(w.dtype)
+    def terms(self, name: str, w: Tensor) -> tuple[Tensor, ...]:
+        """Return w and the learned log eta."""
+        return w, self.value(name, w)
 
-    def at_rest(self, name: str, w: Tensor) -> Tensor:
-        """Where the weight, and the one that its eta stands for, only oscillate: the pull is eta's, which follows the weight."""
-        return super().at_rest(name, w) & super().at_rest(name, duality.magnitude(self.penalty, self.eta(name, w)))
+    def eta_of(self, *terms: Tensor) -> Tensor:
+        """Return the learned eta."""
+        w, log_eta = terms
+        return log_eta.exp().to(w.dtype)
+
+    def is_at_rest(self, rho: Tensor | float, memory: float, *terms: Tensor) -> Tensor:
+        """A weight is at rest only if both |w| and eta_hat^-1(eta) lie in the prox's zero region, because eta lags behind w."""
+        lagging = duality.magnitude(self.penalty, self.eta_of(*terms))
+        return super().is_at_rest(rho, memory, *terms) & super().is_at_rest(rho, memory, lagging)
 
     @torch.no_grad()
     def before_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        strength = self.lam * _steps.scale(trainer, optimizer)
-        for name, parameter, group in self._owned(optimizer):
-            if parameter.grad is not None:
-                sign = -1 if group.get("maximize") else 1
-                self._pay(name, parameter.grad, sign * strength)
+        strength = self.lam * steps.grad_scale(getattr(trainer.precision_plugin, "scaler", None), optimizer)
+        for sign in (1, -1):
+            rows = [
+                (parameter.grad, self.grad_of(name), self._live(name), self.learned[name].detach())
+                for name, parameter, group in self._owned(optimizer)
+                if parameter.grad is not None and bool(group.get("maximize")) == (sign < 0)
+            ]
+            if rows:
+                self.engine.update_(list(zip(*rows, strict=True)), self._descend, (sign * strength,), written=2)
 
-    def _pay(self, name: str, grad: Tensor, strength: float) -> None:
-        for w, log_eta, in_w, in_log_eta in pieces(self._live(name), self.learned[name].detach(), grad, self.grad_of(name)):
-            slopes = duality.joint_slopes(self.penalty, w, log_eta)
-            in_w.add_(slopes[0], alpha=strength)
-            in_log_eta.add_(slopes[1], alpha=strength)
+    def _descend(self, in_w: Tensor, in_log_eta: Tensor, w: Tensor, log_eta: Tensor, strength: float) -> None:
+        slopes = duality.joint_slopes(self.penalty, w, log_eta)
+        in_w.add_(slopes[0], alpha=strength)
+        in_log_eta.add_(slopes[1], alpha=strength)
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         _steps.check_hooked(self, optimizer)

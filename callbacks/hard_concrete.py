@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import _checks, attach, duality, penalties
-from lightning_sparse._pieces import pieces
 from lightning_sparse.callbacks import _strengths
 from lightning_sparse.callbacks._arguments import Finish
 from lightning_sparse.callbacks._learned import rate
@@ -76,26 +75,29 @@ class HardConcrete(LearnedNoise):
     def start(self, name: str, w: Tensor) -> Tensor:
         return torch.full_like(w, self.log_start, dtype=torch.promote_types(w.dtype, torch.float32))
 
-    def precision(self, name: str, w: Tensor) -> Tensor:
-        return duality.eta(self.gate.keep_probability(self.value(name, w)), 1.0).to(w.dtype)
+    def precision(self, w: Tensor, learned: Tensor) -> Tensor:
+        return duality.eta(self.gate.keep_probability(learned), 1.0).to(w.dtype)
 
     # -- noise ------------------------------------------------------------------------------------------------------------
 
     def draw_weights(self, name: str, attachment: attach.Attachment, generator: torch.Generator) -> None:
         mask, slope = torch.empty_like(self._live(name)), torch.empty_like(self._live(name))
-        for theta, *targets in pieces(self.learned[name].detach(), mask, slope):
-            for target, drawn in zip(targets, self.gate.mask(theta, generator), strict=True):
-                target.copy_(drawn)
+
+        def draw(mask: Tensor, slope: Tensor, theta: Tensor) -> None:
+            drawn = self.gate.mask(theta, generator)
+            mask.copy_(drawn[0])
+            slope.copy_(drawn[1])
+
+        self.engine.update_([[mask], [slope], [self.learned[name].detach()]], draw, written=2)
         self._slopes[name] = slope
         attachment.multiply(name, mask)
 
     def hear(self, name: str, grad: Tensor) -> None:
-        for into, *factors in pieces(self.grad_of(name), grad, self._live(name), self._slopes[name]):
-            into.add_(factors[0] * factors[1] * factors[2])
+        columns = self.grad_of(name), grad, self._live(name), self._slopes[name]
+        self.engine.update_([[column] for column in columns], lambda into, grad, w, slope: into.add_(grad * w * slope))
 
     def pay(self, name: str, parameter: Tensor, strength: float) -> None:
-        for into, theta in pieces(self.grad_of(name), self.learned[name].detach()):
-            into.add_(self.gate.open_slope(theta), alpha=strength / 2)
+        self.engine.add_([self.grad_of(name)], [self.learned[name].detach()], self.gate.open_slope, strength / 2)
 
     def _end_batch(self) -> None:
         super()._end_batch()

@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from lightning_sparse import _checks, counts, duality, shards
+from lightning_sparse import _checks, counts, duality, elementwise
 from lightning_sparse._construction import typed
 from lightning_sparse.callbacks import _states, _strengths
 from lightning_sparse.callbacks._arguments import Arguments, Finish
@@ -109,13 +109,18 @@ class MagnitudePruning(Sparsifier):
 
     # -- what the form uses ---------------------------------------------------------------------------------------------
 
-    def eta(self, name: str, w: Tensor) -> Tensor:
-        """Infinite for what is kept, 0 for what is pruned."""
-        return duality.eta(self._alpha(name, w), 1.0)
+    def terms(self, name: str, w: Tensor) -> tuple[Tensor, ...]:
+        """Return w and which weights are kept, whatever values ``w`` (an average's, say) they have."""
+        return (w, self.held[name]) if name in self.held else (w, torch.ones_like(w, dtype=torch.bool))
 
-    def _alpha(self, name: str, w: Tensor) -> Tensor:
-        """1 for what is kept and 0 for what is pruned, whatever values ``w`` stand there (an average's, say)."""
-        return shards.local(self.held[name]).to(w) if name in self.held else torch.ones_like(w)
+    def eta_of(self, *terms: Tensor) -> Tensor:
+        """Infinite for what is kept, 0 for what is pruned."""
+        return duality.eta(self.alpha_of(*terms), 1.0)
+
+    def alpha_of(self, *terms: Tensor) -> Tensor:
+        """1 for what is kept and 0 for what is pruned."""
+        w, kept = terms
+        return kept.to(w)
 
     def cost(self, weights: list[Tensor]) -> float:
         """0: at most as many weights are non-zero as are asked for."""
@@ -125,7 +130,7 @@ class MagnitudePruning(Sparsifier):
 
     def _hold_zeros(self, names: Iterable[str]) -> None:
         """All weights may live at first, but for zeros that are to be kept."""
-        everywhere = {name: shards.elementwise(lambda w: torch.ones_like(w, dtype=torch.bool), self._live(name)) for name in names}
+        everywhere = {name: elementwise.map_shards(lambda w: torch.ones_like(w, dtype=torch.bool), self._live(name)) for name in names}
         self.held |= everywhere
         super()._hold_zeros(names)
 
@@ -150,12 +155,13 @@ class MagnitudePruning(Sparsifier):
     @torch.no_grad()
     def _shrink(self, share: float, names: Iterable[str]) -> None:
         """Prune up to ``share`` of these parameters, tied ones once; every process ranks the same whole weights."""
-        live = {name: shards.full(self._live(name)) for name in counts.distinct({name: self.parameters[name] for name in names})}
-        held = {name: shards.full(self.held[name]) for name in live}
+        distinct = counts.distinct({name: self.parameters[name] for name in names})
+        live = {name: elementwise.full_tensor(self._live(name)) for name in distinct}
+        held = {name: elementwise.full_tensor(self.held[name]) for name in live}
         for group in [live] if self.scope == "global" else [{name: w} for name, w in live.items()]:
             for name, kept in shrunk(group, held, share).items():
                 self.held[name] = self._part(name, kept)
-                shards.hold(self.parameters[name], self.held[name])
+                elementwise.apply_mask_(self.parameters[name], self.held[name])
         self._reached, self._ranked = share, len(self.parameters)
 
     @property

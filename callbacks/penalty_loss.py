@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from lightning_sparse import numeric
 from lightning_sparse.callbacks.reweighted_penalty import ReweightedPenalty
+from lightning_sparse.methods.gradient import LossTerm
 
 
 class PenaltyLoss(ReweightedPenalty):
@@ -16,5 +14,7 @@ class PenaltyLoss(ReweightedPenalty):
     ``sparsity/penalty`` logs the term. ReweightedPenalty gives the same steps from eta_hat, and is quicker.
     """
 
-    def slope(self, w: Tensor) -> Tensor:
-        return numeric.slope(self.penalty.omega, w)
+    compiles = False
+
+    def _make_method(self) -> LossTerm:
+        return LossTerm(self.penalty)

@@ -10,8 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_sparse import _checks, _draws, attach, penalties
-from lightning_sparse._pieces import pieces
+from lightning_sparse import _checks, attach, elementwise, penalties
 from lightning_sparse.callbacks import _states, _steps
 from lightning_sparse.callbacks._arguments import Finish, Other
 from lightning_sparse.callbacks._learned import rate
@@ -134,8 +133,8 @@ class VariationalDropout(LearnedNoise):
     def start(self, name: str, w: Tensor) -> Tensor:
         return torch.full_like(w, self.kind.start(self.log_start), dtype=torch.promote_types(w.dtype, torch.float32))
 
-    def precision(self, name: str, w: Tensor) -> Tensor:
-        return self.kind.eta(w, self.value(name, w))
+    def precision(self, w: Tensor, learned: Tensor) -> Tensor:
+        return self.kind.eta(w, learned)
 
     # -- noise ------------------------------------------------------------------------------------------------------------
 
@@ -144,7 +143,7 @@ class VariationalDropout(LearnedNoise):
 
     def draw_weights(self, name: str, attachment: attach.Attachment, generator: torch.Generator) -> None:
         w = self._live(name)
-        draw = _draws.normal_like(w, generator).mul_(self.kind.deviation(w, self.learned[name].detach()))
+        draw = elementwise.normal_like(w, generator).mul_(self.kind.deviation(w, self.learned[name].detach()))
         if self.noise == "additive":
             attachment.substitute(name, w + draw)
         else:
@@ -180,9 +179,11 @@ class VariationalDropout(LearnedNoise):
             self.kind.bound_(self._live(name), self.learned[name].detach())
 
     def pay(self, name: str, parameter: Tensor, strength: float) -> None:
-        places = self._live(name), self.learned[name].detach(), parameter.grad, self.grad_of(name)
-        for w, theta, in_w, in_theta in pieces(*places):  # type: ignore[arg-type]
-            slopes = self.kind.divergence(self.divergence, w, theta)
-            if slopes[0] is not None:
-                in_w.add_(slopes[0], alpha=strength)
-            in_theta.add_(slopes[1], alpha=strength)
+        columns: Any = parameter.grad, self.grad_of(name), self._live(name), self.learned[name].detach()
+        self.engine.update_([[column] for column in columns], self._descend, (strength,), written=2)
+
+    def _descend(self, in_w: Tensor, in_theta: Tensor, w: Tensor, theta: Tensor, strength: float) -> None:
+        slopes = self.kind.divergence(self.divergence, w, theta)
+        if slopes[0] is not None:
+            in_w.add_(slopes[0], alpha=strength)
+        in_theta.add_(slopes[1], alpha=strength)

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import _checks
+from lightning_sparse import _checks, elementwise
 from lightning_sparse._construction import Constructed, typed
-from lightning_sparse._finite import unfit
 from lightning_sparse._labels import LabelCount, Labels
 from lightning_sparse.attach import Attachment
 from lightning_sparse.duality import Penalty
@@ -144,7 +143,7 @@ class Curvature(metaclass=Constructed):
         keep = self.decay**self.every
         for name, value in found:
             self._done.add(name)
-            if unfit({name: value}):  # of a step that is skipped, or that ends the run
+            if elementwise.count_nonfinite({name: value}):  # of a step that is skipped, or that ends the run
                 continue
             old = self.mean.get(name)
             self.mean[name] = value * (1 - keep) if old is None else old.mul_(keep).add_(value, alpha=1 - keep)

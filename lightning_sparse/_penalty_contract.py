@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_sparse import admissibility, duality, numeric
+from lightning_sparse import duality, numeric
 from lightning_sparse._contract import DTYPES, ContractError, close, fail, same_kind, weights
 from lightning_sparse.duality import Penalty
 
@@ -53,7 +53,7 @@ def edges(penalty: Penalty) -> None:
 
 def admissible(penalty: Penalty) -> None:
     try:
-        admissibility.check_admissible(penalty)
+        duality.check_admissible(penalty)
     except ValueError as error:
         raise ContractError(str(error)) from None
     w = numeric.grid()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sparse import shards
+from lightning_sparse import elementwise
 from lightning_sparse.select import owners
 
 View = Callable[[str], Tensor]
@@ -69,7 +69,7 @@ class Attachment:
         self._depth, self._shows = 0, False  # of nested forwards; the outermost one shows the view
         self._calls: list[_Call] = []
         self._bare: list[tuple[nn.Module, dict[str, Tensor]]] = []  # noisy data of weights that are live for one call, and whose
-        self._units = shards.units(module)
+        self._units = elementwise.fsdp_modules(module)
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         open_to_hooks = {id(part) for part in _uncompiled(module) if not isinstance(part, torch.jit.ScriptModule)}
         self._users: dict[str, list[nn.Module]] = {}  # whose forwards use each weight
@@ -141,8 +141,8 @@ class Attachment:
 
     def altered(self) -> list[str]:
         """Names of shown parameters whose data are neither live weights nor zeros any more: another wrote there."""
-        live = {name: shards.local(w) for name, w in self._live.items() if name not in self._aside}
-        data = {name: shards.local(self.parameters[name].detach()) for name in live}
+        live = {name: elementwise.local_part(w) for name, w in self._live.items() if name not in self._aside}
+        data = {name: elementwise.local_part(self.parameters[name].detach()) for name in live}
         return [name for name, w in live.items() if not bool(((data[name] == w) | (data[name] == 0)).all())]
 
     def show_in_forwards(self, module: nn.Module) -> None:
@@ -263,8 +263,8 @@ def write_view(state: dict[str, Any], module: nn.Module, parameters: Mapping[str
     for key, _, _, parameter in owners(module):
         if id(parameter) in names:
             value = view(names[id(parameter)])
-            if shards.is_sharded(value) and not shards.is_sharded(state.get(key)):  # a full state dict, which rank 0 holds alone
-                value = shards.full(value).cpu()
+            if elementwise.is_sharded(value) and not elementwise.is_sharded(state.get(key)):  # a full state dict, which rank 0 holds alone
+                value = elementwise.full_tensor(value).cpu()
             if key in state:
                 state[key] = value
 

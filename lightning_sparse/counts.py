@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import shards
+from lightning_sparse import elementwise
 
 Counts = dict[str, tuple[int, int]]
 
@@ -58,7 +58,7 @@ def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _memory(tensor: Tensor) -> tuple[object, ...]:
     """Return a key for the memory of the elements."""
     # the storage object is part of the key because a rank's shard may be empty and then has no data pointer
-    part = shards.local(tensor.detach())
+    part = elementwise.local_part(tensor.detach())
     storage = part.untyped_storage()
     return tensor.device, storage.data_ptr() or storage._cdata, part.storage_offset(), tensor.numel()
 
@@ -78,7 +78,7 @@ def count_zeros(tensors: Mapping[str, Tensor], zeros: Mapping[str, Tensor] | Non
 
 
 def _nonzero(tensor: Tensor) -> int:
-    return int(shards.total(shards.local(tensor.detach()).count_nonzero(), tensor))
+    return int(elementwise.sum_shards(elementwise.local_part(tensor.detach()).count_nonzero(), tensor))
 
 
 def share(counts: Counts) -> float:
@@ -95,7 +95,7 @@ def mean(tensors: Iterable[Tensor]) -> float:
     """Return the mean over all elements of all tensors (for example mean alpha); NaN if there are no elements."""
     total, size = 0.0, 0
     for tensor in tensors:
-        total += float(shards.total(shards.local(tensor.detach()).sum(dtype=wide(tensor)), tensor))
+        total += float(elementwise.sum_shards(elementwise.local_part(tensor.detach()).sum(dtype=wide(tensor)), tensor))
         size += tensor.numel()
     return total / size if size else math.nan
 
@@ -111,7 +111,7 @@ def layers(weights: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> list[La
 
 def log_alpha_histogram(keep: Iterable[Tensor], bins: int = BINS, floor: float = LOG_ALPHA_FLOOR) -> Histogram:
     """Return the histogram of log alpha over [floor, 0]. Values below ``floor`` (alpha = 0 too) count in the first bin."""
-    logs = (shards.elementwise(lambda part: part.float().log().clamp(min=floor), alpha) for alpha in keep)
+    logs = (elementwise.map_shards(lambda part: part.float().log().clamp(min=floor), alpha) for alpha in keep)
     return histogram(logs, floor, 0.0, bins)
 
 
@@ -119,15 +119,15 @@ def magnitude_histogram(weights: Iterable[Tensor], bins: int = BINS) -> Histogra
     """Return the histogram of |w| over [0, max |w|], zeros in the first bin."""
     detached = [weight.detach() for weight in weights]
     largest = max((_largest(weight) for weight in detached), default=0.0)
-    return histogram((shards.elementwise(torch.abs, weight) for weight in detached), 0.0, largest if largest > _SMALLEST else 1.0, bins)
+    return histogram((elementwise.map_shards(torch.abs, weight) for weight in detached), 0.0, largest if largest > _SMALLEST else 1.0, bins)
 
 
 def histogram(values: Iterable[Tensor], low: float, high: float, bins: int = BINS) -> Histogram:
     """Count values exactly in ``bins`` equal bins over [low, high]. Values outside count in the outer bins, NaN and inf in none."""
     counts = torch.zeros(bins + 1, dtype=torch.int64)  # the last bin counts NaN and inf
     for tensor in values:
-        parts = torch.split(shards.local(tensor.detach()).flatten(), _CHUNK)
-        counts += shards.total(torch.stack([_binned(part, low, high, bins) for part in parts]).sum(0), tensor).cpu()
+        parts = torch.split(elementwise.local_part(tensor.detach()).flatten(), _CHUNK)
+        counts += elementwise.sum_shards(torch.stack([_binned(part, low, high, bins) for part in parts]).sum(0), tensor).cpu()
     return Histogram(counts[:bins].tolist(), [low + (high - low) * i / bins for i in range(bins + 1)])
 
 
@@ -183,9 +183,9 @@ def wide(tensor: Tensor) -> torch.dtype:
 
 
 def _largest(weight: Tensor) -> float:
-    part = shards.local(weight)
+    part = elementwise.local_part(weight)
     size = part.abs().nan_to_num(0.0, 0.0).max() if part.numel() else part.new_zeros(())
-    return float(shards.largest(size, weight))
+    return float(elementwise.max_shards(size, weight))
 
 
 def _ratio(zeros: int, size: int) -> float:

@@ -13,6 +13,7 @@ Source: LeJeune, Javadi, Baraniuk, "The Flip Side of the Reweighted Coin", NeurI
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sparse import _checks, numeric, shards
+from lightning_sparse import _checks, elementwise, numeric
 from lightning_sparse._construction import Constructed, typed
-from lightning_sparse._pieces import over
+from lightning_sparse.numeric import scalar_div
 
 Examples = tuple[dict[str, Any], ...]
 
@@ -38,7 +39,7 @@ def keep_probability(eta: Tensor, lam: float) -> Tensor:
 
 def alpha_of(eta: Tensor, lam: float | Tensor) -> Tensor:
     """:func:`keep_probability` without its check, for a ``lam`` that may be a tensor of no dimensions."""
-    return over(lam, eta).add_(1).reciprocal_()
+    return scalar_div(lam, eta).add_(1).reciprocal_()
 
 
 def eta(alpha: Tensor, lam: float) -> Tensor:
@@ -231,15 +232,87 @@ def joint_slopes(penalty: Penalty, w: Tensor, log_eta: Tensor) -> tuple[Tensor, 
     return in_w, penalty.dual_slope(eta).mul(eta).sub_(in_w * w).div_(2)
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("FinePrint", "fine_print", "check_admissible"):  # they import this module: resolved on first use
-        from lightning_sparse import admissibility
-
-        return getattr(admissibility, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 def penalty_value(penalty: Penalty, weights: list[Tensor], lam: float) -> float:
     """lam * Omega over a list of weight tensors, summed in float64; a collective for weights that are split over processes."""
-    parts = [(shards.local(w.detach()), w) for w in weights]
-    return lam * sum(float(shards.total(penalty.omega(part).sum(dtype=torch.float64), w)) for part, w in parts)
+    parts = [(elementwise.local_part(w.detach()), w) for w in weights]
+    return lam * sum(float(elementwise.sum_shards(penalty.omega(part).sum(dtype=torch.float64), w)) for part, w in parts)
+
+
+# -- which penalties the duality admits, and what each can promise: derived numerically from omega and eta_hat ---------------
+
+_REMEDY = {
+    "zero": "shrinks only: no weight falls below a keep probability by itself; name a magnitude threshold",
+    "finite": "exact zeros: a weight rests at 0 while |dL/dw| < lam * omega'(0+)",
+    "infinite": "exact zeros, and zero is absorbing: a weight at 0 does not come back",
+}
+
+
+@dataclass(frozen=True)
+class FinePrint:
+    """What a penalty's shape promises.
+
+    ``slope_at_zero`` is omega'(0+) = lim w / eta_hat(w); ``kind`` its class, "zero", "finite" or "infinite";
+    ``unbiased`` says whether w / eta_hat(w) -> 0 for large w, so that large weights are not shrunk.
+    """
+
+    slope_at_zero: float
+    kind: str
+    unbiased: bool
+
+    def __str__(self) -> str:
+        return f"{_REMEDY[self.kind]}; large weights are {'unbiased' if self.unbiased else 'shrunk'}"
+
+
+def fine_print(penalty: Penalty) -> FinePrint:
+    """Classify a separable penalty by its slope near 0 and far out, read off powers of w.
+
+    Raises ValueError for a penalty that is not separable: its slope at one weight depends on the others.
+    """
+    if not penalty.separable:
+        raise ValueError(f"{penalty!r} is not separable: it has no slope of its own at a single weight")
+    near = torch.tensor([1e-100, 1e-110], dtype=torch.float64)
+    slopes = penalty.gradient(near)
+    kind = "infinite" if _jumps(penalty) else _kind(_exponent(near, slopes))
+    slope = {"zero": 0.0, "infinite": math.inf}.get(kind, float(slopes[1]))
+    return FinePrint(slope, kind, _unbiased(penalty))
+
+
+def _exponent(w: Tensor, values: Tensor) -> float:
+    """k where values ~ w^k between the two given points; +inf where the second vanishes."""
+    if values[1] == 0 or values[0] == 0:
+        return math.inf
+    return float((values[0] / values[1]).log() / (w[0] / w[1]).log())
+
+
+def _kind(exponent: float) -> str:
+    return "finite" if abs(exponent) < 1e-6 else "zero" if exponent > 0 else "infinite"
+
+
+def _jumps(penalty: Penalty) -> bool:
+    """omega is discontinuous at 0 (an L0 term): no continuous penalty is worth half of omega(1e-6) at 1e-100."""
+    tiny, small = penalty.omega(torch.tensor([1e-100, 1e-6], dtype=torch.float64)).tolist()
+    return bool(tiny > 0.5 * small > 0)
+
+
+def _unbiased(penalty: Penalty) -> bool:
+    """The slope falls like a power of w far out; nearer pairs serve where eta_hat is inf to rounding at the far ones."""
+    for pair in ([1e60, 1e50], [1e30, 1e25], [1e6, 1e4]):
+        far = torch.tensor(pair, dtype=torch.float64)
+        slopes = penalty.gradient(far)
+        if slopes.isfinite().all() and (slopes > 0).all():
+            return _exponent(far, slopes) < -1e-6
+    return True
+
+
+def check_admissible(penalty: Penalty) -> None:
+    """Raise ValueError, naming the w, unless eta_hat is >= 0 and non-decreasing: the penalty is then subquadratic."""
+    w = numeric.grid()
+    values = penalty.eta_hat(w).double()
+    wrong = ~(values >= 0)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(f"{penalty!r}: eta_hat must be >= 0, it is {values[at]:.6g} at w = {w[at]:.6g}")
+    try:
+        numeric.check_monotone("eta_hat", w, values)
+    except ValueError as error:
+        raise ValueError(f"{penalty!r} is not subquadratic: {error}") from None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import noise
-from lightning_sparse._pieces import mapped
 from lightning_sparse.duality import Penalty
+from lightning_sparse.elementwise import map_chunks
 
 _WIDEST = 69.0  # logarithms of variances are cut off there: 1e-30 to 1e30
 _LOUDEST = 5.0  # logarithm of the noise's deviation over a weight: more of it no longer changes what is zero, but drowns the loss
@@ -95,11 +95,11 @@ class _Exp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, factor: float) -> Tensor:
-        ctx.factor, value = factor, mapped(lambda theta: _exp(theta, factor), theta)
+        ctx.factor, value = factor, map_chunks(lambda theta: _exp(theta, factor), theta)
         ctx.save_for_backward(value)
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (value,) = ctx.saved_tensors
-        return mapped(lambda grad, value: (grad * value).mul_(ctx.factor), grads[0], value), None
+        return map_chunks(lambda grad, value: (grad * value).mul_(ctx.factor), grads[0], value), None

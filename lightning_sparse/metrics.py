@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sparse import counts, shards
+from lightning_sparse import counts, elementwise
 from lightning_sparse.masked_loss import duality_gap, duality_gap_samples
 
 __all__ = ["Compression", "DualityGap", "KeepProbability", "Sparsity", "duality_gap", "duality_gap_samples"]
@@ -134,11 +134,11 @@ class KeepProbability(_Plotted):
     def update(self, alpha: Tensors) -> None:
         """Add the keep probabilities ``alpha``. Raises ValueError if one lies outside [0, 1]."""
         for name, tensor in _named(alpha).items():
-            part = shards.local(tensor.detach())
-            if int(shards.total(((part < 0) | (part > 1) | part.isnan()).count_nonzero(), tensor)):  # the same on every rank
-                full = shards.full(tensor.detach())
+            part = elementwise.local_part(tensor.detach())
+            if int(elementwise.sum_shards(((part < 0) | (part > 1) | part.isnan()).count_nonzero(), tensor)):  # the same on every rank
+                full = elementwise.full_tensor(tensor.detach())
                 raise ValueError(f"keep probabilities lie in [0, 1]; those of {name!r} reach from {full.min():g} to {full.max():g}")
-            self.total = self.total + shards.total(part.sum(dtype=torch.float64), tensor).to(self.total.device)
+            self.total = self.total + elementwise.sum_shards(part.sum(dtype=torch.float64), tensor).to(self.total.device)
             self.size = self.size + tensor.numel()
 
     def compute(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_sparse import _checks, _draws
+from lightning_sparse import _checks, elementwise
 from lightning_sparse._construction import Constructed, typed
-from lightning_sparse._pieces import mapped, over
-from lightning_sparse._share import for_share
+from lightning_sparse.elementwise import map_chunks
+from lightning_sparse.numeric import scalar_div
 
 
 class Noise(metaclass=Constructed):
@@ -45,7 +46,7 @@ class Elementwise(Noise):
         """The mask that they make of keep probabilities, element by element; in any type that holds them."""
 
     def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return mapped(self.mask, alpha, self.numbers(alpha, generator))
+        return map_chunks(self.mask, alpha, self.numbers(alpha, generator))
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ScaledBernoulli(Elementwise):
     from_words = True
 
     def numbers(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _draws.in_order(_draws.words(like.numel(), like.device, generator), like)
+        return elementwise.in_order(elementwise.random_words(like.numel(), like.device, generator), like)
 
     def mask(self, alpha: Tensor, numbers: Tensor) -> Tensor:
         return _scaled_bernoulli(alpha, numbers)
@@ -99,7 +100,7 @@ class Gaussian(Elementwise):
             raise ValueError(f"share={self.share:g} is a share of the samples, whose outputs get noise: it needs local=True")
 
     def numbers(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _draws.normal_like(like, generator)
+        return elementwise.normal_like(like, generator)
 
     def mask(self, alpha: Tensor, numbers: Tensor) -> Tensor:
         return (1 + numbers * variance(alpha).sqrt_()).masked_fill_(alpha == 0, 0.0)
@@ -112,7 +113,7 @@ def variance(alpha: Tensor) -> Tensor:
 
 def bounded_variance(eta: Tensor, lam: float | Tensor, alpha_min: float) -> Tensor:
     """Var s = lam / eta, ``lam`` > 0, of the keep probability 1 / (1 + lam / eta), and at most that of ``alpha_min``."""
-    return over(lam, eta).clamp_(max=1 / alpha_min - 1)
+    return scalar_div(lam, eta).clamp_(max=1 / alpha_min - 1)
 
 
 def output_noise(layer: Any, x: Tensor, spread: Tensor, generator: torch.Generator | None = None, share: float = 1.0) -> Tensor:
@@ -122,7 +123,7 @@ def output_noise(layer: Any, x: Tensor, spread: Tensor, generator: torch.Generat
     batch the noise is for a ``share`` of the samples, as much more.
     """
     noise = partial(additive_output_noise, layer, weight=_Spread.apply(layer.weight, spread), generator=generator)
-    return noise(x) if share == 1 or x.dim() < layer.weight.dim() else for_share(noise, x, share, generator)
+    return noise(x) if share == 1 or x.dim() < layer.weight.dim() else for_sample_fraction(noise, x, share, generator)
 
 
 class _Spread(torch.autograd.Function):
@@ -131,20 +132,20 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, spread: Tensor) -> Tensor:
         ctx.save_for_backward(w, spread)
-        return mapped(lambda w, spread: (w * w).mul_(spread), w, spread)
+        return map_chunks(lambda w, spread: (w * w).mul_(spread), w, spread)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         w, spread = ctx.saved_tensors
-        in_spread = mapped(lambda w, grad: (w * w).mul_(grad), w, grads[0]) if ctx.needs_input_grad[1] else None
-        return mapped(lambda w, spread, grad: torch.addcmul(w.new_zeros(()), w * spread, grad, value=2), w, spread, grads[0]), in_spread
+        in_spread = map_chunks(lambda w, grad: (w * w).mul_(grad), w, grads[0]) if ctx.needs_input_grad[1] else None
+        return map_chunks(lambda w, spread, grad: torch.addcmul(w.new_zeros(()), w * spread, grad, value=2), w, spread, grads[0]), in_spread
 
 
 def additive_output_noise(layer: Any, x: Tensor, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Noise of variance ``weight`` (x^2) for the output of a Linear or ConvNd ``layer``: its weights have those variances."""
     square = _Square.apply(x)
     total = functional.linear(square, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(square, weight, None)
-    return _Deviation.apply(total, _draws.normal_like(total, generator))  # type: ignore[no-any-return]
+    return _Deviation.apply(total, elementwise.normal_like(total, generator))  # type: ignore[no-any-return]
 
 
 class _Square(torch.autograd.Function):
@@ -183,3 +184,21 @@ class _Deviation(torch.autograd.Function):
 
 def _inverse_root(variance: Tensor) -> Tensor:
     return functional.threshold(variance, _LEAST, torch.inf).rsqrt()
+
+
+def for_sample_fraction(noise: Callable[[Tensor], Tensor], x: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """Make ``noise`` for about ``share`` of the samples of ``x`` (dimension 0), times sqrt(samples / taken); 0 for the others.
+
+    The samples are a contiguous block, with wrap-around, that starts at a random index: each is equally likely. Mean and variance
+    are those of noise on all samples, at ``share`` of the cost.
+    """
+    count, taken = len(x), max(1, round(share * len(x)))
+    if taken >= count:
+        return noise(x)
+    start = int(torch.randint(count, (), generator=generator, device="cpu" if generator is None else generator.device))
+    wrapped = max(0, start + taken - count)  # samples of the block that stand at the beginning
+    part = x.narrow(0, start, taken) if not wrapped else torch.cat([x.narrow(0, start, taken - wrapped), x.narrow(0, 0, wrapped)])
+    found = noise(part) * (count / taken) ** 0.5
+    front = 0 if wrapped else start
+    placed = functional.pad(found, [0, 0] * (found.dim() - 1) + [front, count - taken - front])
+    return placed.roll(start, 0) if wrapped else placed

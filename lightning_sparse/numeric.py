@@ -108,6 +108,13 @@ def prox(omega: Function, w: Tensor, step: Tensor | float, points: int = 65, rou
     return torch.where(w.isinf(), w, (x * w.detach().double().sign()).to(w.dtype))
 
 
+def scalar_div(number: float | Tensor, tensor: Tensor) -> Tensor:
+    """Compute number / tensor in one pass, because torch takes the reciprocal of the tensor first and then the product."""
+    if not isinstance(number, Tensor):
+        number = torch.tensor(number, dtype=torch.result_type(tensor, 1.0), device="cpu")
+    return torch.div(number, tensor)
+
+
 def farther(x: Tensor, size: Tensor, cost: Tensor) -> Tensor:
     """Whether 0 beats x in [0, size] at a penalty ``cost`` in (x - size)^2 / 2 + cost; an infinite size is kept."""
     return (cost >= x * (size - x / 2)) & ~size.isinf()

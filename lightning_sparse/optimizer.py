@@ -1,278 +1,172 @@
-"""Step sizes of optimisers: read from the state of torch's own, measured for all others.
-
-An optimiser of torch's keeps what its step is made of under known names. Elsewhere the same names may mean something else: the count
-of steps is in the group, the second moments are those of rotated or of reduced gradients, the step is a sign. There the steps
-themselves are compared with the gradients that they took.
-"""
+"""What an optimiser does to a gradient: its step size, momentum and clipping, read from its state and param groups."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse import _rates, shards
+from lightning_sparse import elementwise
 
-_SAMPLE = 4096  # weights of a parameter whose steps are compared with their gradients
-_WINDOW = 0.98  # weight of the past in the mean step and the mean gradient: longer than the memory of most momenta
-_NEW = 0.1  # weight of the present in their ratio
-_SQUARES = 0.999  # and in the mean square of a gradient, as Adam's
-_ENOUGH = 50  # steps, after which the comparison must have found something
-_FITS = 0.01  # least share of the mean step's variance that the gradients must explain
+# -- step size: how far a unit of the mean gradient moves a weight ---------------------------------------------------------
 
-_ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.SparseAdam)  # RAdam's state lacks a factor of its steps
-_SHRINKING = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adamax)  # whose steps grow small after large gradients
-_READABLE = (torch.optim.SGD, torch.optim.ASGD, torch.optim.RMSprop, *_ADAMS, *_SHRINKING)
+Terms = tuple[tuple[Tensor, ...], tuple[float, ...]]  # tensors and numbers that a step size is computed from
+Kind = Literal["root", "tensor", "number"]
 
 
-class Rate(NamedTuple):
-    """What the step size of a parameter is made of: an optimiser's state of it, and its group's settings."""
+def step_size_terms(state: Mapping[str, Any], group: Mapping[str, Any], metric: str, factor: float = 1.0) -> Terms:
+    """Split ``factor`` times a step size into tensors and numbers, from which :func:`step_size` computes it.
 
-    state: Mapping[str, Any]
-    group: dict[str, Any]
-
-
-_UNKNOWN = Rate({}, {"lr": 0.0})
-
-
-def source(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> tuple[Optimizer, dict[str, Any]]:
-    """The optimiser that steps ``parameter`` and its group there: another one where ``optimizer`` only wraps it (Lookahead)."""
-    if is_readable(type(optimizer)):
-        return optimizer, group
-    for inner in vars(optimizer).values():
-        if isinstance(inner, Optimizer) and inner is not optimizer:
-            for own in inner.param_groups:
-                if any(one is parameter for one in own["params"]):
-                    return source(inner, parameter, own)
-    return optimizer, group
+    ``metric`` is "plain" (the learning rate), "adam" (lr / (sqrt(v_hat_j) + eps)), or "auto": the optimiser's own. ValueError
+    for "adam" without second moments.
+    """
+    if metric == "adam" and "exp_avg_sq" not in state:
+        raise ValueError("metric='adam' needs second moments, which this optimizer does not keep; use metric='plain'")
+    if metric != "plain" and (root := _root_terms(state, group, factor)) is not None:
+        return root
+    own = None if metric == "plain" else _other_step_size(state, group, factor)
+    return ((), (factor * float(group["lr"]),)) if own is None else ((own,), ())
 
 
-def is_readable(kind: Any) -> bool:
-    """The state of such a class of optimisers tells its step size: a class of torch's, or a subclass whose own ``step`` calls another's."""
-    return kind in _READABLE or _steps_as_torch(kind)
+def read_step_size(optimizer: Optimizer, parameter: Tensor, group: Mapping[str, Any], metric: str = "auto") -> Any:
+    """Return the step size of a parameter's last step, a tensor or a number: how far a unit of its gradient moves a weight."""
+    return step_size_of(optimizer.state.get(parameter, {}), group, metric)
 
 
-@lru_cache(maxsize=256)
-def _steps_as_torch(kind: Any) -> bool:
-    if not issubclass(kind, _READABLE):
-        return False
-    step = inspect.unwrap(kind.step)
-    return step.__module__.startswith("torch.") or "step" in getattr(getattr(step, "__code__", None), "co_names", ())
+def step_size_of(state: Mapping[str, Any], group: Mapping[str, Any], metric: str = "auto", factor: float = 1.0) -> Any:
+    """Return ``factor`` times the step size of a parameter's state and group, a tensor or a number."""
+    tensors, scalars = step_size_terms(state, group, metric, factor)
+    return step_size(*tensors, *scalars)
 
 
-def has_second_moments(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> bool:
-    """It is one of torch's kinds of Adam, whose second moments can be read."""
-    inner = source(optimizer, parameter, group)[0]
-    return is_readable(type(inner)) and isinstance(inner, _ADAMS)
+def step_size(*terms: Any) -> Any:
+    """Compute a step size of its terms: a / (sqrt(x) + b) of (x, a, b), else the one tensor or number itself."""
+    if len(terms) == 1:
+        return terms[0]
+    x, a, b = terms
+    return x.sqrt().add_(b).reciprocal_().mul_(a)  # a product, because a small step size is no half float
 
 
-def kind_of(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> _rates.Kind:
-    """Before the first step: what kind of step size there will be."""
-    inner, own = source(optimizer, parameter, group)
-    return _rates.kind_of(inner, own) if is_readable(type(inner)) else "root"
+def _root_terms(state: Mapping[str, Any], group: Mapping[str, Any], factor: float) -> Terms | None:
+    """Return the terms of a / (sqrt(x) + b): Adam's and its kin's, RMSprop's (not centred) and Adagrad's."""
+    parts, lr = _per_weight(state), factor * float(group["lr"])
+    if "exp_avg_sq" in parts:
+        root = math.sqrt(1 - group["betas"][1] ** float(state["step"]))  # of the bias correction, taken out of the tensor's root
+        second = parts.get("max_exp_avg_sq", parts["exp_avg_sq"])  # amsgrad divides by the maximum
+        return (second,), (lr * root, group["eps"] * root)
+    if "square_avg" in parts and not parts.keys() & {"acc_delta", "grad_avg"}:
+        return (parts["square_avg"],), (lr, group["eps"])
+    if "sum" in parts:
+        return (parts["sum"],), (lr / (1 + (float(state["step"]) - 1) * group["lr_decay"]), group["eps"])
+    return None
 
 
-def suits_logarithms(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> bool:
-    """A learned logarithm moves under it by about the learning rate a step, or as under SGD by a share of its gradient."""
-    inner = source(optimizer, parameter, group)[0]
-    return is_readable(type(inner)) and not isinstance(inner, _SHRINKING)
+def _other_step_size(state: Mapping[str, Any], group: Mapping[str, Any], factor: float) -> Tensor | None:
+    """Return the step size of Adadelta, centred RMSprop and Adamax; None where one number serves all weights."""
+    parts, lr = _per_weight(state), factor * float(group["lr"])
+    if "acc_delta" in parts:
+        found: Tensor = lr * ((parts["acc_delta"] + group["eps"]) / (parts["square_avg"] + group["eps"])).sqrt()
+        return found
+    if "square_avg" in parts:
+        return lr / ((parts["square_avg"] - parts["grad_avg"] ** 2).clamp(min=0).sqrt() + group["eps"])
+    return lr / parts["exp_inf"] if "exp_inf" in parts else None
 
 
-def uniform_rate(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
-    """How far a unit of gradient moves a parameter in the long run where that is one number, as under SGD; else 0."""
-    if not isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD)):
-        return 0.0
-    return _number(group.get("lr"), 0.0) * _rates.gain(group)
+def _per_weight(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: elementwise.local_part(value) for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
 
 
-class StepSizes:
-    """The step sizes of the parameters that a callback works on.
+def step_size_kind(optimizer: Optimizer, group: Mapping[str, Any]) -> Kind:
+    """Tell before the first step what :func:`step_size_terms` will return: (x, a, b), a tensor, or a number."""
+    if isinstance(optimizer, torch.optim.Adamax) or group.get("centered") or "rho" in group:
+        return "tensor"
+    return "root" if "betas" in group or "centered" in group or "initial_accumulator_value" in group else "number"
 
-    Those of torch's optimisers are read. Others are measured, for one float a weight of memory and two passes over each gradient:
-    a step is ``c / (sqrt(v) + eps)`` times the gradient, v being its mean square, or one number times it, whichever explains the
-    steps better. c is found on up to 4096 weights of a parameter, by regression of their mean step on their mean gradient, so that
-    momentum, trust ratios, signs and rates that are set elsewhere are all in it.
+
+class StepSizeGroup(NamedTuple):
+    """Weights whose step size has the same scalars: one column of weights, then those of the step size's tensors."""
+
+    columns: list[list[Tensor]]
+    scalars: tuple[float, ...]
+
+
+def by_step_size(rows: Iterable[tuple[Mapping[str, Any], Mapping[str, Any], float, Tensor]], metric: str) -> list[StepSizeGroup]:
+    """Group weights by the scalars of their step size; a row is an optimiser's state and group, a factor, and the weights."""
+    groups: dict[tuple[Any, ...], StepSizeGroup] = {}
+    for state, group, factor, w in rows:
+        tensors, scalars = step_size_terms(state, group, metric, factor)
+        found = groups.setdefault((len(tensors), scalars), StepSizeGroup([[] for _ in range(1 + len(tensors))], scalars))
+        for column, tensor in zip(found.columns, (w, *tensors), strict=True):
+            column.append(tensor)
+    return list(groups.values())
+
+
+# -- momentum --------------------------------------------------------------------------------------------------------------
+
+
+def momentum_gain(group: Mapping[str, Any]) -> float:
+    """Return how much longer momentum makes steps in the long run: (1 - dampening) / (1 - momentum) for SGD and RMSprop.
+
+    1 for Adam, whose first moment is a mean.
+    """
+    if "dampening" not in group and "centered" not in group:
+        return 1.0
+    return (1 - float(group.get("dampening", 0.0))) / (1 - float(group["momentum"]))
+
+
+def momentum_memory(group: Mapping[str, Any]) -> float:
+    """Return the optimiser steps that momentum remembers, 1 / (1 - momentum) or 1 / (1 - beta_1); 1 without momentum."""
+    return 1 / (1 - float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0)))
+
+
+# -- clipping and AMP ------------------------------------------------------------------------------------------------------
+
+
+class ClipFactor:
+    """Measures by which factor clipping changed the norm of some gradients: ``last`` at the last step, and in the ``mean``; else 1.
+
+    Clipping by norm multiplies the whole gradient by a factor, penalty included. Adam divides by second moments of what was
+    clipped: a penalty lam / sqrt(v) that is not multiplied by that factor as well would grow against the loss by its inverse.
     """
 
+    DECAY = 0.9  # weight of the past in the mean
+
     def __init__(self) -> None:
-        self._measured: dict[int, Measured] = {}  # by the parameter's id
-        self._said: set[type[Optimizer]] = set()
+        self.last, self.mean = 1.0, 1.0
+        self._norm: Tensor | None = None
+        self._measured = False
 
-    def of(self, optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> Rate:
-        """What :func:`lightning_sparse.proximal.rate` takes, of a parameter's last step: 0 while it is not known."""
-        if type(optimizer) in _READABLE:
-            return Rate(optimizer.state.get(parameter, {}), group)
-        inner, own = source(optimizer, parameter, group)
-        if self._is_read(inner, parameter, own):
-            return Rate(inner.state.get(parameter, {}), own)
-        return self._measured[id(parameter)].rate(own) if id(parameter) in self._measured else _UNKNOWN
+    def before_clipping(self, gradients: Iterable[Any]) -> None:
+        """Measure the gradients right before they are clipped; not called where none are."""
+        self._norm = _norm(gradients)
 
-    def before(self, optimizer: Optimizer, live: Iterable[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
-        """Right before a step of these parameters: each with its group and what its weights are."""
-        if type(optimizer) in _READABLE:
+    def after_step(self, gradients: Iterable[Any]) -> None:
+        """Measure them again, after the step that took them."""
+        if self._norm is None:
             return
-        for parameter, group, w in live:
-            inner, own = source(optimizer, parameter, group)
-            if not self._is_read(inner, parameter, own):
-                self._measured.setdefault(id(parameter), Measured()).before(shards.local(w.detach()))
+        factor, self._norm = float(_norm(gradients) / self._norm), None
+        if math.isfinite(factor) and factor > 0:
+            self.last, self.mean = factor, self.DECAY * self.mean + (1 - self.DECAY) * factor if self._measured else factor
+            self._measured = True
 
-    def after(self, optimizer: Optimizer, stepped: Iterable[tuple[Tensor, dict[str, Any]]]) -> str:
-        """Right after it; returns, once, why a step size is not known."""
-        if type(optimizer) in _READABLE:
-            return ""
-        lost = False
-        for parameter, group in stepped:
-            if id(parameter) in self._measured and parameter.grad is not None:
-                one, own = self._measured[id(parameter)], source(optimizer, parameter, group)[1]
-                one.after(shards.local(parameter.detach()), shards.local(parameter.grad.detach()), own)
-                lost |= not one.found
-        why = "its steps do not follow the gradients that it is given" if lost else ""
-        if all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):  # schedule-free
-            why = "it trains other weights than it evaluates"
-        if not why or type(optimizer) in self._said:
-            return ""
-        self._said.add(type(optimizer))
-        return f"the step size of {type(optimizer).__name__} is not known: {why}"
-
-    def state_dict(self, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """What a resumed run needs, by the parameter's name; empty where step sizes are read."""
-        known = {name: self._measured[id(one)] for name, one in parameters.items() if id(one) in self._measured}
-        return {name: one.state_dict() for name, one in known.items() if one.steps}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> None:
-        """Go on from it."""
-        found = {name: one for name, one in parameters.items() if name in state}
-        self._measured = {id(one): Measured(state[name], shards.local(one.detach())) for name, one in found.items()}
-
-    def _is_read(self, optimizer: Optimizer, parameter: Tensor, group: Mapping[str, Any]) -> bool:
-        if not is_readable(type(optimizer)) or id(parameter) in self._measured:
-            return type(optimizer) in _READABLE
-        return type(optimizer) in _READABLE or _is_complete(optimizer, optimizer.state.get(parameter, {}), group)
+    def resume(self, mean: float) -> None:
+        """Continue from the mean factor of an interrupted run; 1 may be one that measured nothing."""
+        self.mean, self._measured = mean, mean != 1
 
 
-class Measured:
-    """The step size of one parameter, found from its steps and its gradients."""
-
-    def __init__(self, kept: Mapping[str, Tensor] | None = None, like: Tensor | None = None) -> None:
-        self.steps = 0
-        self.square = torch.empty(0)  # the mean of g^2
-        self._means = torch.empty(0)  # of a sample of the weights: steps, gradients, and those over sqrt(v)
-        self._fit = torch.zeros(4, dtype=torch.float64)  # means of c and of its share of the steps' variance, of both kinds
-        self._index: Tensor | None = None
-        self._old: Tensor | None = None
-        if kept is not None and like is not None:
-            self.steps, self._fit = int(kept["steps"]), kept["fit"].clone()
-            self.square, self._means = kept["square"].clone().to(like.device), kept["means"].clone().to(like.device)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Tensors alone."""
-        kept = {"square": self.square, "means": self._means, "fit": self._fit, "steps": torch.tensor(self.steps)}
-        return {key: value.clone() for key, value in kept.items()}
-
-    def before(self, w: Tensor) -> None:
-        """Remember where the weights are."""
-        if self._index is None and w.numel() > _SAMPLE:  # multiples of the golden ratio lie everywhere, and no column is preferred
-            spread = torch.arange(_SAMPLE, dtype=torch.float64).mul_((math.sqrt(5) - 1) / 2).frac_()
-            self._index = spread.mul_(w.numel()).long().clamp_(max=w.numel() - 1).to(w.device)
-        self._old = self._sample(w).clone()
-
-    def after(self, w: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
-        """Compare how far they went with the gradient that took them there."""
-        old, self._old = self._old, None
-        lr = _number(group.get("lr"), 1.0)
-        if old is None or lr == 0 or grad.layout != torch.strided:
-            return
-        if self.steps == 0:
-            self.square = torch.zeros_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-            self._means = torch.zeros(3, len(old), dtype=old.dtype, device=old.device)
-        self.steps += 1
-        exact = grad.to(self.square.dtype)
-        self.square.mul_(_SQUARES).addcmul_(exact, exact, value=1 - _SQUARES)
-        downhill = self._sample(grad) * (1.0 if group.get("maximize") else -1.0)
-        scaled = downhill / (self._sample(self.square).div(self._share).sqrt() + _eps(group))
-        self._means.lerp_(torch.stack([self._sample(w).sub(old).div_(lr), downhill, scaled]), 1 - _WINDOW)
-        self._compare()
-
-    @property
-    def _share(self) -> float:
-        """Of all the weights that the mean square gives to gradients, what the steps so far have."""
-        return 1 - _SQUARES**self.steps
-
-    def _compare(self) -> None:
-        products = (self._means @ self._means.T).double().cpu()
-        moved, along, own = products[0, 0], products[0, 1:], products.diagonal()[1:]
-        fit = torch.cat([along / own, along.clamp(min=0) ** 2 / (own * moved)])
-        if bool(fit.isfinite().all()):  # else nothing moved
-            self._fit.lerp_(fit, max(_NEW, 1 / self.steps))
-
-    def _sample(self, tensor: Tensor) -> Tensor:
-        taken = tensor.reshape(-1) if self._index is None else torch.take(tensor, self._index)
-        return taken.to(torch.promote_types(taken.dtype, torch.float32))
-
-    def rate(self, group: Mapping[str, Any]) -> Rate:
-        """State and settings as of an RMSprop or an SGD whose rate is the one that was found."""
-        plain, scaled, fits, fits_scaled = self._fit.tolist()
-        lr, settings = _number(group.get("lr"), 1.0), {"betas": (_memory(group), 0.0)}
-        if fits > fits_scaled:
-            return Rate({}, ({} if "momentum" in group else settings) | {"lr": lr * max(plain, 0.0)})
-        if scaled <= 0:
-            return _UNKNOWN
-        root = math.sqrt(self._share)
-        return Rate({"square_avg": self.square}, settings | {"lr": lr * scaled * root, "eps": _eps(group) * root})
-
-    @property
-    def found(self) -> bool:
-        """The gradients explain the steps, or there were not enough of them yet."""
-        return self.steps < _ENOUGH or float(self._fit[2:].max()) > _FITS
+@torch.no_grad()
+def _norm(gradients: Iterable[Any]) -> Tensor:
+    given = [grad.detach() for grad in gradients if grad is not None]
+    squares = [elementwise.sum_shards(elementwise.local_part(grad).float().square().sum(), grad) for grad in given]
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt() if squares else torch.ones(())
 
 
-def _is_complete(optimizer: Optimizer, state: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-    """All that the step size of a subclass is made of is where its base has it; before the first step nothing is."""
-    if not state or isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD)):
-        return True
-    needs = next((needs for moment, needs in _NEEDS.items() if moment in state), ("",))
-    return all(name in (state if name == "step" else group) for name in needs)
-
-
-_NEEDS = {"exp_avg_sq": ("step", "betas", "eps"), "square_avg": ("eps",), "sum": ("step", "lr_decay", "eps"), "exp_inf": ()}
-
-
-def are_step_sizes(value: Any) -> bool:
-    """What :meth:`StepSizes.state_dict` gives."""
-    return isinstance(value, dict) and all(isinstance(name, str) and _is_kept(kept) for name, kept in value.items())
-
-
-def _is_kept(kept: Any) -> bool:
-    names = {"square", "means", "fit", "steps"}
-    whole = isinstance(kept, dict) and kept.keys() == names and all(isinstance(one, Tensor) for one in kept.values())
-    return whole and all(bool(torch.isfinite(one).all()) for one in kept.values()) and kept["fit"].shape == (4,)
-
-
-def _number(value: Any, default: float) -> float:
-    """A finite number, also one in a tensor; else ``default``."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return default
-    return number if math.isfinite(number) else default
-
-
-def _eps(group: Mapping[str, Any]) -> float:
-    eps = _number(group.get("eps"), 1e-8)
-    return eps if 0 < eps < 1e-3 else 1e-8
-
-
-def _memory(group: Mapping[str, Any]) -> float:
-    """The first beta, or the momentum of an optimiser without betas; where the group has neither, Adam's."""
-    if "betas" not in group and "momentum" not in group:
-        return 0.9
-    betas = group.get("betas")
-    first = betas[0] if isinstance(betas, (tuple, list)) and betas else group.get("momentum")
-    beta = _number(first, 0.0)
-    return beta if 0 <= beta < 1 else 0.0
+def grad_scale(scaler: Any, optimizer: Optimizer) -> float:
+    """Return what an added gradient must be multiplied by: a fused optimiser unscales fp16 gradients itself; 1 for any other."""
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())

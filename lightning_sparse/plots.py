@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -77,15 +77,16 @@ def _label(axis: Axes, title: str, x: str, y: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def sparsity_curve(history: Sequence[Mapping[str, float]]) -> Figure:
+def sparsity_curve(history: Sequence[Mapping[str, float]], names: Collection[str] | None = None) -> Figure:
     """Share of zeros by epoch, in total and for each parameter, with the validation accuracy where it was logged.
 
-    ``history`` holds one mapping an epoch, with ``epoch`` and the logged ``sparsity/...`` values.
+    ``history`` holds one mapping an epoch, with ``epoch`` and the logged ``sparsity/...`` values. ``names`` are the parameters'
+    names; without them, those of the figures whose name has a dot, as parameters of layers have.
     """
     figure = Picture(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
-    names = [name for name in (history[-1] if history else {}) if _is_share(name)]
-    for name in sorted(names, key=lambda name: name != "sparsity/total"):
+    shares = [name for name in (history[-1] if history else {}) if _is_share(name, names)]
+    for name in sorted(shares, key=lambda name: name != "sparsity/total"):
         style = {"color": "black", "linewidth": 2.2} if name == "sparsity/total" else {"linewidth": 1.2}
         _draw(axis, history, name, name.removeprefix("sparsity/"), **style)
     for name in (name for name in (history[-1] if history else {}) if name.startswith("val") and "acc" in name):
@@ -97,9 +98,10 @@ def sparsity_curve(history: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
-def _is_share(name: str) -> bool:
-    state = ("keep_probability", "lam", "penalty", "duality_gap")
-    return name.startswith("sparsity/") and name.removeprefix("sparsity/") not in state
+def _is_share(name: str, parameters: Collection[str] | None) -> bool:
+    """True for the total and for a parameter's share of zeros, and for no other figure that is logged as ``sparsity/...``."""
+    own = name.removeprefix("sparsity/")
+    return own != name and (own == "total" or (own in parameters if parameters is not None else "." in own))
 
 
 def _draw(axis: Axes, history: Sequence[Mapping[str, float]], name: str, label: str, **style: object) -> None:

@@ -1,36 +1,17 @@
-"""Proximal steps: the reweighted (majorise-minimise) one and the exact one, in the optimiser's own metric."""
+"""The reweighted (majorise-minimise) proximal step, and the zero region of a penalty's prox."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_sparse import _rates, numeric
-from lightning_sparse._pieces import mapped
-from lightning_sparse._values import is_value
+from lightning_sparse import numeric
 from lightning_sparse.duality import Penalty
+from lightning_sparse.elementwise import is_frozen_config, map_chunks
 
 _FIRST = -400  # in quarter octaves: steps from 2^-100 to 2^100
-
-
-def step_size(optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, Any], metric: str) -> Tensor | float:
-    """rho_j of a parameter's last step: how far a unit of its gradient moves a weight, of the part that this process holds.
-
-    ``metric`` is "plain" (the learning rate), "adam" (lr / (sqrt(v_hat_j) + eps)), or "auto": the optimiser's own.
-    """
-    return rate(optimizer.state.get(parameter, {}), group, metric)
-
-
-def rate(state: Mapping[str, Any], group: dict[str, Any], metric: str, factor: float = 1.0) -> Tensor | float:
-    """``factor`` times the same from the optimiser's ``state`` of a parameter, or of some of its weights; a tensor of its own."""
-    if metric == "adam" and "exp_avg_sq" not in state:
-        raise ValueError("metric='adam' needs second moments, which this optimizer does not keep; use metric='plain'")
-    own = None if metric == "plain" else _rates.adaptive(state, group, factor)
-    return factor * float(group["lr"]) if own is None else own
 
 
 def reweighted_step(penalty: Penalty, w: Tensor, step: Tensor | float, out: Tensor | None = None) -> Tensor:
@@ -43,13 +24,8 @@ def reweighted_step(penalty: Penalty, w: Tensor, step: Tensor | float, out: Tens
     return torch.div(w, pull.add_(1), out=out)
 
 
-def memory(group: dict[str, Any]) -> float:
-    """Optimiser steps that momentum remembers, 1 / (1 - momentum) or 1 / (1 - beta_1); 1 without momentum."""
-    return 1 / (1 - float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0)))
-
-
-def rests(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float, steps: float) -> Tensor:
-    """Which weights the penalty alone would bring to rest at zero within ``steps`` optimiser steps of size ``rho``.
+def in_zero_region(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float, steps: float) -> Tensor:
+    """Return which weights the penalty alone would bring to rest at zero within ``steps`` optimiser steps of size ``rho``.
 
     That is where the prox of step * omega, step = steps * rho * lam, is zero: |w| <= min_x x/2 + step * omega(x) / x.
     A gradient step cannot land there: it carries the weight back and forth over the zero, as far as momentum remembers.
@@ -57,8 +33,8 @@ def rests(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float, steps: f
     step, size = torch.as_tensor(steps * rho * lam, device=w.device), w.abs()
     if not step.dim():
         return size <= torch.where(step > 0, _edges(penalty, step.double()[None])[0], 0.0).to(w.dtype)
-    lines = [column.to(step.device) for column in (_known_lines(penalty) if is_value(penalty) else _lines(penalty, step.device))]
-    return mapped(lambda size, step: size <= _between(step, *lines).to(w.dtype), size, step.expand_as(w))
+    lines = [column.to(step.device) for column in (_known_lines(penalty) if is_frozen_config(penalty) else _lines(penalty, step.device))]
+    return map_chunks(lambda size, step: size <= _between(step, *lines).to(w.dtype), size, step.expand_as(w))
 
 
 def _edges(penalty: Penalty, steps: Tensor) -> Tensor:

@@ -1,81 +1,16 @@
-"""Who may import whom: the package stays light, and the rooms point one way."""
+"""Importing the package is light, and the contracts on imports notice what they forbid."""
 
 from __future__ import annotations
 
-import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import lightning_sparse
-import lightning_sparse.callbacks as callbacks
+import pytest
 
+ROOT = Path(__file__).parents[1]
 HEAVY = ("lightning", "pytorch_lightning", "torchvision", "torchmetrics", "wandb", "sklearn", "scipy", "matplotlib", "jsonargparse", "rich")
-# from the ground up; a module may import its own floor and those before it. A package stands for all its modules; one that
-# is not listed stands beside testing
-FLOORS = [
-    ["_checks", "_version"],
-    [
-        "duality",
-        "numeric",
-        "admissibility",
-        "archive",
-        "noise",
-        "attach",
-        "select",
-        "schedules",
-        "sample_gradients",
-        "shards",
-        "_curvature",
-        "_labels",
-        "curvature",
-        "counts",
-        "gates",
-        "learned_noise",
-        "structure",
-        "tables",
-    ],
-    ["penalties", "mask_rules", "proximal"],
-    ["metrics", "_penalty_contract", "testing", "plots"],
-    ["callbacks"],
-    ["conformance"],
-    ["cli"],
-    ["reproduction"],
-    ["examples"],
-]
-HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
-
-
-def files() -> dict[str, Path]:
-    """Dotted name of each module, below ``lightning_sparse``, and its file."""
-    found = {}
-    for prefix, folder in (("", Path(lightning_sparse.__file__).parent), ("callbacks.", Path(callbacks.__file__).parent)):
-        for path in folder.rglob("*.py"):
-            name = prefix + path.relative_to(folder).with_suffix("").as_posix().replace("/", ".")
-            if name != "__init__" and not name.startswith("recipes."):
-                found[name] = path
-    return found
-
-
-def imported(path: Path) -> set[str]:
-    """First name below ``lightning_sparse`` of everything a file imports at run time, functions' insides aside."""
-    names: set[str] = set()
-    for node in _run_at_import(ast.parse(path.read_text()).body):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("lightning_sparse.")}
-
-
-def _run_at_import(body: list[ast.stmt]) -> list[ast.stmt]:
-    """Statements of a module and of its classes and conditions, not of its functions nor of ``if TYPE_CHECKING``."""
-    found: list[ast.stmt] = []
-    for node in body:
-        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not typing_only:
-            found += [node, *_run_at_import(getattr(node, "body", []))]
-    return found
 
 
 def test_importing_the_package_and_its_quick_verbs_loads_nothing_heavy(tmp_path: Path) -> None:
@@ -86,30 +21,31 @@ def test_importing_the_package_and_its_quick_verbs_loads_nothing_heavy(tmp_path:
     assert "digits" in done.stdout
 
 
-def test_no_import_points_upward() -> None:
-    upward = []
-    for name, path in files().items():
-        own = name.split(".")[0]
-        height = HEIGHT.get(own, HEIGHT["testing"])
-        upward += [f"{name} imports {other}" for other in imported(path) if HEIGHT.get(other, -1) > height]
-    assert upward == []
+def contracts(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the import contracts of pyproject.toml on the package that lies in ``folder``, as it is installed."""
+    call = "sys.exit(lint_imports(sys.argv[1], no_cache=True))"
+    code = f"import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports; {call}"
+    command = [sys.executable, "-c", code, str(ROOT / "pyproject.toml")]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_an_upward_import_would_be_seen(tmp_path: Path) -> None:
-    source = (
-        "from lightning_sparse import callbacks\nimport lightning_sparse.cli.table\nclass A:\n    from lightning_sparse.plots import save\n"
-    )
-    (tmp_path / "probe.py").write_text(source + "def late():\n    import lightning_sparse.examples\n")
-    assert imported(tmp_path / "probe.py") == {"callbacks", "cli", "plots"}
-
-
-def test_lightning_stays_in_the_layers_that_may_know_it() -> None:
-    knowing = {name.split(".")[0] for name, path in files().items() if _imports_lightning(path)}
-    assert knowing <= {"callbacks", "cli", "conformance", "examples", "reproduction"}
-
-
-def _imports_lightning(path: Path) -> bool:
-    statements = _run_at_import(ast.parse(path.read_text()).body)
-    modules = [alias.name for node in statements if isinstance(node, ast.Import) for alias in node.names]
-    modules += [node.module or "" for node in statements if isinstance(node, ast.ImportFrom)]
-    return any(module.split(".")[0] in ("lightning", "pytorch_lightning") for module in modules)
+@pytest.mark.slow
+def test_the_contracts_hold_and_notice_what_they_forbid(tmp_path: Path) -> None:
+    pytest.importorskip("importlinter")
+    package = tmp_path / "lightning_sparse"
+    shutil.copytree(ROOT / "lightning_sparse", package)
+    shutil.copytree(ROOT / "callbacks", package / "callbacks")
+    done = contracts(tmp_path)
+    assert done.returncode == 0, done.stdout
+    forbidden = {
+        "duality.py": "\n\ndef late() -> None:\n    from lightning_sparse import counts\n",  # in a function
+        "numeric.py": "\nif TYPE_CHECKING:\n    from lightning.pytorch import Trainer\n",  # for a type checker
+        "select.py": "\nfrom lightning_sparse.elementwise import buckets\n",  # past the door
+    }
+    for name, line in forbidden.items():
+        text = (package / name).read_text(encoding="utf-8")
+        (package / name).write_text(text + line, encoding="utf-8")
+        done = contracts(tmp_path)
+        (package / name).write_text(text, encoding="utf-8")
+        assert done.returncode == 1, name
+        assert f"lightning_sparse.{name.removesuffix('.py')}" in done.stdout.split("Broken contracts")[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_both_trees_are_marked_as_typed() -> None:
 
     for package in (lightning_sparse, callbacks):
         assert (Path(package.__file__ or "").parent / "py.typed").exists()
+
+
+def test_a_source_tree_finds_its_own_callbacks_and_recipes(tmp_path: Path) -> None:
+    """At a clone's root, where the folder of the same name hides an installed package, editable or not."""
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    script = "from lightning_sparse import callbacks as c, recipes as r; print(c.__file__, *r.__path__, c.AdaptiveMask.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "callbacks" / "__init__.py"), str(tmp_path / "recipes"), "AdaptiveMask"]
 
 
 def test_the_layer_refuses_to_be_imported_under_its_folder_name() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_sparse import _draws
+from lightning_sparse import elementwise
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
@@ -130,7 +130,7 @@ def test_storages_are_counted_until_they_are_freed() -> None:
         assert meter.take() == (8000, 8000)
         del second
         assert meter.take() == (4000, 8000)
-        drawn = _draws.words(1000, torch.device("cpu"))  # numpy's memory
+        drawn = elementwise.random_words(1000, torch.device("cpu"))  # numpy's memory
         assert meter.take()[0] >= 4000
         assert (drawn.view(torch.int16) >= 0).shape == first.shape
         assert meter.take() == (6000, 7000)

@@ -13,9 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_sparse import _finite, attach, counts, curvature, duality, mask_rules, noise, penalties, proximal, shards
-from lightning_sparse._pieces import over
+from lightning_sparse import attach, counts, curvature, duality, elementwise, mask_rules, noise, penalties, proximal
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
+from lightning_sparse.elementwise import finite
+from lightning_sparse.numeric import scalar_div
 
 pytestmark = pytest.mark.slow
 BITS = st.integers(-(2**31), 2**31 - 1)
@@ -108,7 +109,7 @@ def test_proximal_steps_shrink_and_keep_nan_inf_and_zero(penalty: penalties.L1, 
         assert (moved[w.isfinite()].abs() <= w[w.isfinite()].abs()).all()
         assert (moved * w.sign())[~w.isnan()].ge(0).all()
     if w.numel():  # a group without weights has no step size to bound
-        rests = proximal.rests(penalty, w, rate, lam, 10.0)
+        rests = proximal.in_zero_region(penalty, w, rate, lam, 10.0)
         assert not (rests & (w.isnan() | w.isinf())).any()
         assert rests[w == 0].all()
 
@@ -171,15 +172,15 @@ def test_values_that_are_not_finite_are_found_wherever_they_are_and_only_there(w
         found = sum(map(math.isnan, values)), sum(map(math.isinf, values))
         if found[0] or (found[1] and not nan_only):
             expected[name] = found
-    assert _finite.unfit({"w": w, "other": other}, nan_only) == expected
+    assert elementwise.count_nonfinite({"w": w, "other": other}, nan_only) == expected
 
 
 @quick
 @given(w=weights(), other=weights(), nan_only=st.booleans())
 def test_gradients_are_in_doubt_unless_they_are_finite_and_keep_their_bits(w: Tensor, other: Tensor, nan_only: bool) -> None:
     gradients, before = {"w": w, "other": other}, {"w": w.clone(), "other": other.clone()}
-    doubtful = _finite.doubtful(gradients)
-    assert _finite.unfit(doubtful, nan_only) == _finite.unfit(before, nan_only)
+    doubtful = elementwise.maybe_nonfinite(gradients)
+    assert elementwise.count_nonfinite(doubtful, nan_only) == elementwise.count_nonfinite(before, nan_only)
     assert bool(doubtful) is not all(bool(tensor.isfinite().all()) for tensor in before.values())
     assert all(torch.equal(bits(gradients[name]), bits(tensor)) for name, tensor in before.items())
 
@@ -188,10 +189,10 @@ def test_gradients_are_in_doubt_unless_they_are_finite_and_keep_their_bits(w: Te
 def test_zeros_are_held_in_weights_of_any_size_and_layout(turned: bool) -> None:
     w, kept = torch.arange(1.0, 1026 * 1025 + 1).reshape(1026, 1025), torch.arange(1026 * 1025).reshape(1026, 1025) % 3 == 0
     held, mask = w.clone(), kept.t().contiguous().t() if turned else kept
-    shards.hold(held, mask)
+    elementwise.apply_mask_(held, mask)
     assert torch.equal(held, torch.where(kept, w, 0.0))
     many, marks = [w.clone(), w[:7, :5].clone(), nn.Parameter(w[:2].double())], [mask, kept[:7, :5], kept[:2]]
-    shards.hold_all(zip(many, marks, strict=True))
+    elementwise.apply_masks_(zip(many, marks, strict=True))
     assert all(
         torch.equal(one, torch.where(mark, w[: len(one), : one.shape[1]].to(one), 0.0)) for one, mark in zip(many, marks, strict=True)
     )
@@ -199,7 +200,7 @@ def test_zeros_are_held_in_weights_of_any_size_and_layout(turned: bool) -> None:
 
 HARD = {
     "sparse": lambda: torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (3, 2), check_invariants=True),
-    "large": lambda: torch.ones(_finite._LARGE + 1),
+    "large": lambda: torch.ones(finite._LARGE + 1),
     "expanded": lambda: torch.ones(1).expand(5),
     "complex": lambda: torch.ones(3, dtype=torch.complex64),
 }
@@ -207,29 +208,29 @@ HARD = {
 
 @pytest.mark.parametrize("kind", HARD)
 def test_gradients_that_one_call_cannot_look_at_stay_in_doubt(kind: str) -> None:
-    found = _finite.doubtful({"easy": torch.ones(3), "hard": HARD[kind]()})
+    found = elementwise.maybe_nonfinite({"easy": torch.ones(3), "hard": HARD[kind]()})
     assert found.keys() - {"easy"} == {"hard"}
-    assert _finite.doubtful({"one": torch.ones(3), "other": torch.ones(2, 2).double()}) == {}
+    assert elementwise.maybe_nonfinite({"one": torch.ones(3), "other": torch.ones(2, 2).double()}) == {}
 
 
 def test_a_sum_that_overflows_is_no_fault_and_sparse_gradients_are_looked_through() -> None:
     large = torch.full((4,), 3e38)
-    assert _finite.unfit({"large": large, "half": torch.full((9,), 6e4, dtype=torch.float16)}) == {}
+    assert elementwise.count_nonfinite({"large": large, "half": torch.full((9,), 6e4, dtype=torch.float16)}) == {}
     rows = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([[float("nan"), 1.0]]), (3, 2), check_invariants=True)
-    assert _finite.unfit({"rows": rows, "none": torch.zeros(0)}) == {"rows": (1, 0)}
+    assert elementwise.count_nonfinite({"rows": rows, "none": torch.zeros(0)}) == {"rows": (1, 0)}
     wide = torch.full((2,), 8e307, dtype=torch.float64)
-    assert _finite.unfit({"one": wide, "other": wide}) == {}
+    assert elementwise.count_nonfinite({"one": wide, "other": wide}) == {}
     inf = torch.tensor([1.0, float("inf")])
-    assert _finite.unfit({"up": inf, "down": -inf}) == {"up": (0, 1), "down": (0, 1)}  # their sum is no number
+    assert elementwise.count_nonfinite({"up": inf, "down": -inf}) == {"up": (0, 1), "down": (0, 1)}  # their sum is no number
 
 
 @pytest.mark.parametrize("eta", [torch.tensor(1.0), torch.tensor([1.0, 3.0]), torch.tensor([1.0]).bfloat16(), torch.tensor([1.0]).double()])
 def test_a_number_over_a_tensor_keeps_its_type(eta: Tensor) -> None:
-    assert over(0.3, eta).dtype == eta.dtype == duality.keep_probability(eta, 0.3).dtype
-    torch.testing.assert_close(over(0.3, eta), 0.3 / eta)
-    assert over(0.3, torch.tensor([3])).dtype == torch.float32
+    assert scalar_div(0.3, eta).dtype == eta.dtype == duality.keep_probability(eta, 0.3).dtype
+    torch.testing.assert_close(scalar_div(0.3, eta), 0.3 / eta)
+    assert scalar_div(0.3, torch.tensor([3])).dtype == torch.float32
     with torch.device("meta"):
-        torch.testing.assert_close(over(0.3, eta), 0.3 / eta)
+        torch.testing.assert_close(scalar_div(0.3, eta), 0.3 / eta)
 
 
 GARBAGE = st.recursive(

@@ -76,6 +76,12 @@ def test_the_sparsity_curve_shows_shares_alone_by_epoch() -> None:
     assert plots.sparsity_curve([]).axes[0].lines[:] == []
 
 
+def test_a_new_figure_is_not_drawn_as_a_share_of_zeros() -> None:
+    history = [{"epoch": 1, "sparsity/total": 0.1, "sparsity/weight": 0.1, "sparsity/a.weight": 0.3, "sparsity/target": 0.9}]
+    labels = [[line.get_label() for line in plots.sparsity_curve(history, names).axes[0].lines] for names in (None, ["weight", "a.weight"])]
+    assert labels == [["total", "a.weight"], ["total", "weight", "a.weight"]]
+
+
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = plots.masks({"w": torch.eye(3)})
     path = plots.save(figure, tmp_path / "new" / "mask.png")

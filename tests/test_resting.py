@@ -19,10 +19,10 @@ def test_a_weight_rests_alone_as_it_does_among_others(penalty: penalties.L1) -> 
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(40, 30, generator=generator) * torch.logspace(-4, 1, 30)
     rate = torch.rand(40, 30, generator=generator) * torch.logspace(-3, 2, 40)[:, None]
-    whole = proximal.rests(penalty, w, rate, 0.1, 10.0)
+    whole = proximal.in_zero_region(penalty, w, rate, 0.1, 10.0)
     assert 0.1 < whole.double().mean() < 0.9
-    assert torch.equal(proximal.rests(penalty, w.T, rate.T, 0.1, 10.0), whole.T)
-    alone = [proximal.rests(penalty, one, step, 0.1, 10.0) for one, step in zip(w.view(-1, 1), rate.view(-1, 1), strict=True)]
+    assert torch.equal(proximal.in_zero_region(penalty, w.T, rate.T, 0.1, 10.0), whole.T)
+    alone = [proximal.in_zero_region(penalty, one, step, 0.1, 10.0) for one, step in zip(w.view(-1, 1), rate.view(-1, 1), strict=True)]
     assert torch.equal(torch.cat(alone), whole.view(-1))
 
 
@@ -51,7 +51,7 @@ class Louder(penalties.LogSum):
 def test_penalties_that_differ_or_change_rest_apart() -> None:
     """Against the exact prox of each; what is remembered of one penalty is not another's, nor that of its former self."""
     w, rate = torch.linspace(0, 1, 400), torch.full((400,), 0.01)
-    held = lambda penalty: int(proximal.rests(penalty, w, rate, 1.0, 10.0).sum())  # noqa: E731
+    held = lambda penalty: int(proximal.in_zero_region(penalty, w, rate, 1.0, 10.0).sum())  # noqa: E731
     wanted = {eps: int((penalties.LogSum(eps).prox(w, 0.1) == 0).sum()) for eps in (2.0, 0.5, 0.1)}
     assert len(set(wanted.values())) == 3
     for eps, count in wanted.items():
@@ -69,4 +69,4 @@ def test_penalties_that_differ_or_change_rest_apart() -> None:
 
 def test_a_step_that_is_no_number_holds_nothing() -> None:
     steps = torch.tensor([torch.nan, -1.0, 0.0, 1.0])
-    assert proximal.rests(penalties.L1(), torch.full((4,), 1e-3), steps, 1.0, 1.0).tolist() == [False, False, False, True]
+    assert proximal.in_zero_region(penalties.L1(), torch.full((4,), 1e-3), steps, 1.0, 1.0).tolist() == [False, False, False, True]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
-from lightning_sparse import _draws, noise, schedules
+from lightning_sparse import elementwise, noise, schedules
 from lightning_sparse.select import countable, left_out, select
 
 
@@ -196,19 +196,19 @@ def test_noise_has_mean_one_and_the_promised_variance(kind):
 
 @pytest.mark.parametrize("alpha", [1e-6, 1e-3, 0.123456, 0.5, 0.99999, 1.0])
 def test_over_all_draws_a_bernoulli_mask_has_mean_one_exactly(alpha, monkeypatch):
-    monkeypatch.setattr(_draws, "words", lambda count, *_: torch.arange(65536, dtype=torch.int32).to(torch.uint16))
+    monkeypatch.setattr(elementwise, "random_words", lambda count, *_: torch.arange(65536, dtype=torch.int32).to(torch.uint16))
     mask = noise.ScaledBernoulli().sample(torch.full((65536,), alpha, dtype=torch.float64))
     assert mask.mean() == pytest.approx(1, abs=1e-12)
     assert mask.count_nonzero() / 65536 == pytest.approx(alpha, abs=1 / 65536)
 
 
 def test_words_are_uniform_in_every_place_and_follow_their_generator():
-    drawn = _draws.words(400_002, torch.device("cpu"), torch.Generator().manual_seed(3))
+    drawn = elementwise.random_words(400_002, torch.device("cpu"), torch.Generator().manual_seed(3))
     assert drawn.shape == (400_002,)
     for place in range(4):  # the four quarters of a 64-bit draw
         counts = torch.bincount(drawn[place::4].long() // 4096, minlength=16)
         assert (counts - 6250).abs().max() < 6 * 6250**0.5
     generator = torch.Generator().manual_seed(3)
-    first, second = (_draws.words(400_002, torch.device("cpu"), generator) for _ in range(2))
+    first, second = (elementwise.random_words(400_002, torch.device("cpu"), generator) for _ in range(2))
     assert torch.equal(first, drawn)
     assert not torch.equal(first, second)

@@ -188,5 +188,5 @@ def _files(cli: RecipeCLI, folder: Path, sparse: Trained, dense: Trained | None,
         state = torch.load(sparse.file, map_location="cpu", weights_only=True)["state_dict"]
         masks = plots.masks({name: state[name] for name in cli.scribe.names})
         files["masks"] = plots.save(masks, folder / "masks.png")
-        files["sparsity curve"] = plots.save(plots.sparsity_curve(cli.scribe.history), folder / "sparsity.png")
+        files["sparsity curve"] = plots.save(plots.sparsity_curve(cli.scribe.history, cli.scribe.names), folder / "sparsity.png")
     return files

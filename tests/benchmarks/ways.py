@@ -20,7 +20,7 @@ from performance.jobs import be_quiet
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_sparse import _draws, _memory, _pieces, noise, numeric, penalties, shards
+from lightning_sparse import _pieces, elementwise, noise, numeric, penalties, shards
 
 PENALTY, LAM = penalties.LogSum(2.0), 1e-3
 SHAPES = {"LeNet-300-100's first layer": (300, 784), "10 million weights": (3163, 3163)}
@@ -33,7 +33,7 @@ def updates(shape: tuple[int, int]) -> Iterator[tuple[str, str, Ways]]:
     """What is done, the way that is used, and all ways by name."""
     w, g, h = torch.randn(shape) * 0.05, torch.randn(shape), torch.rand(shape)
     yield "penalty's gradient", USED, cut(each, lambda w, g: g.add_(PENALTY.gradient(w), alpha=LAM), w, g)
-    draw = _draws.words(w.numel(), w.device).view(shape)
+    draw = elementwise.random_words(w.numel(), w.device).view(shape)
     compiled = torch.compile(bernoulli, dynamic=True)
     compiled(w, h, draw.float())
     as_floats: Ways = {"torch.compile, of words made floats": lambda: compiled(w, h, draw.float())}
@@ -57,7 +57,7 @@ def holding(w: Tensor, where: Tensor) -> Ways:
     """Ways to put zeros everywhere but ``where``, in place, at each step."""
     floats = where.to(w.dtype)
     return {
-        f"bytes, pieces of {shards._PIECE:,}": lambda: shards.hold(w, where),
+        f"bytes, pieces of {shards._PIECE:,}": lambda: elementwise.apply_mask_(w, where),
         "bytes, whole": lambda: w.mul_(where.view(torch.uint8)),
         "booleans, whole": lambda: w.mul_(where),
         "floats, whole": lambda: w.mul_(floats),
@@ -73,7 +73,7 @@ def numbers(like: Tensor) -> Ways:
     """Ways to fill as many places as ``like`` has."""
     target, generator = torch.empty_like(like), np.random.Generator(np.random.SFC64(0))
     return {
-        "16-bit words of SFC64": lambda: _draws.words(like.numel(), like.device),
+        "16-bit words of SFC64": lambda: elementwise.random_words(like.numel(), like.device),
         "torch.Tensor.uniform_": target.uniform_,
         "torch.Tensor.normal_": target.normal_,
         "numpy's float32 normals": lambda: generator.standard_normal(like.numel(), dtype=np.float32),
@@ -131,7 +131,7 @@ def row(what: str, title: str, count: int, used: str, line: Mapping[str, Any]) -
 def main() -> None:
     given = arguments.parser(__doc__, "ways").parse_args()
     be_quiet(given.threads)
-    _memory.keep_freed()  # as a fit does
+    elementwise.raise_malloc_thresholds()  # as a fit does
     with torch.no_grad():
         found = rows(given.rounds)
     print(tables.aligned(found))

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from toys import Toy, data
 
-from lightning_sparse import _compiled, _finite, penalties, shards
+from lightning_sparse import _compiled, _finite, elementwise, penalties
 from lightning_sparse.callbacks import AdaptiveProx, ReweightedPenalty, SparsityMonitor
 from lightning_sparse.conformance.ranks import DDP, SplitToy, as_ranks, obstacle, split
 from lightning_sparse.conformance.toys import trainer
@@ -45,7 +45,7 @@ def network():
 
 
 def whole(module):
-    return {name: shards.full(value).detach().clone() for name, value in module.state_dict().items()}
+    return {name: elementwise.full_tensor(value).detach().clone() for name, value in module.state_dict().items()}
 
 
 class Looks(Callback):
@@ -56,8 +56,8 @@ class Looks(Callback):
             form = trainer.callbacks[0]
             said = {name: (form.zeros(name), form.thresholded(name), form.keep_probability(name)) for name in form.parameters}
             shapes = {name: [(type(x).__name__, tuple(x.shape)) for x in said[name]] for name in said}
-            held = {name: [tuple(shards.local(x).shape) for x in said[name]] for name in said}
-            zeros = {name: shards.full(said[name][0]) for name in said}
+            held = {name: [tuple(elementwise.local_part(x).shape) for x in said[name]] for name in said}
+            zeros = {name: elementwise.full_tensor(said[name][0]) for name in said}
             self.seen = {"shapes": shapes, "held": held, "zeros": zeros, "figures": form.figures()}
 
 
@@ -96,7 +96,7 @@ def unfit_on_one(rank):
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     w = torch.distributed.tensor.distribute_tensor(torch.zeros(4, 2), mesh, [torch.distributed.tensor.Shard(0)])
     if rank == 1:
-        shards.local(w)[0, 0] = float("nan")
+        elementwise.local_part(w)[0, 0] = float("nan")
     return _finite.unfit({"w": w})
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from toys import Repeated, Spy, Toy, data, trainer, weights
 
 from lightning_sparse import noise, penalties, proximal
+from lightning_sparse import optimizer as steps_of
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
 from lightning_sparse.schedules import LinearWarmup
 
@@ -70,7 +71,7 @@ def test_what_rests_is_what_the_exact_prox_makes_zero(penalty, rho):
     pull = (steps * lam * torch.as_tensor(rho, dtype=w.dtype)).expand_as(w)
     zero = {scale: penalty.prox(scale * w, pull) == 0 for scale in (0.99, 1.0, 1.01)}
     sure = zero[0.99] == zero[1.01]  # not within 1 % of the threshold
-    rests = proximal.rests(penalty, w, rho if isinstance(rho, float) else rho.expand_as(w), lam, steps)
+    rests = proximal.in_zero_region(penalty, w, rho if isinstance(rho, float) else rho.expand_as(w), lam, steps)
     assert torch.equal(rests[sure], zero[1.0][sure])
     assert sure.double().mean() > 0.98
     assert rests.any(1).all()
@@ -97,12 +98,12 @@ def test_what_oscillates_around_zero_at_a_constant_rate_is_zeroed(monkeypatch):
         module = Toy()
         trainer(ReweightedPenalty(LOG_SUM, 0.02), epochs=10).fit(module, data())
         zeros.append(int((module.network[0].weight == 0).sum()))
-        monkeypatch.setattr(proximal, "rests", lambda penalty, w, *rest, **more: w == 0)
+        monkeypatch.setattr(proximal, "in_zero_region", lambda penalty, w, *rest, **more: w == 0)
     assert zeros[0] > 3 * zeros[1]
     assert 20 < zeros[0] < 100
 
 
-@pytest.mark.parametrize(("curvature", "rests"), [({"curvature": None}, False), ({}, True)])
+@pytest.mark.parametrize(("curvature", "in_zero_region"), [({"curvature": None}, False), ({}, True)])
 def test_noise_that_is_not_calibrated_holds_no_weight_at_zero(curvature, rests):
     """At a flat minimum Adam's steps would carry a weight far, and uncalibrated noise, whose pull is lam H w / eta, not at all."""
     module = Toy(optimizer=lambda parameters: torch.optim.Adam(parameters, 1e-3))
@@ -167,7 +168,7 @@ def test_the_metric_is_that_of_adams_own_step(amsgrad, metric):
         w.grad = torch.randn_like(w) * size
         mean, before = 0.5 * mean + 0.5 * w.grad, w.detach().clone()
         optimizer.step()
-        rho = proximal.step_size(optimizer, w, optimizer.param_groups[0], metric)
+        rho = steps_of.read_step_size(optimizer, w, optimizer.param_groups[0], metric)
         torch.testing.assert_close(before - rho * mean / (1 - 0.5**step), w.detach(), rtol=1e-9, atol=1e-12)
 
 

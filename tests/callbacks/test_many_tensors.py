@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,10 +12,11 @@ from torch import nn
 from toys import Spy, Toy, trainer, weights
 from toys import data as batches
 
-from lightning_sparse import _finite, _joined, _joint, _memory, proximal
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, PenaltyLoss, ReweightedPenalty, _steps, _together
+from lightning_sparse import optimizer as steps_of
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, PenaltyLoss, ReweightedPenalty
 from lightning_sparse.conformance.loops import TwoOptimizers
 from lightning_sparse.curvature import EmpiricalFisher
+from lightning_sparse.elementwise import buckets
 from lightning_sparse.noise import Gaussian, ScaledBernoulli
 from lightning_sparse.penalties import LogSum
 from lightning_sparse.schedules import LinearWarmup
@@ -53,28 +53,29 @@ FORMS: dict[str, Callable[[], Any]] = {
 }
 
 
-def trained(form: Any, optimizer: Any, few: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Toy, dict[str, float], set[str]]:
-    """A run in which fewer than ``few`` small tensors stay alone; its logged figures, and by which ways tensors were joined."""
-    ways, flatten, block = set(), _joined.flattened, _joint.Joint._block
+def trained(form: Any, optimizer: Any, few: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Toy, dict[str, float], list[int]]:
+    """Train with buckets of ``few`` small tensors or more; returns the logged figures and the sizes of all buckets, too."""
+    sizes: list[int] = []
+    grouped = buckets.bucket_rows
     with monkeypatch.context() as patch:
-        patch.setattr(_joined, "FEW", few)
-        patch.setattr(_joined, "flattened", lambda tensors: (ways.add("zeros"), flatten(tensors))[1])
-        patch.setattr(_joint.Joint, "_block", lambda *given: (ways.add("steps"), block(*given))[1])
+        patch.setattr(buckets, "FEW", few)
+        patch.setattr(
+            buckets, "bucket_rows", lambda *given, **how: [sizes.append(len(one)) or one for one in grouped(*given, **({"few": few} | how))]
+        )
         module = Toy(deep(), optimizer)
         run = trainer(form, epochs=3)
         run.fit(module, batches())
-    assert form._joint._plans == {}  # no weight is held after the fit
-    return module, {name: float(value) for name, value in run.callback_metrics.items()}, ways
+    return module, {name: float(value) for name, value in run.callback_metrics.items()}, sizes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-def test_joining_changes_no_run(form: Any, optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, said_alone, none = trained(form(), optimizer, ALONE, monkeypatch)
-    joint, said, some = trained(form(), optimizer, 2, monkeypatch)
-    assert (none, some) == (set(), {"zeros"} if isinstance(form(), AdaptiveMask) else {"zeros", "steps"})
-    before, after = weights(alone), weights(joint)
+def test_buckets_change_no_run(form: Any, optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, said_alone, single = trained(form(), optimizer, ALONE, monkeypatch)
+    shared, said, several = trained(form(), optimizer, 2, monkeypatch)
+    assert max(single, default=1) == 1 < max(several)
+    before, after = weights(alone), weights(shared)
     assert any(not torch.equal(after[name], value) for name, value in weights(Toy(deep())).items())
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight, rtol=2e-5, atol=1e-6)
@@ -84,23 +85,18 @@ def test_joining_changes_no_run(form: Any, optimizer: Any, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("form", [pytest.param(form, id=name, marks=[pytest.mark.slow] * (name != "prox")) for name, form in FORMS.items()])
-def test_zeros_of_all_are_the_zeros_of_each(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeros_of_all_are_the_zeros_of_each(form: Any) -> None:
     callback, seen = form(), []
 
     def look(hook: str, module: Toy) -> None:
         if hook == "batch end":
-            values = {name: callback._live(name) for name in callback.parameters}
-            asked: list[str] = []
-            with monkeypatch.context() as patch:
-                patch.setattr(callback, "zeros", lambda name, w, own=callback.zeros: (asked.append(name), own(name, w))[1])
-                found = _together.zeros(callback, values)
-            assert list(found) == list(values)
-            assert all(torch.equal(found[name], callback.zeros(name, w)) for name, w in values.items())
-            seen.append((len(asked), sum(int(marks.sum()) for marks in found.values())))
+            found = callback.all_zeros()
+            assert list(found) == list(callback.parameters)
+            assert all(torch.equal(zeros, callback.zeros(name)) for name, zeros in found.items())
+            seen.append(sum(int(zeros.sum()) for zeros in found.values()))
 
     trainer(callback, Spy(look), epochs=8).fit(Toy(deep(), OPTIMIZERS["Adam"]), batches())
-    assert seen[-1][0] < len(callback.parameters) / 2  # the others were found together
-    assert seen[-1][1] > 0
+    assert seen[-1] > 0
 
 
 @pytest.mark.parametrize("noise", [ScaledBernoulli(), Gaussian()], ids=["Bernoulli", "Gaussian"])
@@ -126,8 +122,8 @@ def test_each_gradient_is_multiplied_by_the_mask_of_its_own_weight(noise: Any) -
 
 @pytest.mark.parametrize("manual", [False, True])
 def test_memory_of_masks_is_used_again_unless_a_graph_may_still_need_it(manual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_memory, "_BLOCK", 1)
-    monkeypatch.setattr(_joined, "DRAWN", 2)
+    monkeypatch.setattr("lightning_sparse.elementwise.buffers.LARGE", 1)
+    monkeypatch.setattr("lightning_sparse.elementwise.engine.DRAWN", 2)
     callback, held = AdaptiveMask(LOG_SUM, 3e-2, noise=ScaledBernoulli(), curvature=None), []
 
     def look(hook: str, module: Toy) -> None:
@@ -140,10 +136,13 @@ def test_memory_of_masks_is_used_again_unless_a_graph_may_still_need_it(manual: 
     trainer(callback, Spy(look), epochs=1).fit(module, batches())
     assert len(held) > 2
     assert all(torch.equal(memory, then) for memory, then in held) is manual
-    assert callback._kept._blocks == {}
 
 
-def test_a_rate_is_shared_by_weights_of_one_group_and_one_count_of_steps() -> None:
+def rows_of(optimizer: torch.optim.Optimizer) -> list[tuple[Any, Any, float, torch.Tensor]]:
+    return [(optimizer.state.get(p, {}), group, 1.0, p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_weights_of_one_group_and_one_count_of_steps_share_a_step_size() -> None:
     """A weight that joined later has other corrections of its means, and each group a rate of its own."""
     own = [nn.Parameter(torch.zeros(2, 2)) for _ in range(6)]
     optimizer = torch.optim.Adam([{"params": own[:4]}, {"params": own[4:], "lr": 0.1}])
@@ -152,16 +151,9 @@ def test_a_rate_is_shared_by_weights_of_one_group_and_one_count_of_steps() -> No
             parameter.grad = torch.ones(2, 2)
         optimizer.step()
     del optimizer.state[own[3]]
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    kinds = _steps.alike(optimizer, [(p, groups[id(p)], (p, p.grad)) for p in own])
-    assert [kind.numbers for kind in kinds] == [[0], [1, 2], [3], [4, 5]]
-    assert [kind.moments for kind in kinds] == [("exp_avg_sq",)] * 2 + [()] + [("exp_avg_sq",)]
-    for kind in kinds:
-        for number, row in zip(kind.numbers, zip(*kind.columns, strict=True), strict=True):
-            assert row[0] is own[number]
-            held = kind.rate_state(row[2:])
-            assert all(held[name] is optimizer.state[own[number]][name] for name in kind.moments)
-            assert proximal.step_size(optimizer, own[number], kind.group, "auto") == pytest.approx(proximal.rate(held, kind.group, "auto"))
+    groups = steps_of.by_step_size(rows_of(optimizer), "auto")
+    assert [[number for w in group.columns[0] for number in range(6) if w is own[number]] for group in groups] == [[0], [1, 2], [3], [4, 5]]
+    assert [len(group.columns) for group in groups] == [2, 2, 1, 2]
 
 
 RATED = {
@@ -177,28 +169,17 @@ RATED = {
 
 
 @pytest.mark.parametrize("make", RATED.values(), ids=RATED.keys())
-def test_columns_hold_all_that_the_rate_of_each_weight_is_made_of(make: Any) -> None:
+def test_columns_and_scalars_make_the_step_size_of_each_weight(make: Any) -> None:
     own = [nn.Parameter(torch.zeros(2, 2)) for _ in range(3)]
     optimizer = make(own)
     for scale in (4.0, 1.0):  # the second step leaves the largest moment behind
         for number, parameter in enumerate(own):
             parameter.grad = torch.full((2, 2), scale**number * (1 + number))
         optimizer.step()
-    (kind,) = _steps.alike(optimizer, [(p, optimizer.param_groups[0], (p,)) for p in own])
-    for parameter, row in zip(own, zip(*kind.columns, strict=True), strict=True):
-        found = proximal.rate(kind.rate_state(row[1:]), kind.group, "auto")
-        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(proximal.step_size(optimizer, parameter, kind.group, "auto")))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_found_among_many(value: float) -> None:
-    tensors = {f"w{i}": torch.ones(3, 3) for i in range(20)}
-    assert _finite.unfit(tensors) == {}
-    tensors["w13"][1, 2] = value
-    assert _finite.unfit(tensors) == {"w13": (int(math.isnan(value)), int(math.isinf(value)))}
-    assert ("w13" in _finite.unfit(tensors, nan_only=True)) is math.isnan(value)
-    tensors["w13"][1, 2], tensors["w4"], tensors["w5"] = 1.0, torch.full((3, 3), 3e38), torch.full((3, 3), 3e38)
-    assert _finite.unfit(tensors) == {}  # a sum that overflows is no fault
+    (group,) = steps_of.by_step_size(rows_of(optimizer), "auto")
+    for w, *tensors in zip(*group.columns, strict=True):
+        wanted = steps_of.read_step_size(optimizer, w, optimizer.param_groups[0], "auto")
+        torch.testing.assert_close(torch.as_tensor(steps_of.step_size(*tensors, *group.scalars)), torch.as_tensor(wanted))
 
 
 def test_a_strength_of_zero_masks_nothing() -> None:

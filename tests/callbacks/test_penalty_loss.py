@@ -59,5 +59,5 @@ def test_the_slope_is_autograds_of_omega_and_not_the_formula():
     w = torch.tensor([-1.5, -0.2, 0.4, 2.0])
     leaf = w.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(Disagreeing(2.0).omega(leaf).sum(), leaf)
-    torch.testing.assert_close(PenaltyLoss(Disagreeing(2.0), LAM).slope(w), wanted)
+    torch.testing.assert_close(PenaltyLoss(Disagreeing(2.0), LAM).method.gradient(w), wanted)
     torch.testing.assert_close(numeric.slope(Disagreeing(2.0).omega, w), wanted)

@@ -6,7 +6,7 @@ import pytest
 
 from lightning_sparse import conformance, penalties
 from lightning_sparse.callbacks import AdaptiveProx
-from lightning_sparse.optimizer import Rate, StepSizes
+from lightning_sparse.step_sizes import Rate, StepSizes
 
 
 class Credulous(StepSizes):

@@ -48,6 +48,7 @@ METHODS: dict[str, Callable[[], Callback]] = {
     "VarDrop, additive": partial(VariationalDropout, 0.02, "empirical_bayes", log_start=-1.0, learned_lr=0.05),
     "hard concrete": partial(HardConcrete, 0.003, tol=0.5, log_start=-0.578, learned_lr=0.3),
     "pruning": partial(MagnitudePruning, 0.8, every=2),
+    "penalty to a target": partial(ReweightedPenalty, LOG_SUM, target_sparsity=0.6),
 }
 
 

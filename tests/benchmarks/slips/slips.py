@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import numeric, proximal
+from lightning_sparse import optimizer as steps_of
 from lightning_sparse.callbacks import AdaptiveProx, EtaTrick
 from lightning_sparse.duality import Penalty
 from lightning_sparse.penalties import LogSum
@@ -58,6 +59,6 @@ class SlippedAdaProx(AdaptiveProx):
         super().on_validation_end(trainer, pl_module)
         optimizer = trainer.optimizers[0]
         for _, parameter, group in self._owned(optimizer):
-            rho = proximal.step_size(optimizer, parameter, group, self.metric)
+            rho = steps_of.read_step_size(optimizer, parameter, group, self.metric)
             for _ in range(self.batches):  # the gradients are gone by now, Adam's moments are not
                 parameter.copy_(proximal.reweighted_step(self.penalty, parameter.detach(), rho * self.lam))

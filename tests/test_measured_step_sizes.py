@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import _rates, proximal
 from lightning_sparse.conformance import optimizers, step_sizes
-from lightning_sparse.optimizer import Measured, StepSizes, is_readable, source, uniform_rate
+from lightning_sparse.optimizer import momentum_gain, momentum_memory, step_size_of
+from lightning_sparse.step_sizes import Measured, StepSizes, is_readable, source, uniform_rate
 
 
 def train(optimizer: Any, weights: list[nn.Parameter], steps: int, sizes: StepSizes | None = None, sign: float = 1.0) -> None:
@@ -34,14 +34,14 @@ def measured(make: Any, steps: int = 300, shape: tuple[int, ...] = (20, 30)) -> 
     optimizer, sizes = make([w]), StepSizes()
     train(optimizer, [w], steps, sizes)
     state, group = sizes.of(optimizer, w, optimizer.param_groups[0])
-    return optimizer, w, torch.as_tensor(proximal.rate(state, group, "auto")).expand(shape)
+    return optimizer, w, torch.as_tensor(step_size_of(state, group)).expand(shape)
 
 
 def adams(steps: int = 300, shape: tuple[int, ...] = (20, 30)) -> Tensor:
     w = nn.Parameter(torch.zeros(shape))
     optimizer = torch.optim.Adam([w], 1e-2)
     train(optimizer, [w], steps)
-    return torch.as_tensor(proximal.rate(optimizer.state[w], optimizer.param_groups[0], "auto"))
+    return torch.as_tensor(step_size_of(optimizer.state[w], optimizer.param_groups[0]))
 
 
 @pytest.mark.parametrize("name", ["the count of steps in its group", "no betas in its group", "moments of other names"])
@@ -80,9 +80,9 @@ def test_a_learning_rate_that_falls_is_followed_at_once() -> None:
     w = nn.Parameter(torch.zeros(20, 30))
     optimizer, sizes = step_sizes.GroupStep([w]), StepSizes()
     train(optimizer, [w], 50, sizes)
-    before = proximal.rate(*sizes.of(optimizer, w, optimizer.param_groups[0]), "auto")
+    before = step_size_of(*sizes.of(optimizer, w, optimizer.param_groups[0]))
     optimizer.param_groups[0]["lr"] = 1e-3
-    after = proximal.rate(*sizes.of(optimizer, w, optimizer.param_groups[0]), "auto")
+    after = step_size_of(*sizes.of(optimizer, w, optimizer.param_groups[0]))
     torch.testing.assert_close(torch.as_tensor(after), torch.as_tensor(before) / 10)
 
 
@@ -132,8 +132,8 @@ def test_before_the_first_step_nothing_is_moved() -> None:
     for make in (step_sizes.NoRate, step_sizes.Signs, step_sizes.GroupStep):
         optimizer = make([w])
         state, group = StepSizes().of(optimizer, w, optimizer.param_groups[0])
-        assert proximal.rate(state, group, "auto") == 0
-        assert _rates.gain(group) == proximal.memory(group) == 1
+        assert step_size_of(state, group) == 0
+        assert momentum_gain(group) == momentum_memory(group) == 1
 
 
 def test_steps_that_ignore_the_gradients_are_named_once() -> None:
@@ -163,7 +163,7 @@ def test_maximizing_turns_the_gradient() -> None:
     w = nn.Parameter(torch.zeros(20, 30))
     optimizer, sizes = Uphill([w], lr=0.01, maximize=True), StepSizes()
     train(optimizer, [w], 20, sizes, sign=-1.0)
-    assert proximal.rate(*sizes.of(optimizer, w, optimizer.param_groups[0]), "auto") == pytest.approx(0.01, rel=1e-3)
+    assert step_size_of(*sizes.of(optimizer, w, optimizer.param_groups[0])) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_state_goes_on_where_it_was() -> None:
@@ -189,7 +189,7 @@ def test_a_gradient_without_steps_is_no_measure() -> None:
     assert one.steps == 0
     one.before(w)
     one.after(w, torch.ones(5), {"lr": 0.1})
-    assert proximal.rate(*one.rate({"lr": 0.1}), "auto") == 0
+    assert step_size_of(*one.rate({"lr": 0.1})) == 0
 
 
 def test_sgd_alone_moves_all_weights_alike() -> None:

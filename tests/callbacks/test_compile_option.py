@@ -17,10 +17,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from toys import Toy, data, trainer, weights
 
-from lightning_sparse import _compiled
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, EtaTrick, PenaltyLoss, ReweightedPenalty
 from lightning_sparse.curvature import EmpiricalFisher
+from lightning_sparse.elementwise import kernels
 from lightning_sparse.mask_rules import TopK
+from lightning_sparse.methods.gradient import ReweightedGradient
 from lightning_sparse.noise import Gaussian, Noise, ScaledBernoulli
 from lightning_sparse.penalties import LogSquare, LogSum
 
@@ -57,8 +58,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Calls:
     def pretend(function: Callable[..., None], *_: Any) -> Callable[[list[Tensor]], None]:
         return lambda given: (calls.append(function), function(*given))[1]
 
-    monkeypatch.setattr(_compiled, "_compile", pretend)
-    monkeypatch.setattr(_compiled, "_SHARED", {})
+    monkeypatch.setattr(kernels, "_compile", pretend)
+    monkeypatch.setattr(kernels, "_COMPILED", {})
     return calls
 
 
@@ -169,18 +170,26 @@ def test_a_searched_prox_is_refused_before_training_starts() -> None:
     assert all(torch.equal(weight, weights(Toy(net()))[name]) for name, weight in weights(module).items())
 
 
-def test_a_form_with_a_formula_of_its_own_has_no_kernel() -> None:
-    class Steeper(ReweightedPenalty):
-        def slope(self, w: Tensor) -> Tensor:
-            return 2 * super().slope(w)
+def test_a_gradient_of_ones_own_is_compiled_as_it_is(called: Calls) -> None:
+    class Steeper(ReweightedGradient):
+        def gradient(self, w: Tensor) -> Tensor:
+            return 2 * super().gradient(w)
 
+    class Steep(ReweightedPenalty):
+        def _make_method(self) -> Steeper:
+            return Steeper(self.penalty)
+
+    alike(trained(Steep(LOG_SUM, 3e-3)), trained(Steep(LOG_SUM, 3e-3, compile=True)))
+    assert called
+
+
+def test_a_mask_with_an_eta_of_its_own_has_no_kernel() -> None:
     class Flatter(AdaptiveMask):
         def eta_of(self, *terms: Tensor) -> Tensor:
             return 2 * super().eta_of(*terms)
 
-    for form in (Steeper, Flatter):
-        with pytest.raises(ValueError, match=f"{form.__name__} has no kernel"):
-            form(LOG_SUM, 1e-3, compile=True)
+    with pytest.raises(ValueError, match="Flatter has no kernel"):
+        Flatter(LOG_SUM, 1e-3, compile=True)
     assert type("Other", (AdaptiveMask,), {}).compiles
 
 

@@ -8,9 +8,9 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from lightning_sparse._memory import keep_freed
+from lightning_sparse import raise_malloc_thresholds
 torch.set_num_threads(1)
-keep_freed()
+raise_malloc_thresholds()
 
 def step():
     kept = [torch.ones(1 << 18) for _ in range(8)]
@@ -30,5 +30,5 @@ print(faults() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is known to return freed memory")
 def test_intermediate_results_cause_no_page_faults() -> None:
-    """8 MB a step are 2,000 pages; without ``keep_freed`` most processes fault some 30,000 times, by how their heap lies."""
+    """8 MB a step are 2,000 pages; without ``raise_malloc_thresholds`` most processes fault some 30,000 times, by how their heap lies."""
     assert int(subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True).stdout) < 100

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sparse import _hashed
+from lightning_sparse.elementwise import rng
 
 WORD = 1 << 32
 
@@ -19,7 +19,7 @@ def mixed(x: int) -> int:
 
 
 def drawn(count: int, first: int, second: int, start: int = 0) -> Tensor:
-    return _hashed.words(torch.empty(count), *map(_hashed.signed, (start, first, second)))
+    return rng.counter_words(torch.empty(count), *map(rng.as_int32, (start, first, second)))
 
 
 @pytest.mark.parametrize("start", [0, 7, 2**31 - 3, WORD - 2])
@@ -32,14 +32,14 @@ def test_words_are_the_hash_of_their_numbers(start: int) -> None:
 def test_a_word_depends_on_its_number_alone() -> None:
     whole = drawn(1000, 5, 6)
     assert torch.equal(drawn(300, 5, 6, start=700), whole[700:])
-    assert torch.equal(_hashed.words(torch.empty(10, 100), 0, 5, 6).flatten(), whole)
-    assert _hashed.words(torch.empty(2, dtype=torch.bfloat16), 0, 5, 6).dtype == torch.float32
-    assert _hashed.words(torch.empty(2, dtype=torch.float64), 0, 5, 6).dtype == torch.float64
+    assert torch.equal(rng.counter_words(torch.empty(10, 100), 0, 5, 6).flatten(), whole)
+    assert rng.counter_words(torch.empty(2, dtype=torch.bfloat16), 0, 5, 6).dtype == torch.float32
+    assert rng.counter_words(torch.empty(2, dtype=torch.float64), 0, 5, 6).dtype == torch.float64
 
 
 def test_words_are_uniform_and_those_of_neighbours_and_batches_are_independent() -> None:
     count = 1 << 18
-    batches = [drawn(count, *_hashed.keys(torch.Generator().manual_seed(seed))).double() for seed in range(4)]
+    batches = [drawn(count, *rng.counter_keys(torch.Generator().manual_seed(seed))).double() for seed in range(4)]
     for words in batches:
         bins = torch.histc(words, 64, 0, 65536)
         assert float(((bins - count / 64) ** 2 / (count / 64)).sum()) < 63 + 5 * (2 * 63) ** 0.5
@@ -52,5 +52,5 @@ def test_words_are_uniform_and_those_of_neighbours_and_batches_are_independent()
 
 
 def test_keys_are_both_halves_of_a_seed() -> None:
-    assert _hashed.keys(torch.Generator().manual_seed(0x0123456789ABCDEF)) == (0x89ABCDEF - WORD, 0x01234567)
-    assert len({_hashed.keys(torch.Generator().manual_seed(seed << 32)) for seed in range(9)}) == 9
+    assert rng.counter_keys(torch.Generator().manual_seed(0x0123456789ABCDEF)) == (0x89ABCDEF - WORD, 0x01234567)
+    assert len({rng.counter_keys(torch.Generator().manual_seed(seed << 32)) for seed in range(9)}) == 9

@@ -1,0 +1,57 @@
+"""The only part of the package that knows chunks, buckets, kernels, random words, buffers and shards.
+
+:class:`Engine` runs a function over many tensors, :func:`map_chunks` over one tensor. The other functions draw random numbers,
+look for values that are not finite, and gather or cut tensors that FSDP2 splits over processes. Import from here, not from the
+modules inside.
+"""
+
+from lightning_sparse.elementwise.buffers import raise_malloc_thresholds
+from lightning_sparse.elementwise.chunks import map_chunks
+from lightning_sparse.elementwise.engine import Drawn, Engine
+from lightning_sparse.elementwise.finite import count_nonfinite, maybe_nonfinite
+from lightning_sparse.elementwise.kernels import is_frozen_config
+from lightning_sparse.elementwise.rng import generator_for, in_order, normal_like, random_words
+from lightning_sparse.elementwise.shards import (
+    apply_mask_,
+    apply_masks_,
+    copy_shards_,
+    cut_like,
+    fsdp_modules,
+    full_tensor,
+    gather_where,
+    is_sharded,
+    local_part,
+    map_shards,
+    max_shards,
+    scatter_to_zeros_,
+    shard_like,
+    sum_shards,
+)
+
+__all__ = [
+    "Drawn",
+    "Engine",
+    "apply_mask_",
+    "apply_masks_",
+    "copy_shards_",
+    "count_nonfinite",
+    "cut_like",
+    "fsdp_modules",
+    "full_tensor",
+    "gather_where",
+    "generator_for",
+    "in_order",
+    "is_frozen_config",
+    "is_sharded",
+    "local_part",
+    "map_chunks",
+    "map_shards",
+    "max_shards",
+    "maybe_nonfinite",
+    "normal_like",
+    "raise_malloc_thresholds",
+    "random_words",
+    "scatter_to_zeros_",
+    "shard_like",
+    "sum_shards",
+]

@@ -1,0 +1,75 @@
+"""Shrink the weights by a proximal step after each optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sparse import optimizer as steps
+from lightning_sparse import proximal, step_sizes
+from lightning_sparse.duality import Penalty
+from lightning_sparse.elementwise import Engine
+from lightning_sparse.methods.base import Member, Method, Step
+
+Metric = Literal["auto", "adam", "plain"]
+
+
+@dataclass(frozen=True)
+class ProximalStep:
+    """w <- w / (1 + rho / eta_hat(w)), or the exact prox of rho omega; ``rho`` is lam times the step size."""
+
+    penalty: Penalty
+    exact: bool
+
+    def __call__(self, w: Tensor, *step_size: Any) -> None:
+        rho = steps.step_size(*step_size)
+        w.copy_(self.penalty.prox(w, rho) if self.exact else proximal.reweighted_step(self.penalty, w, rho))
+
+
+class Proximal(Method):
+    """``w <- w / (1 + rho lam / eta_hat(w))`` after each optimiser step (AdaProx), or the exact prox of rho lam omega.
+
+    ``metric`` says what rho is: the learning rate ("plain"), Adam's lr / (sqrt(v_hat) + eps) ("adam"), or the optimiser's own
+    step size ("auto").
+    """
+
+    compiles = True
+
+    def __init__(self, penalty: Penalty, metric: Metric = "auto", exact: bool = False) -> None:
+        super().__init__(penalty)
+        self.metric, self.exact = metric, exact
+        self._shrink = ProximalStep(penalty, exact)
+
+    @property
+    def oscillates(self) -> bool:
+        """The exact prox lands on its zeros by itself."""
+        return not self.exact
+
+    def compile(self, engine: Engine, optimizers: Iterable[tuple[Optimizer, list[Member]]]) -> None:
+        what = f"{'the prox of ' if self.exact else ''}{self.penalty!r}"
+        for optimizer, members in optimizers:
+            for _, parameter, group in members:
+                kind = "number" if self.metric == "plain" else step_sizes.kind_of(optimizer, parameter, group)
+                values, scalars = {"root": ((0.5, 0.5), (0.5, 0.5)), "tensor": ((0.5, 0.5), ()), "number": ((0.5,), (0.5,))}[kind]
+                engine.compile_update_(self._shrink, [parameter], values, scalars, what)
+
+    @torch.no_grad()
+    def after_optimizer(self, step: Step) -> None:
+        rows = []
+        for _, parameter, group in step.trained():
+            state, own = self._step_size(step, parameter, group)
+            rows.append((state, own, step.lam_on_prox(own), parameter))
+        for columns, scalars in steps.by_step_size(rows, self.metric):
+            step.engine.update_(columns, self._shrink, scalars, separable=self.penalty.separable)
+
+    def _step_size(self, step: Step, parameter: Tensor, group: dict[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """Return the state and the group that the step size of a parameter is computed from."""
+        if self.metric == "auto":
+            return step.sizes.of(step.optimizer, parameter, group)
+        inner, own = step_sizes.source(step.optimizer, parameter, group)
+        return inner.state.get(parameter, {}), own
