@@ -116,7 +116,7 @@ class Form(Arguments):
     def _is_zero(self, count: int, *row: Any) -> Tensor:
         """``row``: ``count`` terms (or w alone, where they are not known), then what a step size is made of and the memory, if any."""
         w, terms, size = row[0], row[: max(count, 0)], row[max(count, 1) :]
-        below = w == 0
+        below: Tensor = w == 0
         if count > 0:
             below = below | (self.alpha_of(*terms) < self.tol)
         if count > 0 and size:

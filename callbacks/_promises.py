@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from lightning_sparse.callbacks._supported import Supported
 
 
-def close(callback: Supported) -> None:
-    """When training ends: cut to the target where that was asked for, else warn, once, of what the run did not reach."""
+def close(callback: Supported, trainer: Trainer) -> None:
+    """When training ends: cut to the target where that was asked for, else warn, once, of what the run did not reach.
+
+    A schedule that steps skipped by a GradScaler have left behind is no reason to warn: only one that was cut short is.
+    """
     missed = callback.unreached() if callback.parameters and callback.step < callback.total else []
+    missed += _schedule_left(callback) if trainer.should_stop and callback.parameters else []
     if not missed:
         return
     said = f"training ended at step {callback.step} of {callback.total:g}, before {type(callback).__name__} was done: {'; '.join(missed)}"
@@ -46,9 +50,15 @@ def unreached(callback: Supported) -> list[str]:
     elif not callback.frozen and callback.freeze:
         at = round(callback.total * (1 - callback.freeze))
         found.append(f"its support was to be frozen at step {at} (freeze={callback.freeze:g}), so nothing was fine-tuned")
-    if not callback.frozen and not isinstance(callback.schedule, Constant) and callback.lam < callback.schedule.lam * (1 - 1e-6):
-        found.append(f"lam has come to {callback.lam:.3g}, its schedule ends at {callback.schedule.lam:g}")
     return found
+
+
+def _schedule_left(callback: Supported) -> list[str]:
+    """How far lam is from the end of its schedule; empty where it is there, and for pruning, whose schedule is its ramp."""
+    lam, end = callback.lam, callback.schedule.lam
+    if callback.frozen or callback.target_sparsity is not None or isinstance(callback.schedule, Constant) or lam >= end * (1 - 1e-6):
+        return []
+    return [f"lam has come to {lam:.3g}, its schedule ends at {end:g}"]
 
 
 def say_length(callback: Supported, planned: float | None) -> None:

@@ -228,7 +228,7 @@ class Sparsifier(Shown):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _swaps.evaluate(self._optimizers)
-        _promises.close(self)
+        _promises.close(self, trainer)
         self.prune()
         if self._averages is not None:
             self._averages.hand_over(trainer)

@@ -251,8 +251,10 @@ _REMEDY = {
 class FinePrint:
     """What a penalty's shape promises.
 
-    ``slope_at_zero`` is omega'(0+) = lim w / eta_hat(w); ``kind`` its class, "zero", "finite" or "infinite";
-    ``unbiased`` says whether w / eta_hat(w) -> 0 for large w, so that large weights are not shrunk.
+    Args:
+        slope_at_zero: omega'(0+) = lim w / eta_hat(w).
+        kind: the class of that slope, "zero", "finite" or "infinite".
+        unbiased: whether w / eta_hat(w) -> 0 for large w, so that large weights are not shrunk.
     """
 
     slope_at_zero: float

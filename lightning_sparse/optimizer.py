@@ -68,12 +68,14 @@ def _root_terms(state: Mapping[str, Any], group: Mapping[str, Any], factor: floa
 def _other_step_size(state: Mapping[str, Any], group: Mapping[str, Any], factor: float) -> Tensor | None:
     """Return the step size of Adadelta, centred RMSprop and Adamax; None where one number serves all weights."""
     parts, lr = _per_weight(state), factor * float(group["lr"])
+    found: Tensor | None = None
     if "acc_delta" in parts:
-        found: Tensor = lr * ((parts["acc_delta"] + group["eps"]) / (parts["square_avg"] + group["eps"])).sqrt()
-        return found
-    if "square_avg" in parts:
-        return lr / ((parts["square_avg"] - parts["grad_avg"] ** 2).clamp(min=0).sqrt() + group["eps"])
-    return lr / parts["exp_inf"] if "exp_inf" in parts else None
+        found = lr * ((parts["acc_delta"] + group["eps"]) / (parts["square_avg"] + group["eps"])).sqrt()
+    elif "square_avg" in parts:
+        found = lr / ((parts["square_avg"] - parts["grad_avg"] ** 2).clamp(min=0).sqrt() + group["eps"])
+    elif "exp_inf" in parts:
+        found = lr / parts["exp_inf"]
+    return found
 
 
 def _per_weight(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -114,7 +114,11 @@ class Engine:
         if kernel is not None:
             yield from _draw_by_kernel(kernel, rows, noise, generator, scalars, pool)
             return
-        draw = lambda *row: noise.sample(chunks.map_chunks(lambda *part: keep_probability(*part, *scalars), *row), generator)  # noqa: E731
+
+        def draw(*row: Tensor) -> Tensor:
+            alpha = chunks.map_chunks(lambda *part: keep_probability(*part, *scalars), *row)
+            return noise.sample(alpha, generator)
+
         if not separable:
             for number, row in enumerate(rows):
                 mask = noise.sample(keep_probability(*row, *scalars), generator)
@@ -127,7 +131,8 @@ class Engine:
                 continue
             terms = buckets.merge(found)
             mask = draw(*terms)
-            yield from map(Drawn, numbers, buckets.split(mask, found), buckets.split(terms[0].mul_(mask), found))
+            masks, products = buckets.split(mask, found), buckets.split(terms[0].mul_(mask), found)
+            yield from (Drawn(*row) for row in zip(numbers, masks, products, strict=True))
 
     def clear(self) -> None:
         """Release buffers; kernels stay."""
@@ -221,4 +226,5 @@ def _draw_by_kernel(
             else:
                 kernel((*part[:2], noise.numbers(part[2], generator), *part[2:]), numbers_of)
             start += part[0].numel()
-        yield from map(Drawn, numbers, buckets.split(mask, found), buckets.split(product, found))
+        masks, products = buckets.split(mask, found), buckets.split(product, found)
+        yield from (Drawn(*drawn) for drawn in zip(numbers, masks, products, strict=True))

@@ -20,12 +20,13 @@ from performance.jobs import be_quiet
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_sparse import _pieces, elementwise, noise, numeric, penalties, shards
+from lightning_sparse import elementwise, noise, numeric, penalties
+from lightning_sparse.elementwise import chunks, shards
 
 PENALTY, LAM = penalties.LogSum(2.0), 1e-3
 SHAPES = {"LeNet-300-100's first layer": (300, 784), "10 million weights": (3163, 3163)}
 BATCH = 128
-USED = f"pieces of {_pieces.SIZE:,}"
+USED = f"pieces of {chunks.CHUNK:,}"
 Ways = dict[str, Callable[[], Any]]
 
 
@@ -37,7 +38,7 @@ def updates(shape: tuple[int, int]) -> Iterator[tuple[str, str, Ways]]:
     compiled = torch.compile(bernoulli, dynamic=True)
     compiled(w, h, draw.float())
     as_floats: Ways = {"torch.compile, of words made floats": lambda: compiled(w, h, draw.float())}
-    yield "Bernoulli mask", USED, cut(_pieces.mapped, bernoulli, w, h, draw) | as_floats
+    yield "Bernoulli mask", USED, cut(chunks.map_chunks, bernoulli, w, h, draw) | as_floats
     where = torch.rand(shape) < 0.5
     zeroing: Ways = {
         "a product with 0 and 1": lambda: w * numeric.outside(where),
@@ -46,7 +47,7 @@ def updates(shape: tuple[int, int]) -> Iterator[tuple[str, str, Ways]]:
     }
     yield "zeros at scattered places", "a product with 0 and 1", zeroing
     yield "a random number a weight", "16-bit words of SFC64", numbers(w)
-    yield "zeros that are held", f"bytes, pieces of {shards._PIECE:,}", holding(w, where)
+    yield "zeros that are held", f"bytes, pieces of {shards._CHUNK:,}", holding(w, where)
     x = torch.randn(BATCH, shape[1])
     few, small = x.bfloat16(), w.bfloat16()
     products: Ways = {"float32": lambda: functional.linear(x, w), "bfloat16": lambda: functional.linear(few, small)}
@@ -57,7 +58,7 @@ def holding(w: Tensor, where: Tensor) -> Ways:
     """Ways to put zeros everywhere but ``where``, in place, at each step."""
     floats = where.to(w.dtype)
     return {
-        f"bytes, pieces of {shards._PIECE:,}": lambda: elementwise.apply_mask_(w, where),
+        f"bytes, pieces of {shards._CHUNK:,}": lambda: elementwise.apply_mask_(w, where),
         "bytes, whole": lambda: w.mul_(where.view(torch.uint8)),
         "booleans, whole": lambda: w.mul_(where),
         "floats, whole": lambda: w.mul_(floats),
@@ -91,15 +92,15 @@ def cut(through: Callable[..., Any], function: Callable[..., Tensor], *tensors: 
 
 def each(function: Callable[..., Any], *tensors: Tensor) -> None:
     """What changes the tensors in their place."""
-    for parts in _pieces.pieces(*tensors):
+    for parts in chunks.chunks(*tensors):
         function(*parts)
 
 
 def of_size(size: int, call: Callable[[], Any]) -> None:
     """With pieces of ``size`` elements a thread."""
-    before, _pieces.SIZE = _pieces.SIZE, size
+    before, chunks.CHUNK = chunks.CHUNK, size
     call()
-    _pieces.SIZE = before
+    chunks.CHUNK = before
 
 
 def timed(call: Callable[[], Any], least: float = 0.02) -> float:
@@ -131,7 +132,7 @@ def row(what: str, title: str, count: int, used: str, line: Mapping[str, Any]) -
 def main() -> None:
     given = arguments.parser(__doc__, "ways").parse_args()
     be_quiet(given.threads)
-    elementwise.raise_malloc_thresholds()  # as a fit does
+    elementwise.raise_malloc_thresholds()
     with torch.no_grad():
         found = rows(given.rounds)
     print(tables.aligned(found))

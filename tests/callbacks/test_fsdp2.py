@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from toys import Toy, data
 
-from lightning_sparse import _compiled, _finite, elementwise, penalties
+from lightning_sparse import elementwise, penalties
 from lightning_sparse.callbacks import AdaptiveProx, ReweightedPenalty, SparsityMonitor
 from lightning_sparse.conformance.ranks import DDP, SplitToy, as_ranks, obstacle, split
 from lightning_sparse.conformance.toys import trainer
+from lightning_sparse.elementwise import kernels
 
 pytestmark = pytest.mark.slow
 LOG_SUM, MATRICES = penalties.LogSum(eps=2.0), ("network.0.weight", "network.2.weight", "network.3.weight")
@@ -97,14 +98,14 @@ def unfit_on_one(rank):
     w = torch.distributed.tensor.distribute_tensor(torch.zeros(4, 2), mesh, [torch.distributed.tensor.Shard(0)])
     if rank == 1:
         elementwise.local_part(w)[0, 0] = float("nan")
-    return _finite.unfit({"w": w})
+    return elementwise.count_nonfinite({"w": w})
 
 
 def everything(rank, folder):
     if why := obstacle():
         return why
     answers = {}
-    _compiled._compile = lambda function, *_: lambda given: function(*given)  # no compiler: a kernel's function as it is
+    kernels._compile = lambda function, *_: lambda given: function(*given)  # no compiler: a kernel's function as it is
     for form in FORMS:
         answers[form] = {"ddp": run(rank, form, DDP), "split": run(rank, form, "split")}
     for sharded, optimizer in FILES:

@@ -103,7 +103,7 @@ def test_what_oscillates_around_zero_at_a_constant_rate_is_zeroed(monkeypatch):
     assert 20 < zeros[0] < 100
 
 
-@pytest.mark.parametrize(("curvature", "in_zero_region"), [({"curvature": None}, False), ({}, True)])
+@pytest.mark.parametrize(("curvature", "rests"), [({"curvature": None}, False), ({}, True)])
 def test_noise_that_is_not_calibrated_holds_no_weight_at_zero(curvature, rests):
     """At a flat minimum Adam's steps would carry a weight far, and uncalibrated noise, whose pull is lam H w / eta, not at all."""
     module = Toy(optimizer=lambda parameters: torch.optim.Adam(parameters, 1e-3))

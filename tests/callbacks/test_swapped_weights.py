@@ -20,6 +20,8 @@ FORMS = {
     "noise": partial(AdaptiveMask, LOG_SUM, 0.5, noise=noise.ScaledBernoulli()),
     "pruning": partial(MagnitudePruning, 0.5, every=2),
 }
+# beside a schedule-free optimiser, whose step size is not known
+pytestmark = pytest.mark.filterwarnings("ignore:the step size of ScheduleFree is not known")
 every_form = pytest.mark.parametrize("make", FORMS.values(), ids=FORMS.keys())
 both_orders = pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 

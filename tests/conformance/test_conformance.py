@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from subjects import COMPILED, OTHERS, OURS, TARGETS, VARIANTS
 
-from lightning_sparse import _compiled, conformance, testing
+from lightning_sparse import conformance, testing
 from lightning_sparse.callbacks import SparsityMonitor
+from lightning_sparse.elementwise import kernels
 
 pytestmark = pytest.mark.slow
 
@@ -47,8 +48,8 @@ STEPS = [name for name, check in conformance.CHECKS.items() if check.group == "p
 @pytest.mark.parametrize("check", [*STEPS, "what_is_unfrozen_becomes_sparse"])
 @pytest.mark.parametrize("name", COMPILED)
 def test_kernels_conform_wherever_steps_are_taken(name, check, monkeypatch):
-    monkeypatch.setattr(_compiled, "_compile", lambda function, *_: lambda given: function(*given))  # what a kernel is made of, uncompiled
-    monkeypatch.setattr(_compiled, "_SHARED", {})
+    monkeypatch.setattr(kernels, "_compile", lambda function, *_: lambda given: function(*given))  # what a kernel is made of, uncompiled
+    monkeypatch.setattr(kernels, "_COMPILED", {})
     outcome = conformance.outcome(COMPILED[name], check)
     assert outcome.verdict == "pass", outcome.reason
 
