@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,14 +12,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import clients
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "clients.md"
+
 
 def row(form, **changes):
     known = {"program": "one", "package": "pytorch_lightning", "form": form, "measure": "error", "guess": 0.9, "restores": False}
     known |= {"outcome": "runs", "logged": 0.8, "module": 0.8, "file": 0.8, "loaded": 0.8, "file_differs": [], "loaded_differs": []}
-    return known | {"error": 0.1, "error_loaded": 0.1, "steps": 20, "said": []} | changes
+    return known | {"error": 0.1, "error_loaded": 0.1, "share_of_all": 0.9, "steps": 20, "said": []} | changes
 
 
 DENSE = row("dense", logged=None, module=0.0, file=0.0, loaded=0.0)
+
+
+def test_the_page_is_up_to_date():
+    rows = clients.read(clients.RESULTS / "runs.jsonl")
+    versions = json.loads((clients.RESULTS / "versions.json").read_text(encoding="utf-8"))
+    remedy = "run python tests/benchmarks/clients.py --table --write docs/clients.md"
+    assert PAGE.read_text(encoding="utf-8") == clients.page(rows, versions), remedy
+    assert len({one["program"] for one in rows}) >= 6
 
 
 def test_a_good_run_has_no_faults():

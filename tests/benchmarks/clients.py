@@ -120,6 +120,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         dense = next((row for row in own if row["form"] == "dense"), own[0])
         error = f"{dense['error']:.3f}" if dense["outcome"] == "runs" else "none"
         head = f"{dense['measure']}: dense {error}, a constant answer {dense['guess']:.3f}; {dense['steps']} steps"
+        shares = [row["share_of_all"] for row in own if row["form"] == "MagnitudePruning, target" and row["outcome"] == "runs"]
+        head += "".join(f"; {share:.0%} of the parameters are selected" for share in shares)
         parts.append(f"### {name}, a program on `{dense['package']}`\n\n{head}.\n")
         parts.append("| callback | setting | zeros logged | in the module | in the file | after load | error | what fell short |")
         parts.append("|---|---|--:|--:|--:|--:|--:|---|")
@@ -155,11 +157,18 @@ def summary(rows: Iterable[dict[str, Any]]) -> str:
     return f"Of {len(tried)} runs in {len(dense)} programs " + ", ".join(f"{count} {what}" for what, count in kinds.items()) + "."
 
 
+def misses(rows: list[dict[str, Any]]) -> str:
+    """One line for each run that fell short."""
+    dense = {row["program"]: row for row in rows if row["form"] == "dense"}
+    found = [(row, faults(row, dense[row["program"]])) for row in rows if row["form"] != "dense"]
+    return "\n".join(f"- {row['program']}, {row['form']}: {'; '.join(said)}" for row, said in found if said) or "- none"
+
+
 def page(rows: list[dict[str, Any]], found: dict[str, str]) -> str:
     """The page of the table."""
     template = Template((HERE / "clients_page.md").read_text(encoding="utf-8"))
     listed = ", ".join(f"{name} {version}" for name, version in found.items())
-    return template.substitute(versions=listed, summary=summary(rows), tables=table(rows))
+    return template.substitute(versions=listed, summary=summary(rows), misses=misses(rows), tables=table(rows))
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_sparse import callbacks, penalties, select
 
 SEED = 0
-TARGET, LAM, KL = 0.8, 1e-3, 1e-3
+TARGET, LAM = 0.8, 1e-3
 PENALTY = penalties.LogSum(eps=2.0)
 
 
@@ -75,7 +75,7 @@ def _forms() -> dict[str, Callable[[], list[Callback]]]:
     found["MagnitudePruning, target"] = lambda: [callbacks.MagnitudePruning(TARGET, every=10)]
     found["SparsityMonitor, alone"] = lambda: [callbacks.SparsityMonitor()]
     found |= {f"{form.__name__}, lam": lambda form=form: [form(PENALTY, lam=LAM)] for form in BY_LAM}
-    found["VariationalDropout, lam"] = lambda: [callbacks.VariationalDropout(KL)]
+    found["VariationalDropout, default"] = lambda: [callbacks.VariationalDropout()]
     found["HardConcrete, lam"] = lambda: [callbacks.HardConcrete(LAM)]
     return found
 
