@@ -180,7 +180,7 @@ def optimiser_modes_are_kept(subject: Subject, folder: Path) -> None:
     reference: dict[str, Tensor] = {}
     for way, hooks in WAYS.items():
         for end in ("on_train_end", "on_fit_end"):
-            module = _Modes(optimizer=ScheduleFree).switch(**hooks, **{end: "eval"})
+            module = _Modes(optimizer=partial(ScheduleFree, lr=0.05)).switch(**hooks, **{end: "eval"})
             trainer = subject.fit(module, epochs=EPOCHS, val_check_interval=2)
             zeros = sum(int((w == 0).sum()) for w in matrices(module).values())
             require(0 < zeros < 176, f"{zeros} of 176 weights are zero after fit, switched {way}, at last in {end}")
