@@ -62,7 +62,7 @@ class SecondOptimizer:
         scaling = {name: vars(self.first)[name] for name in _SCALING if name in vars(self.first)}
         for part, _ in self._parts:
             vars(part).update(scaling)
-            part.step()
+            part.step(*_closure(part))
             for name in scaling:
                 delattr(part, name)
 
@@ -82,6 +82,12 @@ class SecondOptimizer:
             for group in part.param_groups:
                 if kept and any(one is parameter for one in group["params"]):
                     part.state[parameter] = dict(_moved(kept, parameter, bool(group.get("fused") or group.get("capturable"))))
+
+
+def _closure(optimizer: Optimizer) -> tuple[Any, ...]:
+    """A closure without a loss, for an optimiser whose ``step`` cannot be called without one."""
+    needed = [one for one in inspect.signature(optimizer.step).parameters.values() if one.default is one.empty]
+    return ((lambda: None),) if any(one.kind is one.POSITIONAL_OR_KEYWORD for one in needed) else ()
 
 
 def reference(group: Mapping[str, Any]) -> float:

@@ -139,3 +139,17 @@ RATES = [({"lr": 0.1, "initial_lr": 0.2}, 0.2), ({"lr": 0.1, "max_lr": 0.3}, 0.3
 @pytest.mark.parametrize(("group", "rate"), RATES)
 def test_the_rate_that_a_schedule_is_a_share_of(group, rate):
     assert reference(group) == rate
+
+
+class NeedsClosure(torch.optim.SGD):
+    """Cannot be stepped without a closure."""
+
+    def step(self, closure):
+        return super().step(closure)
+
+
+def test_an_optimiser_whose_step_needs_a_closure_is_given_one():
+    _, _, parameter, second = pair(partial(NeedsClosure, lr=0.1))
+    parameter.grad = torch.ones_like(parameter)
+    second.step()
+    torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 0.9))
