@@ -119,8 +119,8 @@ class Form(Arguments):
         below: Tensor = w == 0
         if count > 0:
             below = below | (self.alpha_of(*terms) < self.tol)
-        if count > 0 and size:
-            below = below | self.is_at_rest(steps.step_size(*size[:-1]), size[-1], *terms)
+        if size:
+            below = below | self.is_at_rest(steps.step_size(*size[:-1]), size[-1], *(terms or (w,)))
         return below if self.threshold is None else below | (w.abs() <= self.threshold)
 
     def _step_size(self, name: str) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
