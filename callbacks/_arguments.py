@@ -18,7 +18,7 @@ from lightning_sparse.callbacks._groups import Members
 from lightning_sparse.callbacks._pictures import Pictures
 from lightning_sparse.callbacks._promises import Fit
 from lightning_sparse.callbacks._swaps import Swaps
-from lightning_sparse.callbacks.compatibility import AnyCallback
+from lightning_sparse.callbacks.compatibility import SparsityCallback
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.elementwise import Engine
 from lightning_sparse.methods.base import Method
@@ -34,7 +34,7 @@ Finish = Literal["keep", "prune"]
 FINE_TUNED = 0.25  # the share of a run to a target sparsity that is trained with its support frozen
 
 
-class Arguments(AnyCallback, metaclass=Constructed):
+class Arguments(SparsityCallback, metaclass=Constructed):
     """A way to train with one eta_hat, and how another way is made of it.
 
     Args:
@@ -86,7 +86,7 @@ class Arguments(AnyCallback, metaclass=Constructed):
         self.target_sparsity, self.ascent = target_sparsity, _strengths.ascent(self.penalty, self.schedule, target_sparsity)
         self.freeze = _checks.between("freeze", freeze, 0, 1, closed="l") or (0.0 if self.ascent is None else FINE_TUNED)
         self.threshold = None if threshold is None else _checks.between("threshold", threshold, 0, float("inf"), closed="l")
-        self.gap_samples = int(_checks.between("gap_samples", gap_samples, 0, 1e6, closed="l"))
+        self.gap_samples = _checks.whole("gap_samples", gap_samples, 0)
         self.keep_zeros = _checks.truth("keep_zeros", keep_zeros)
         self.finish = _strengths.check_finish(finish, target_sparsity)
         self.compile = _refusals.check_compile(compile, self)

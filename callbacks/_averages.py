@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_sparse import attach
-from lightning_sparse.callbacks.compatibility import is_a
+from lightning_sparse.callbacks.compatibility import SparsityCallback, is_a
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks._form import Form
@@ -43,7 +43,7 @@ def saved_module(trainer: Trainer, module: LightningModule, weights_only: bool =
 def stand_first(callback: Callback, trainer: Trainer) -> None:
     """Put ``callback`` before all others but its like: what it changed for a while it gives back before they look or swap."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    place = next((at for at, one in enumerate(callbacks) if not hasattr(one, "schedule")), len(callbacks))
+    place = next((at for at, one in enumerate(callbacks) if not isinstance(one, SparsityCallback)), len(callbacks))
     if place < callbacks.index(callback):  # a new list: the Trainer is walking over the old one
         rest = [one for one in callbacks if one is not callback]
         trainer.callbacks = rest[:place] + [callback] + rest[place:]  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sparse import _checks, duality, elementwise
-from lightning_sparse.callbacks.compatibility import is_a, overrides
+from lightning_sparse.callbacks.compatibility import SparsityCallback, is_a, overrides
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.select import left_out
 
@@ -117,7 +117,7 @@ def check_optimizer(callback: Form, kind: type[Any] | None) -> None:
 def check_overlap(callback: Form, trainer: Trainer) -> None:
     """Two sparsity callbacks on one weight."""
     for other in trainer.callbacks:  # type: ignore[attr-defined]
-        taken = {id(p) for p in other.parameters.values()} if hasattr(other, "schedule") and other is not callback else set()
+        taken = {id(p) for p in other.parameters.values()} if isinstance(other, SparsityCallback) and other is not callback else set()
         names = sorted(name for name, parameter in callback.parameters.items() if id(parameter) in taken)  # tied ones too
         if names:
             raise ValueError(f"two sparsity callbacks select {names[:5]}; give each its own with select=[...]")

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_sparse import attach, counts, masked_loss
 from lightning_sparse._plain import plain
 from lightning_sparse.callbacks import _logged, _wandb
+from lightning_sparse.callbacks.compatibility import SparsityCallback
 from lightning_sparse.curvature import Curvature
 from lightning_sparse.noise import Gaussian
 
@@ -61,7 +62,7 @@ def figures(callback: Form, pruned: bool = False) -> dict[str, float]:
 
 def peers_of(trainer: Trainer) -> list[Form]:
     """The run's sparsity callbacks."""
-    return [callback for callback in trainer.callbacks if hasattr(callback, "schedule")]  # type: ignore[attr-defined]
+    return [callback for callback in trainer.callbacks if isinstance(callback, SparsityCallback)]  # type: ignore[attr-defined,misc]
 
 
 def of_run(callback: Form, trainer: Trainer, final: bool = False) -> dict[str, float]:

@@ -53,6 +53,10 @@ class AnyCallback(_Joins, callbacks.Callback):  # named so, because a recipe's `
     """Base of the callbacks here: a Callback of ``lightning.pytorch`` and, once that is imported, of ``pytorch_lightning``."""
 
 
+class SparsityCallback(AnyCallback):
+    """Base of the callbacks that make zeros, by which the modules that help them recognise each other's."""
+
+
 class AnyModelCheckpoint(_Joins, callbacks.ModelCheckpoint):
     """The same for ModelCheckpoint; the methods are those of ``lightning.pytorch``."""
 

@@ -46,7 +46,7 @@ def duality_gap_samples(
     Raises ValueError unless ``lam`` and ``samples`` are positive, TypeError unless ``penalty`` is a penalty or a mask rule.
     """
     form = duality.to_penalty(penalty)
-    strength, draws = _checks.positive("lam", lam), int(_checks.positive("samples", samples))
+    strength, draws = _checks.positive("lam", lam), _checks.whole("samples", samples, 1)
     alpha = keep or {name: duality.keep_probability(form.eta_hat(w), strength) for name, w in weights.items()}
     expected = float(loss_fn(dict(weights))) + penalised(form, weights, strength)
     values = [float(loss_fn({name: w * noise.sample(alpha[name], generator) for name, w in weights.items()})) for _ in range(draws)]

@@ -51,7 +51,7 @@ def read(word: str) -> Penalty | MaskRule:
     parser.add_argument("penalty", type=Penalty | MaskRule)
     try:
         parsed = parser.parse_object({"penalty": _described(tree)})
-        result: Penalty | MaskRule = parser.instantiate_classes(parsed)["penalty"]
+        result: Penalty | MaskRule = parser.instantiate(parsed)["penalty"]
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UsageError(explain(str(getattr(error, "message", error)))) from None
     return result

@@ -125,7 +125,7 @@ class RecipeCLI(SparseCLI):
         seed = self.config[self.subcommand]["seed_everything"]
         if seed is not False:
             seed_everything(seed, workers=True, verbose=False)
-        fresh = self.parser.instantiate_classes(self.config)[self.subcommand]
+        fresh = self.parser.instantiate(self.config)[self.subcommand]
         return fresh["model"], fresh.get("data"), fresh["trainer"]
 
     def recipe(self) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional
 from torchmetrics import MeanMetric
@@ -194,3 +195,17 @@ def test_a_written_recipe_remembers_that_there_is_no_curvature(tmp_path, monkeyp
     cli = launch(CheckCLI, ["fit", "--config", "digits", "--sparsify", "AdaptiveMask", "--sparsify.curvature", "null"])
     assert cli.settings["sparsify"].curvature is None
     assert yaml.safe_load(cli.recipe())["sparsify"]["init_args"].get("curvature", "absent") is None
+
+
+class Scheduled(Callback):
+    """A callback of the user's own that happens to have an attribute of that name."""
+
+    schedule = "every Monday"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_neighbour_with_an_attribute_schedule_is_not_taken_for_one_of_ours(first):
+    own = ReweightedPenalty(LOG_SUM, 0.5)
+    run = trainer(*([Scheduled(), own] if first else [own, Scheduled()]), epochs=2)
+    run.fit(Toy(), data())
+    assert 0 < float(run.callback_metrics["sparsity/total"]) <= 1
