@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from lightning.pytorch import callbacks
 from lightning_utilities.core.overrides import is_overridden
 
@@ -55,6 +56,8 @@ class AnyCallback(_Joins, callbacks.Callback):  # named so, because a recipe's `
 
 class SparsityCallback(AnyCallback):
     """Base of the callbacks that make zeros, by which the modules that help them recognise each other's."""
+
+    parameters: dict[str, torch.nn.Parameter]  # the selected ones, by name
 
 
 class AnyModelCheckpoint(_Joins, callbacks.ModelCheckpoint):
