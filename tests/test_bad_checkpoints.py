@@ -110,6 +110,7 @@ def test_a_file_cut_at_any_of_20_places_is_named(whole: Path, tmp_path: Path) ->
     assert checkpoints.read(whole)["global_step"] == 6
 
 
+@pytest.mark.filterwarnings("ignore:ReweightedPenalty goes on for 9 optimiser steps in all")
 def test_a_whole_file_is_resumed_and_tested(whole: Path) -> None:
     longer = [*PLAIN, "--trainer.max_epochs", "3", "--trainer.default_root_dir", "more"]
     assert main(["fit", "--config", "digits", *longer, "--ckpt_path", str(whole)]) == 0
