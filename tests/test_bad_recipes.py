@@ -82,7 +82,7 @@ FILES = {
     "a list of arguments": (FORM + "  init_args: [1, 2]\n", ["sparsify.init_args must be a mapping of arguments, got [1, 2]"]),
     "a list deep down": ("trainer:\n  callbacks:\n  - {class_path: Timer, init_args: 3}\n", ["trainer.callbacks.0.init_args must be"]),
     "no penalty": (FORM, ["sparsify", "required: penalty"]),
-    "no strength": (FORM + "  init_args: {penalty: {class_path: LogSum, init_args: {eps: 2.0}}}\n", ["ReweightedPenalty needs lam, because LogSum"]),
+    "no strength": (FORM + "  init_args: {penalty: {class_path: LogSum, init_args: {eps: 2.0}}}\n", ["ReweightedPenalty needs lam"]),
     "arguments of nothing": ("sparsify: {init_args: {lam: 1}}\n", ["sparsify", "required: penalty"]),
     "shrinks only": (FORM + "  init_args: {penalty: {class_path: Ridge, init_args: {c: 2.0}}, lam: 1.0}\n", ["only shrinks", "threshold"]),
     "one callback for a list": ("trainer: {callbacks: {class_path: EarlyStopping}}\n", ["trainer.callbacks", "required: monitor"]),
