@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from toys import Toy, data, trainer
 
 from lightning_sparse import penalties
 from lightning_sparse.callbacks import (
@@ -23,7 +24,6 @@ from lightning_sparse.callbacks import (
 )
 from lightning_sparse.conformance.step_sizes import FOREIGN, GroupStep, NoRate, Signs
 from lightning_sparse.examples.digits import Digits
-from tests.callbacks.toys import Toy, data, trainer
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 FORMS = {
