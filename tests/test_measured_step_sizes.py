@@ -112,8 +112,8 @@ def test_the_optimizer_that_another_holds_is_read(make: Any) -> None:
     w = nn.Parameter(torch.zeros(3, 4))
     optimizer, sizes = make([w]), StepSizes()
     train(optimizer, [w], 3, sizes)
-    assert source(optimizer, w, optimizer.param_groups[0])[0] is optimizer.held
-    assert sizes.of(optimizer, w, optimizer.param_groups[0]).state is optimizer.held.state[w]
+    assert source(optimizer, w, optimizer.param_groups[0])[0] is optimizer.inner
+    assert sizes.of(optimizer, w, optimizer.param_groups[0]).state is optimizer.inner.state[w]
     assert sizes.state_dict({"w": w}) == {}
 
 

@@ -55,6 +55,7 @@ def test_both_trees_are_marked_as_typed() -> None:
         assert (Path(package.__file__ or "").parent / "py.typed").exists()
 
 
+@pytest.mark.slow
 def test_a_source_tree_finds_its_own_callbacks_and_recipes(tmp_path: Path) -> None:
     """At a clone's root, where the folder of the same name hides an installed package, editable or not."""
     for folder in FOLDERS:

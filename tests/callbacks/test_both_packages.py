@@ -166,6 +166,7 @@ def run_alone(code):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_pytorch_lightning_is_not_imported_by_us_and_may_be_imported_later():
     code = (
         "import sys\nfrom lightning_sparse.callbacks import SparsityMonitor\nprint('pytorch_lightning' in sys.modules)\n"
@@ -175,6 +176,7 @@ def test_pytorch_lightning_is_not_imported_by_us_and_may_be_imported_later():
     assert run_alone(code) == ["False", "True", "True"]
 
 
+@pytest.mark.slow
 def test_a_class_derived_later_is_of_both_packages():
     code = (
         "from lightning_sparse.callbacks import AdaptiveMask\nimport pytorch_lightning as pl\n"

@@ -283,8 +283,8 @@ def test_a_network_that_is_toggled_off_learns_nothing_of_the_others_curvature():
     means = []
     for factor in (1.0, 100.0):
         module, callback = gan(make=sgd(0.0)), AdaptiveMask(LOG_SUM, 0.1, curvature=EmpiricalFisher(every=1))
-        judge = module._judge
-        module._judge = lambda samples, truth, j=judge, f=factor: j(samples, truth) * (f if samples.requires_grad else 1.0)
+        judge = module._loss
+        module._loss = lambda samples, truth, j=judge, f=factor: j(samples, truth) * (f if samples.requires_grad else 1.0)
         torch.manual_seed(1)
         trainer(callback, epochs=1, limit_train_batches=1).fit(module, data())
         means.append(callback.curvature.mean)

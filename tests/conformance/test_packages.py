@@ -39,6 +39,7 @@ def test_our_callbacks_conform_under_pytorch_lightning(name):
     assert {check: said for check, (verdict, said) in outcomes.items() if verdict != "pass" and check not in silent} == {}
 
 
+@pytest.mark.slow
 def test_the_suite_runs_under_the_package_that_is_named():
     assert under("pytorch_lightning", "MagnitudePruning", "fit_ends_with_true_zeros", CHECK) == {
         "fit_ends_with_true_zeros": ("pass", ""),
