@@ -36,7 +36,7 @@ class Form(Arguments):
 
     @property
     def frozen(self) -> bool:
-        """The fine-tuning share has begun."""
+        """The support no longer changes."""
         return self.support is not None
 
     # -- the formulas, element by element --------------------------------------------------------------------------------

@@ -21,12 +21,21 @@ def total_steps(callback: Form, trainer: Trainer) -> float:
     if total == trainer.max_steps:  # which counts the steps of all optimisers
         total = math.ceil(total / max(len(trainer.optimizers), 1))
     if not math.isfinite(total) and _trains(trainer) and (callback.freeze or not isinstance(callback.schedule, Constant)):
+        needs = _needs_length(callback)
         why = "its training loader has no length" if trainer.max_epochs not in (None, -1) else "neither epochs nor steps are given"
         raise ValueError(
-            f"{type(callback).__name__} with freeze={callback.freeze:g} and {callback.schedule!r} needs the length of the run, but {why}: "
+            f"{type(callback).__name__} with {needs} needs the length of the run, but {why}: "
             "give the Trainer max_steps, or limit_train_batches beside max_epochs"
         )
     return total
+
+
+def _needs_length(callback: Form) -> str:
+    """The arguments of a callback that are shares of the run, as they were given."""
+    if callback.target_sparsity is not None:
+        return f"target_sparsity={callback.target_sparsity:g}"
+    schedule = "" if isinstance(callback.schedule, Constant) else repr(callback.schedule)
+    return " and ".join(part for part in (f"freeze={callback.freeze:g}" if callback.freeze else "", schedule) if part)
 
 
 def of_epochs(trainer: Trainer, drift: int = 0) -> float:

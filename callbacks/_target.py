@@ -26,7 +26,8 @@ def advance(callback: Supported) -> bool:
     target.climb(zeros, t, way)
     if zeros < (least := target.least(t)):
         cut(callback, least)
-        zeros = callback.share_of_zeros()
+        before, zeros = zeros, callback.share_of_zeros()
+        target.ranked += zeros - before
     return target.has_arrived(zeros)
 
 
@@ -34,14 +35,13 @@ def say_by_rank(callback: Supported) -> None:
     """Say, where the support is frozen, if the rank has removed more than a few weights."""
     if callback.ascent is None:
         return
-    reached, aim = callback.share_of_zeros(), callback.ascent.target
-    ranked = counts.share(counts.count_zeros(callback.parameters, {n: ~kept for n, kept in callback.cut.items()})) if callback.cut else 0.0
-    by_rank = ranked if reached >= aim else max(ranked, aim - reached)
+    aim, start = callback.ascent.target, callback.ascent.start
+    by_rank = callback.ascent.ranked + max(aim - callback.share_of_zeros(), 0.0)
     if by_rank > FAR:
         rank_zero_info(
             f"{type(callback).__name__} removed {by_rank:.2%} of the weights by rank, as pruning does, to meet target_sparsity={aim:g} by "
-            f"the time its support is frozen: within this run lam (now {callback.lam:.3g}) did not bring enough of them to zero. For zeros "
-            "by lam alone train longer, raise the learning rate, or start from a lam nearer to the one that is needed"
+            f"the time its support is frozen: within this run lam (from {start:.3g} to {callback.lam:.3g}) did not bring enough of them to "
+            "zero. For zeros by lam alone train longer, raise the learning rate, or give lam= beside target_sparsity: it starts there"
         )
 
 

@@ -178,7 +178,8 @@ class MagnitudePruning(Sparsifier):
         """Where the ramp has not ended."""
         if self.frozen or self.lam >= self.sparsity:
             return []
-        return [f"its ramp asks for {self.lam:.1%} zeros, not {self.sparsity:.1%}; it may end earlier with end"]
+        zeros = f"{self.share_of_zeros():.2%} of the selected weights are zero"
+        return [f"{zeros}, its ramp asks for {self.lam:.1%} zeros, not {self.sparsity:.1%}; a smaller end= finishes the ramp earlier"]
 
     def check_state(self, state: Any) -> None:
         """Its own state of a run that has begun holds a mask for each of the weights; another form's may hold none."""

@@ -48,6 +48,7 @@ class TargetSparsity:
         """Before a new fit."""
         self.log_lam, self._error, self._t, self._calm = math.log(self.start), 0.0, 0.0, 1.0
         self.ramp: Cubic | None = None  # from the share of zeros that is found first
+        self.ranked = 0.0  # the share of the weights that was removed by rank and was not zero by then
 
     @property
     def lam(self) -> float:
@@ -89,12 +90,12 @@ class TargetSparsity:
     def state_dict(self) -> dict[str, float]:
         """Numbers that continue the ascent exactly."""
         first = {} if self.ramp is None else {"first": self.ramp.start}
-        return {"log_lam": self.log_lam, "error": self._error, "t": self._t, "calm": self._calm} | first
+        return {"log_lam": self.log_lam, "error": self._error, "t": self._t, "calm": self._calm, "ranked": self.ranked} | first
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.log_lam, self._error, self._t = (float(state[name]) for name in _NUMBERS)
-        self._calm = float(state.get("calm", 1.0))
+        self._calm, self.ranked = float(state.get("calm", 1.0)), float(state.get("ranked", 0.0))
         self.ramp = Cubic(self.target, 0.0, RISE, start=min(state["first"], 0.999 * self.target)) if "first" in state else None
 
 

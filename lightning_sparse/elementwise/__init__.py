@@ -1,8 +1,8 @@
-"""The only part of the package that knows chunks, buckets, kernels, random words, buffers and shards.
+"""Run elementwise functions over many tensors: :class:`Engine`; over one tensor: :func:`map_chunks`.
 
-:class:`Engine` runs a function over many tensors, :func:`map_chunks` over one tensor. The other functions draw random numbers,
-look for values that are not finite, and gather or cut tensors that FSDP2 splits over processes. Import from here, not from the
-modules inside.
+The other functions draw random numbers, look for values that are not finite, and gather or cut tensors that FSDP2 splits over
+processes. Only this part of the package knows chunks, buckets, kernels, random words, buffers and shards: import from here, not
+from the modules inside.
 """
 
 from lightning_sparse.elementwise.buffers import raise_malloc_thresholds

@@ -1,4 +1,4 @@
-"""Run elementwise functions over many tensors: the four verbs that the rest of the package uses."""
+"""Run elementwise functions over many tensors, by four verbs: ``add_``, ``update_``, ``map`` and ``draw``."""
 
 from __future__ import annotations
 

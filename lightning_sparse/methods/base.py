@@ -30,8 +30,9 @@ class Step:
     ``lam_on_gradient``     AMP scale, -1 where the group maximises     gradient terms: penalty, loss, eta-trick,
                                                                         learned noise
     ``lam_on_prox``         the step's clip factor, momentum gain       proximal steps
-    ``lam_at_rest``         the mean clip factor (``Method.zeros``      the zero test
-                            also uses the momentum's memory)
+    ``lam``                 the mean clip factor (the caller's; the     the zero test: ``Method.is_at_rest``
+                            zero region also uses the momentum's
+                            memory)
     ``lam``                 1; calibrated by the curvature              masks
     ======================  ==========================================  ======================================
 
@@ -115,7 +116,7 @@ class Method:
 
     @property
     def oscillates(self) -> bool:
-        """Whether its gradients carry weights over a zero at which the penalty would hold them."""
+        """Whether its steps carry weights back and forth over a zero at which the penalty would hold them."""
         return True
 
     def is_at_rest(self, lam: float, rho: Tensor | float, memory: float, *terms: Tensor) -> Tensor:

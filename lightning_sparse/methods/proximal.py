@@ -21,14 +21,14 @@ Metric = Literal["auto", "adam", "plain"]
 
 @dataclass(frozen=True)
 class ProximalStep:
-    """w <- w / (1 + rho / eta_hat(w)), or the exact prox of rho omega; ``rho`` is lam times the step size."""
+    """w <- w / (1 + step / eta_hat(w)), or the exact prox of step * omega; ``step`` is lam times the step size."""
 
     penalty: Penalty
     exact: bool
 
     def __call__(self, w: Tensor, *step_size: Any) -> None:
-        rho = steps.step_size(*step_size)
-        w.copy_(self.penalty.prox(w, rho) if self.exact else proximal.reweighted_step(self.penalty, w, rho))
+        step = steps.step_size(*step_size)
+        w.copy_(self.penalty.prox(w, step) if self.exact else proximal.reweighted_step(self.penalty, w, step))
 
 
 class Proximal(Method):
@@ -47,7 +47,7 @@ class Proximal(Method):
 
     @property
     def oscillates(self) -> bool:
-        """The exact prox lands on its zeros by itself."""
+        """True for the reweighted step; the exact prox lands on its zeros by itself."""
         return not self.exact
 
     def compile(self, engine: Engine, optimizers: Iterable[tuple[Optimizer, list[Member]]]) -> None:

@@ -24,6 +24,7 @@ from lightning_sparse.callbacks import (
     SparseCheckpoint,
     VariationalDropout,
 )
+from lightning_sparse.callbacks._target import advance
 from lightning_sparse.schedules import LinearWarmup
 
 LOG_SUM = penalties.LogSum(eps=2.0)
@@ -247,3 +248,16 @@ def test_two_callbacks_log_the_target_of_their_weights_together():
     fitted.fit(wide(), data())
     assert float(fitted.callback_metrics["sparsity/target"]) == pytest.approx((0.5 * 512 + 0.9 * 192) / 704)
     assert float(fitted.callback_metrics["sparsity/total"]) == pytest.approx((0.5 * 512 + 0.9 * 192) / 704, abs=2e-3)
+
+
+def test_weights_that_lam_brought_to_zero_are_not_counted_as_removed_by_rank():
+    """The zeros lag behind the lower bound by a little at two cuts: that little is what the rank has removed."""
+    callback, shares = ReweightedPenalty(LOG_SUM, target_sparsity=0.9), iter([0.50, 0.52, 0.70, 0.75])
+    callback.total, callback.ascent.climb = 400, lambda zeros, t, way: None
+    callback.ascent.least = lambda t: 0.51 if t < 0.5 else 0.75
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callback, "share_of_zeros", lambda: next(shares))
+        patch.setattr("lightning_sparse.callbacks._target.cut", lambda *_: None)
+        for callback.step in (102, 201):
+            assert not advance(callback)
+    assert callback.ascent.ranked == pytest.approx(0.02 + 0.05)
