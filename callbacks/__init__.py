@@ -1,4 +1,4 @@
-"""The Lightning layer: one callback a way to train with one eta_hat. Installed as ``lightning_sparse.callbacks``."""
+"""Provide the Lightning callbacks, one for each training method. Installed as ``lightning_sparse.callbacks``."""
 
 if __name__ != "lightning_sparse.callbacks":
     raise ImportError(
@@ -8,7 +8,6 @@ if __name__ != "lightning_sparse.callbacks":
 
 from lightning_sparse.callbacks.adaptive_mask import AdaptiveMask
 from lightning_sparse.callbacks.adaptive_prox import AdaptiveProx
-from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.callbacks.best_after_target import BestAfterTarget
 from lightning_sparse.callbacks.eta_trick import EtaTrick
 from lightning_sparse.callbacks.hard_concrete import HardConcrete
@@ -16,6 +15,8 @@ from lightning_sparse.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_sparse.callbacks.penalty_loss import PenaltyLoss
 from lightning_sparse.callbacks.reweighted_penalty import ReweightedPenalty
 from lightning_sparse.callbacks.sparse_checkpoint import SparseCheckpoint
+from lightning_sparse.callbacks.sparsifier import Sparsifier
+from lightning_sparse.callbacks.sparsify import Sparsify
 from lightning_sparse.callbacks.sparsity_monitor import SparsityMonitor
 from lightning_sparse.callbacks.variational_dropout import VariationalDropout
 
@@ -30,6 +31,7 @@ __all__ = [
     "ReweightedPenalty",
     "SparseCheckpoint",
     "Sparsifier",
+    "Sparsify",
     "SparsityMonitor",
     "VariationalDropout",
 ]

@@ -1,9 +1,9 @@
 """Support both packages of Lightning: ``lightning.pytorch`` and ``pytorch_lightning``.
 
 The two hold the same code, but their classes are not the same: an ``isinstance`` or ``is_overridden`` of one package does not
-know the objects of the other. The callbacks here derive from ``lightning.pytorch``. They ask about modules, loggers,
-strategies and other callbacks by class name, and derive from the classes of ``pytorch_lightning`` as well once that package
-is imported, because its Trainer asks ``isinstance`` of a callback that is not in a list and of every checkpoint callback.
+recognise the objects of the other. The callbacks here derive from ``lightning.pytorch``. They recognise modules, loggers,
+strategies and other callbacks by class name, and also derive from the classes of ``pytorch_lightning`` once that package
+is imported, because its Trainer calls ``isinstance`` on a callback that is not in a list and on every checkpoint callback.
 ``pytorch_lightning`` is never imported here.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from lightning.pytorch import callbacks
 from lightning_utilities.core.overrides import is_overridden
 
@@ -20,12 +19,12 @@ PACKAGES = ("lightning", "pytorch_lightning")
 
 
 def is_a(given: object, *names: str) -> bool:
-    """Tell whether ``given`` is an instance of a Lightning class with one of these names, from either package."""
+    """Return True if ``given`` is an instance of a Lightning class with one of these names, from either package."""
     return any(base.__name__ in names and _package(base) in PACKAGES for base in type(given).__mro__)
 
 
 def overrides(hook: str, module: object) -> bool:
-    """Tell whether a LightningModule of either package has its own ``hook``, on its class or on the instance."""
+    """Return True if a LightningModule of either package has its own ``hook``, on its class or on the instance."""
     own = next(base for base in type(module).__mro__ if base.__name__ == "LightningModule" and _package(base) in PACKAGES)
     return bool(is_overridden(hook, module, own))
 
@@ -34,37 +33,31 @@ def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-class _Joins:
-    """Joins the classes of ``pytorch_lightning`` whenever an instance is made or a class derived.
+class _AddsBases:
+    """Adds the base classes of ``pytorch_lightning`` whenever an instance is created or a class derived.
 
-    A class path given to the LightningCLI of ``pytorch_lightning`` does neither: import that package before this one there.
+    A class path given to the LightningCLI of ``pytorch_lightning`` does neither; import that package before this one there.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
-        join()
+        add_bases()
         return super().__new__(cls)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "join" in globals():  # not while this module is being imported
-            join()
+        if "add_bases" in globals():  # not while this module is being imported
+            add_bases()
 
 
-class AnyCallback(_Joins, callbacks.Callback):  # named so, because a recipe's `class_path: ModelCheckpoint` is Lightning's
+class AnyCallback(_AddsBases, callbacks.Callback):  # not `Callback`, because recipes name Lightning's classes so
     """Base of the callbacks here: a Callback of ``lightning.pytorch`` and, once that is imported, of ``pytorch_lightning``."""
 
 
-class SparsityCallback(AnyCallback):
-    """Base of the callbacks that make zeros, by which the modules that help them recognise each other's."""
-
-    parameters: dict[str, torch.nn.Parameter]  # the selected ones, by name
+class AnyModelCheckpoint(_AddsBases, callbacks.ModelCheckpoint):
+    """Base that is a ModelCheckpoint of both packages; the methods are those of ``lightning.pytorch``."""
 
 
-class AnyModelCheckpoint(_Joins, callbacks.ModelCheckpoint):
-    """The same for ModelCheckpoint; the methods are those of ``lightning.pytorch``."""
-
-
-def join() -> None:
+def add_bases() -> None:
     """Add the classes of ``pytorch_lightning`` to the bases of those above if that package is imported."""
     other = sys.modules.get("pytorch_lightning.callbacks")
     for kind, own in ((AnyCallback, callbacks.Callback), (AnyModelCheckpoint, callbacks.ModelCheckpoint)):
@@ -73,4 +66,4 @@ def join() -> None:
             kind.__bases__ = (*kind.__bases__, base)
 
 
-join()
+add_bases()

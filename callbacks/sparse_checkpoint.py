@@ -1,47 +1,50 @@
-"""SparseCheckpoint: a ModelCheckpoint whose best counts only once the target sparsity holds."""
+"""Define SparseCheckpoint: a ModelCheckpoint whose best files count only once the target sparsity is met."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse import _checks, counts
 from lightning_sparse._construction import Constructed, typed
-from lightning_sparse.callbacks import _averages, _report, _strengths
+from lightning_sparse.callbacks import best, logging
 from lightning_sparse.callbacks.compatibility import AnyModelCheckpoint
+from lightning_sparse.callbacks.form import peers_of
+from lightning_sparse.callbacks.options import only_one
 from lightning_sparse.callbacks.sparsity_monitor import SparsityMonitor
+from lightning_sparse.callbacks.user_warnings import rank_zero_warn
+from lightning_sparse.callbacks.weight_averaging import saved_module
 from lightning_sparse.select import select
 
 
 class SparseCheckpoint(AnyModelCheckpoint, metaclass=Constructed):
-    """ModelCheckpoint that saves a best (the top k) only while at least ``target`` of the weights in the file are zero.
+    """ModelCheckpoint that saves a best file (the top k) only while at least ``target`` of its weights are zero, to the nearest weight.
 
-    The share is counted anew for every file: ``sparsity/total`` of the sparsity callbacks in the Trainer, after their
-    threshold and, beside WeightAveraging, of the average; without one the exact zeros of the SparsityMonitor's selection,
-    without that of the default selection. The score is that of validation, which saw the same weights. With
-    ``save_last=True`` the last file is written from the start, and files written on an exception are not held back.
+    The share is counted for every file. With sparsity callbacks in the Trainer it is their ``sparsity/total``, after the
+    threshold and, with WeightAveraging, of the average. Without one it is the share of exact zeros in the SparsityMonitor's
+    selection, or else in the default selection. The score is that of validation, which used the same weights. With
+    ``save_last=True`` the last file is written from the start, and files written on an exception do not depend on the target.
 
     Args:
-        target: the old name of ``target_sparsity``, the share of zeros in [0, 1] from which files count.
-        target_sparsity: the same, under the name that it has in the sparsity callbacks.
+        target: the old name of ``target_sparsity``, the smallest share of zeros in [0, 1] for a best file.
+        target_sparsity: the same, by the name used in the sparsity callbacks.
         settings: ModelCheckpoint's own arguments, such as ``monitor``, ``mode``, ``dirpath`` and ``save_top_k``.
 
-    Raises TypeError or ValueError for a ``target`` that is no share, ValueError for ``save_last="link"``. Warns at the end
-    of fit if the target never held where a file was due, with the largest sparsity seen.
+    Raises TypeError or ValueError for a ``target`` that is not a share, ValueError for ``save_last="link"``. Warns at the end
+    of fit, with the largest sparsity seen, if the target was never met when a file was due.
     """
 
     def __init__(self, target: float | None = None, *, target_sparsity: float | None = None, **settings: Any) -> None:
-        share = _strengths.only_one("SparseCheckpoint", "target", target, target_sparsity)
-        self.target = _checks.between("target" if target_sparsity is None else "target_sparsity", share, 0, 1, closed="lr")
+        share = only_one("SparseCheckpoint", "target", target, target_sparsity)
+        self.target = _checks.share("target" if target_sparsity is None else "target_sparsity", share, closed="lr")
         super().__init__(**settings)
         self._settings = settings
         if self.save_last == "link":
-            raise ValueError("save_last='link' would point at a best file that may not exist yet; use save_last=True")
+            raise ValueError("save_last='link' would link to a best file that may not exist yet; use save_last=True")
         self.highest, self.held = 0.0, False
-        self._names: list[str] = []  # whose exact zeros count where no sparsity callback is in the Trainer
+        self._names: list[str] = []  # parameters whose exact zeros are counted without a sparsity callback
 
     def __repr__(self) -> str:
         return typed(self, self._settings)
@@ -51,36 +54,36 @@ class SparseCheckpoint(AnyModelCheckpoint, metaclass=Constructed):
         return f"{super().state_key}, target={self.target}"
 
     def sparsity(self, trainer: Trainer, module: LightningModule) -> float:
-        """The share of zeros that a file written now would have, in [0, 1], the same on every rank."""
-        peers = _report.peers_of(trainer)
-        share = _report.total(peers, self.save_weights_only) if peers else self._exact_zeros(trainer, module)
+        """Return the share of zeros that a file written now would have, in [0, 1], the same on every rank."""
+        peers = peers_of(trainer)
+        share = logging.total(peers, self.save_weights_only) if peers else self._exact_zeros(trainer, module)
         return float(trainer.strategy.broadcast(share))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if not _report.peers_of(trainer):
+        if not peers_of(trainer):
             monitors = (one for one in trainer.callbacks if isinstance(one, SparsityMonitor))  # type: ignore[attr-defined]
             patterns = next((monitor.select for monitor in monitors), None)
             self._names = [counts.weight_in_use(pl_module, name)[0] for name in select(pl_module, patterns, trainable=False)]
 
     def _exact_zeros(self, trainer: Trainer, module: LightningModule) -> float:
-        saved = _averages.saved_module(trainer, module, self.save_weights_only)
+        saved = saved_module(trainer, module, self.save_weights_only)
         return counts.share(counts.count_zeros(dict(counts.weight_in_use(saved, name) for name in self._names)))
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         share = self.sparsity(trainer, trainer.lightning_module)
         self.highest = max(self.highest, share)
-        if share >= self.target:
+        if share >= self.target - best.rounding(peers_of(trainer)):
             self.held = True
             super()._save_topk_checkpoint(trainer, monitor_candidates)
-        elif self.save_last:  # which is written where a best file was due at this step
+        elif self.save_last:  # because the last file is written only if a best file was due at this step
             self._last_global_step_saved = trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
         if not (self.held or trainer.fast_dev_run) and self.save_top_k:  # type: ignore[attr-defined]
             rank_zero_warn(
-                f"SparseCheckpoint saved no best: its target={self.target:g} never held where a file was due; the largest sparsity "
+                f"SparseCheckpoint saved no best file: its target={self.target:g} was never met when a file was due; the largest sparsity "
                 f"there was {self.highest:.4g}. Raise lam, train longer, or lower the target"
             )
 

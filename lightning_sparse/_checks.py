@@ -1,4 +1,4 @@
-"""Argument checks shared by the package: one sentence each, saying what was given and what is accepted."""
+"""Check arguments; messages are one sentence that states what was given and what is accepted."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def between(name: str, value: object, low: float, high: float, *, closed: str = 
     return checked
 
 
+def share(name: str, value: object, *, closed: str = "") -> float:
+    """Return ``value`` if it is a share between 0 and 1; for a number from 1 to 100 the error names the share of as many per cent."""
+    try:
+        return between(name, value, 0, 1, closed=closed)
+    except ValueError as error:
+        percent = number(name, value)
+        raise ValueError(f"{error}; did you mean {percent / 100:g}?" if 1 < percent < 100 else str(error)) from None
+
+
 def truth(name: str, value: object) -> bool:
     """Return ``value`` if it is True or False; raise TypeError otherwise."""
     given = plain(value)
@@ -56,7 +65,8 @@ def one_of(name: str, value: object, known: Iterable[str]) -> str:
     """Return ``value`` if it is one of the ``known`` words; raise ValueError, with those that come close, otherwise."""
     words, given = list(known), plain(value)
     if not isinstance(given, str) or given not in words:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, words))}, got {value!r}{closest(str(value), words)}")
+        *first, last = map(repr, words)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}{closest(str(value), words)}")
     return given
 
 

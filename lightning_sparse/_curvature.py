@@ -11,19 +11,25 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sparse import _checks, elementwise
 from lightning_sparse._construction import Constructed, typed
-from lightning_sparse._labels import LabelCount, Labels
-from lightning_sparse.attach import Attachment
+from lightning_sparse._group_curvature import GroupCurvature, observe
+from lightning_sparse._labels import LabelCount, Labels, graph_of_row
 from lightning_sparse.duality import Penalty
+from lightning_sparse.layers import layers
 from lightning_sparse.sample_gradients import Reduction
+from lightning_sparse.weights import Attachment
 
 Reduce = Callable[[Tensor], Tensor]
+CEILING, KEEP = 1.0, 0.9  # largest lam / H and smallest keep probability under which noise in a deep network costs what it should
+EXACT = (10.0, 1e-3)  # the same where H is exact, or noise is not calibrated
+_YOUNG = 3  # after n updates the past weighs at most n / (n + 3)
+_MANY = 1 << 20  # updates of an estimate from a file that does not count them
 
 
 class _Squares(NamedTuple):
@@ -38,7 +44,8 @@ class Curvature(metaclass=Constructed):
     """An exponential mean of a diagonal curvature estimate, one tensor a weight, updated every ``every`` steps.
 
     Args:
-        decay: weight of the past in the mean, per optimiser step.
+        decay: weight of the past in the mean, per optimiser step; less early in a run, so that a mean over many steps forgets
+            how the run began: after n updates at most n / (n + 3) at an update.
         every: optimiser steps between updates; between them nothing is recorded but for weights that the last update's batch
             did not use.
         samples: how many samples of a batch an update looks at where they are taken one by one.
@@ -52,8 +59,10 @@ class Curvature(metaclass=Constructed):
     minimum.
     """
 
+    noise_limits: ClassVar[tuple[float, float]] = (CEILING, KEEP)  # AdaptiveMask's ceiling and alpha_min where none are given
+
     def __init__(
-        self, decay: float = 0.9, every: int = 10, samples: int = 16, reduction: Reduction = "mean", labels: Labels = None
+        self, decay: float = 0.99, every: int = 10, samples: int = 16, reduction: Reduction = "mean", labels: Labels = None
     ) -> None:
         self.decay = _checks.between("decay", decay, 0, 1, closed="l")
         self.every, self.samples = _checks.whole("every", every, 1), _checks.whole("samples", samples, 1)
@@ -76,6 +85,7 @@ class Curvature(metaclass=Constructed):
         """Forget every estimate, before a new fit."""
         self.mean: dict[str, Tensor] = {}
         self.weight: dict[str, float] = {}
+        self.updates: dict[str, int] = {}
         self._pending: dict[str, Tensor | _Squares] = {}
         self._calls: dict[str, int] = {}  # of each layer in the batch that is being recorded
         self._done: set[str] = set()  # what an earlier backward of this batch gave an estimate for
@@ -85,12 +95,20 @@ class Curvature(metaclass=Constructed):
         self._missed: set[str] = set()  # those that the last one had none for: the next batch that uses them makes up for it
         self._scale, self._batch = 1.0, 1
         self._count: LabelCount | None = None  # of a batch that was seen whole
+        self._graphs: dict[int, Tensor] = {}  # by number of rows: the sample of each row, where samples are graphs
         self._doubt = ""
+        self.fault = ""  # why H is not what it should be, once that was found
         self.generator: torch.Generator | None = None
+        self._groups: GroupCurvature | None = None  # of weights that are masked together
 
     @abstractmethod
     def attach(self, module: nn.Module, attachment: Attachment) -> None:
         """Install what records the batches' gradients."""
+
+    def _observed(self, module: nn.Module, attachment: Attachment) -> Mapping[str, nn.Module]:
+        """Return the layers that are observed, by the name of their weight; with groups of that of their first parameter."""
+        self._groups = observe(attachment, module, self._wants)
+        return layers(module, attachment.parameters) if self._groups is None else self._groups.layers
 
     def begin(self, step: int, batch: int, scale: float = 1.0) -> None:
         """Before a batch: record it if ``step`` is due. ``scale`` is what the loss was multiplied by before backward."""
@@ -98,7 +116,7 @@ class Curvature(metaclass=Constructed):
         self._active = self._due or bool(self._missed)
         if step != self._step:
             self._step, self._met = step, set()
-        self._count = None  # ``batch`` is all that is known
+        self._count, self._graphs = None, {}  # ``batch`` is all that is known
         self._done.clear()
 
     def observe_batch(self, batch: Any) -> None:
@@ -106,6 +124,7 @@ class Curvature(metaclass=Constructed):
         if self._active:
             self._count = LabelCount(self.labels)
             self._count.begin(batch)
+            self._graphs = graph_of_row(batch)
 
     def observe_loss(self, loss: Tensor) -> None:
         """Between forward and backward: the loss, whose backward tells how many labels it averages over."""
@@ -140,14 +159,15 @@ class Curvature(metaclass=Constructed):
         own = self._settled()
         found = self._agreed(own, reduce, parameters) if reduce and parameters and self._active else own.items()
         active, self._active = self._active, self._active and more
-        keep = self.decay**self.every
+        past = self.decay**self.every
         for name, value in found:
             self._done.add(name)
             if elementwise.count_nonfinite({name: value}):  # of a step that is skipped, or that ends the run
                 continue
-            old = self.mean.get(name)
+            old, count = self.mean.get(name), self.updates.get(name, 0)
+            keep = past if old is None else min(past, count / (count + _YOUNG))
             self.mean[name] = value * (1 - keep) if old is None else old.mul_(keep).add_(value, alpha=1 - keep)
-            self.weight[name] = keep * self.weight.get(name, 0.0) + 1 - keep
+            self.weight[name], self.updates[name] = keep * self.weight.get(name, 0.0) + 1 - keep, count + 1
         if active and not more:
             self._met |= self._done
             self._missed -= self._done
@@ -160,6 +180,8 @@ class Curvature(metaclass=Constructed):
 
     def _settled(self) -> dict[str, Tensor]:
         """What was recorded, now that backward has told how many labels there are."""
+        for name, squares in () if self._groups is None else self._groups.settled().items():
+            self._add_squares(name, *squares)
         if not any(isinstance(part, _Squares) for part in self._pending.values()):
             return dict(self._pending)  # type: ignore[arg-type]
         count, settled = self.label_count(), {}
@@ -187,7 +209,8 @@ class Curvature(metaclass=Constructed):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that continue the estimate exactly."""
         missed = {"missed": sorted(self._missed)} if self._missed else {}
-        return {"mean": {name: value.clone() for name, value in self.mean.items()}, "weight": dict(self.weight)} | missed
+        means = {name: value.clone() for name, value in self.mean.items()}
+        return {"mean": means, "weight": dict(self.weight), "updates": dict(self.updates)} | missed
 
     def check_state(self, state: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Raise ValueError unless ``state`` is a :meth:`state_dict` of these parameters (of any, where there are none yet)."""
@@ -198,6 +221,9 @@ class Curvature(metaclass=Constructed):
         missed = state.get("missed", [])
         if not isinstance(missed, list) or not all(isinstance(name, str) for name in missed):
             raise ValueError(f"the checkpoint's curvature has a damaged 'missed', a list of names, got {missed!r:.80}")
+        updates = state.get("updates", {})
+        if not isinstance(updates, dict) or not all(isinstance(count, int) and count >= 0 for count in updates.values()):
+            raise ValueError(f"the checkpoint's curvature has damaged 'updates', whole numbers by parameter name, got {updates!r:.80}")
         for name, mean in state["mean"].items():
             if not (_is_estimate(mean, parameters.get(name)) and _is_share(state["weight"][name])):
                 raise ValueError(f"the checkpoint's curvature of {name!r} is damaged; resume from another file")
@@ -206,6 +232,7 @@ class Curvature(metaclass=Constructed):
         """Continue from :meth:`state_dict`, on the parameters' devices."""
         self.mean = {name: value.to(parameters[name].device, copy=True) for name, value in state["mean"].items()}
         self.weight = dict(state["weight"])
+        self.updates = dict.fromkeys(self.mean, _MANY) | dict(state.get("updates", {}))
         self._missed = set(state.get("missed", ())) & parameters.keys()
 
     def _wants(self, name: str) -> bool:
@@ -226,7 +253,7 @@ class Curvature(metaclass=Constructed):
             self._calls[name] = self._calls.get(name, 0) + 1
 
     def _attach_fallback(self, attachment: Attachment) -> None:
-        for name in attachment.parameters:
+        for name in attachment.parameters if self._groups is None else ():  # groups record their own
             attachment.on_gradient(name, partial(self._on_gradient, name))
 
     def _on_gradient(self, name: str, grad: Tensor) -> None:
@@ -250,6 +277,17 @@ def noise_eta(penalty: Penalty, lam: float | Tensor, ceiling: float, w: Tensor, 
     """eta_hat(w), :func:`calibrated` where there is an ``estimate`` of H_jj."""
     eta = penalty.eta_hat(w)
     return calibrated(eta, estimate[0].to(eta), lam, ceiling) if estimate else eta
+
+
+def unrealised(penalty: Penalty, lam: float | Tensor, ceiling: float, alpha_min: float, w: Tensor, curvature: Tensor) -> Tensor:
+    """The share in [0, 1] of lam * Omega that noise bounded by ``ceiling`` and ``alpha_min`` does not realise, weight by weight.
+
+    To second order noise costs H_jj Var s_j w_j^2 / 2, and lam w_j^2 / (2 eta_j) without bounds:
+    1 - H min(1 / max(H, lam / ceiling), (1 / alpha_min - 1) eta / lam).
+    """
+    widest = penalty.eta_hat(w) * ((1 / alpha_min - 1) / lam)
+    realised = torch.minimum(curvature.clamp(min=lam / ceiling).reciprocal_(), widest).mul_(curvature)
+    return realised.neg_().add_(1).clamp_(0, 1)
 
 
 def calibrated(eta: Tensor, curvature: Tensor, lam: float | Tensor, ceiling: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Docstrings that describe every argument: what a base class describes is not written again, and is shown all the same."""
+"""Complete docstrings with the arguments that base classes describe, so that each argument is described once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _ENTRY = re.compile(r"    ((?:\w+, )*\w+): (.*)")
 
 
 def complete(cls: type) -> None:
-    """Give a class's own docstring one ``Args:`` section, in the order of its signature, with what its bases say of the others.
+    """Give a class's own docstring one ``Args:`` section in the order of its signature, completed from its bases.
 
-    A class without a docstring, or whose ``__init__`` comes later (a dataclass's), is left as it is.
+    A class without a docstring, or whose ``__init__`` is added later (a dataclass), is not changed.
     """
     own = vars(cls).get("__doc__")
     names = parameters(cls)
@@ -24,7 +24,7 @@ def complete(cls: type) -> None:
 
 
 def parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """The arguments of a class by name; where its ``__init__`` passes keywords on, its bases' between its own and keyword-only ones."""
+    """Return the arguments of a class by name; if ``__init__`` passes keywords on, also those of its bases."""
     return _parameters([base for base in cls.__mro__ if "__init__" in vars(base) and base is not object])
 
 
@@ -35,11 +35,12 @@ def _parameters(bases: list[type]) -> dict[str, inspect.Parameter]:
     own = {one.name: one for one in taken if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
     inherited = _parameters(bases[1:]) if any(one.kind is one.VAR_KEYWORD for one in taken) else {}
     first = {name: one for name, one in own.items() if one.kind is not one.KEYWORD_ONLY}
-    return first | {name: one for name, one in inherited.items() if name not in own} | own
+    hidden = {*own, *vars(bases[0]).get("fills", ())}  # arguments that a class passes to its base itself
+    return first | {name: one for name, one in inherited.items() if name not in hidden} | own
 
 
 def split(doc: str) -> tuple[str, dict[str, str]]:
-    """A docstring without its ``Args:`` section, and the section's texts by argument; ``a, b: text`` is of both."""
+    """Return a docstring without its ``Args:`` section, and the section's texts by argument; ``a, b: text`` counts for both."""
     lines, kept, found = inspect.cleandoc(doc).splitlines(), [], dict[str, list[str]]()
     inside, names = False, list[str]()
     for line in lines:

@@ -203,9 +203,6 @@ _DEEPEST = 4  # objects in objects that are looked into
 
 def batch_size(batch: Any) -> int | None:
     """Samples in a batch, None where nothing says: the length of its first tensor of more than one row, or of its lists of samples."""
-    graphs = getattr(batch, "num_graphs", None)  # torch_geometric's, whose tensors are as long as there are nodes or edges
-    if isinstance(graphs, int):
-        return graphs
     first = None
     for size in _sizes(batch, 0):
         if size > 1:
@@ -214,8 +211,22 @@ def batch_size(batch: Any) -> int | None:
     return first
 
 
+def graph_of_row(batch: Any, depth: int = 0) -> dict[int, Tensor]:
+    """By their number: the graph of each row of nodes, and of each row of edges, of a torch_geometric batch; empty for others."""
+    if isinstance(graphs := getattr(batch, "num_graphs", None), int):
+        nodes, edges = getattr(batch, "batch", None), getattr(batch, "edge_index", None)
+        if graphs < 2 or not isinstance(nodes, Tensor) or nodes.dim() != 1:
+            return {}
+        of_edges = {edges.shape[1]: nodes[edges[0]]} if isinstance(edges, Tensor) and edges.dim() == 2 else {}
+        return of_edges | {len(nodes): nodes}
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) and depth <= _DEEPEST else ()
+    return next((found for part in parts if (found := graph_of_row(part, depth + 1))), {})
+
+
 def _sizes(batch: Any, depth: int) -> Iterator[int]:
-    if isinstance(batch, Tensor):
+    if isinstance(graphs := getattr(batch, "num_graphs", None), int):  # torch_geometric's, whose tensors are as long as there are nodes
+        yield graphs
+    elif isinstance(batch, Tensor):
         yield len(batch) if batch.dim() else 1
     elif isinstance(batch, (list, tuple)) and batch and _are_samples(batch, depth == 0):
         yield len(batch)

@@ -1,4 +1,4 @@
-"""Plain Python values of numbers and words that numpy, torch or a YAML library made."""
+"""Convert numbers and strings of numpy, torch or a YAML library to plain Python values."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _EXACT = (bool, int, float, complex, str, bytes, type(None))
 
 
 def plain(given: Any) -> Any:
-    """Return ``given`` with numpy scalars, 0-dimensional arrays and tensors, and subclasses of int, float and str as Python's own.
+    """Return ``given`` with numpy scalars, 0-d arrays and tensors, and subclasses of int, float and str as plain Python values.
 
-    Lists, tuples and dicts are gone through. Everything else comes back as it is: objects, enums, larger arrays, and tensors
-    that require a gradient, because a number would cut their graph. A file of a run holds its arguments, and numpy's numbers
-    in it would keep torch.load(weights_only=True) from reading it.
+    Lists, tuples and dicts are converted recursively. Everything else is returned as it is: objects, enums, larger arrays, and
+    tensors that require a gradient, because a number would lose their graph. Checkpoints hold a run's arguments, and
+    torch.load(weights_only=True) cannot read numpy's numbers in them.
     """
     if type(given) in _EXACT or isinstance(given, enum.Enum):
         return given
@@ -37,7 +37,7 @@ def _python(value: Any) -> Any:
 
 
 def _container(given: Any) -> Any:
-    """The container itself, where nothing in it changes."""
+    """Return a converted container; the same object if nothing in it changes."""
     if isinstance(given, dict):
         pairs = {plain(key): plain(value) for key, value in given.items()}
         same = all(map(_same, given.items(), pairs.items()))

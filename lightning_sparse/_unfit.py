@@ -1,4 +1,4 @@
-"""Weights that cannot be sparsified as they stand: refused or left out, each with its reason."""
+"""Find weights that cannot be made sparse, and explain why they are refused or left out."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-PACKED = "_packed_params", "_all_weight_values"  # where torch.ao's quantised layers keep what is no parameter
+PACKED = "_packed_params", "_all_weight_values"  # attributes of torch.ao's quantised layers that hold weights
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:
-    """Two or more dimensions, or none known yet."""
+    """Return True for two or more dimensions, or a shape that is not known yet."""
     return isinstance(parameter, nn.UninitializedParameter) or parameter.dim() >= 2
 
 
 def obstacle(parameter: nn.Parameter) -> str:
-    """Why the values of a parameter cannot be set to zero one by one; empty where nothing is in the way."""
+    """Explain why the values of a parameter cannot be set to zero one by one; empty if they can."""
     if isinstance(parameter, nn.UninitializedParameter):
         return "has no shape yet; run a batch through its lazy layer first, for example in the LightningModule's configure_model"
     if parameter.is_complex():
@@ -29,7 +29,7 @@ def obstacle(parameter: nn.Parameter) -> str:
 
 
 def packed(module: nn.Module) -> dict[str, str]:
-    """The weights of torch's quantised layers, which are no parameters, and why they are refused."""
+    """Return the weights of torch's quantised layers, which are not parameters, and why they are refused."""
     found = {}
     for prefix, owner in module.named_modules():
         kind = type(owner)
@@ -40,14 +40,14 @@ def packed(module: nn.Module) -> dict[str, str]:
 
 
 def sparse_gradients(module: nn.Module) -> dict[int, str]:
-    """Why the weights that get sparse gradients are refused, by id."""
-    reason = "gets sparse gradients from an embedding, while penalty and mask act on all of its weights; make it with sparse=False"
+    """Return why the weights that get sparse gradients are refused, by id."""
+    reason = "gets sparse gradients from an embedding, while penalty and mask act on all of its weights; create it with sparse=False"
     wanted = (part for part in module.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse)
     return {id(part.weight): reason for part in wanted if part.weight.requires_grad}
 
 
 class Computed(NamedTuple):
-    """A weight that is no parameter: the reason to leave it out, what it is computed from, and a matrix among that."""
+    """A weight that is not a parameter: the reason to leave it out, its source parameters, and a matrix among them."""
 
     reason: str
     sources: tuple[str, ...]
@@ -55,10 +55,10 @@ class Computed(NamedTuple):
 
 
 def computed(module: nn.Module, layers: tuple[type[nn.Module], ...], trainable: bool) -> dict[str, Computed]:
-    """The weight matrices of ``layers`` that are computed from parameters, under the name that the forward reads.
+    """Return the weight matrices of ``layers`` that are computed from parameters, under the name that the forward reads.
 
-    By a parametrisation (weight_norm, spectral_norm, orthogonal, ...) or by the hook of an older function of that kind
-    (``torch.nn.utils.weight_norm``, ``spectral_norm``, ``prune``). ``trainable`` leaves out those with frozen sources.
+    They are computed by a parametrisation (weight_norm, spectral_norm, orthogonal, ...) or by the hook of an older function of that
+    kind (``torch.nn.utils.weight_norm``, ``spectral_norm``, ``prune``). ``trainable`` leaves out those with frozen sources.
     """
     found = {}
     for prefix, owner in module.named_modules():
@@ -71,7 +71,7 @@ def computed(module: nn.Module, layers: tuple[type[nn.Module], ...], trainable: 
 
 
 def stem_of(owner: nn.Module, attribute: str) -> str:
-    """``weight`` for the ``weight_orig``, ``weight_v`` or ``weight_g`` that a hook computes it from, else ``attribute``."""
+    """Return ``weight`` for the ``weight_orig``, ``weight_v`` or ``weight_g`` that a hook computes it from, else ``attribute``."""
     stem = attribute.rpartition("_")[0]
     return stem if isinstance(vars(owner).get(stem), Tensor) else attribute
 
@@ -94,8 +94,9 @@ def _reason(owner: nn.Module, attribute: str, parts: Iterable[str]) -> str:
     lists = getattr(owner, "parametrizations", {})
     makers = [*lists[attribute]] if attribute in lists else [*_hooks_of(owner, attribute)]
     names = " and ".join(type(maker).__name__.lstrip("_") for maker in makers) or "a hook"
-    way = "parametrize.remove_parametrizations" if attribute in lists else "remove_weight_norm, remove_spectral_norm or prune.remove"
-    return f"is computed by {names} from {', '.join(parts)}, so that a penalty on those is none on it; make it a parameter first with {way}"
+    remover = "parametrize.remove_parametrizations" if attribute in lists else "remove_weight_norm, remove_spectral_norm or prune.remove"
+    sources = ", ".join(parts)
+    return f"is computed by {names} from {sources}, and a penalty on those does not act on it; make it a parameter first with {remover}"
 
 
 def _hooks_of(owner: nn.Module, attribute: str) -> Iterator[object]:

@@ -1,9 +1,9 @@
-"""The old place of :mod:`lightning_sparse.target`."""
+"""Provide the old import path of ``lightning_sparse.schedules.TargetSparsity``."""
 
 from __future__ import annotations
 
-from lightning_sparse.target import FAR, NEAR, RISE, ROUNDS, START, TargetSparsity
+from lightning_sparse.schedules import NEAR, RISE, ROUNDS, START, TargetSparsity
 
 Ascent = TargetSparsity
 
-__all__ = ["FAR", "NEAR", "RISE", "ROUNDS", "START", "Ascent"]
+__all__ = ["NEAR", "RISE", "ROUNDS", "START", "Ascent"]

@@ -91,6 +91,16 @@ def figures(counts: Counts) -> dict[str, float]:
     return {"sparsity/total": share(counts), **{f"sparsity/{name}": _ratio(*pair) for name, pair in counts.items()}}
 
 
+def group_figures(left: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """Return the logged shares of zero groups, ``sparsity/groups`` and ``sparsity/groups/<name>``; empty without groups.
+
+    ``left`` holds (groups that are not zero, groups) by the name of a set of groups.
+    """
+    live, count = (sum(column) for column in zip(*left.values(), strict=True)) if left else (0, 0)
+    shares = {f"sparsity/groups/{name}": 1 - live / count for name, (live, count) in left.items()}
+    return {"sparsity/groups": 1 - live / count, **shares} if count else {}
+
+
 def mean(tensors: Iterable[Tensor]) -> float:
     """Return the mean over all elements of all tensors (for example mean alpha); NaN if there are no elements."""
     total, size = 0.0, 0

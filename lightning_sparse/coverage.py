@@ -1,4 +1,4 @@
-"""What share of a module a selection covers, what it passes over, and what its zeros do not say; in sentences for a warning."""
+"""Measure how much of a module a selection covers, and write the warnings about the weights it skips."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_sparse import _roles
-from lightning_sparse.select import OWNERS, matrices, passed_over
+from lightning_sparse.select import OWNERS, matrices, skipped_matrices
 
-SMALL = 0.01  # a share of the matrices that moves sparsity/total by less than one per cent
-LISTED = 5
+SMALL = 0.01  # share of the matrices that changes sparsity/total by less than one per cent
+LISTED = 5  # names in a message
 
 
 class Coverage(NamedTuple):
-    """Sizes are numbers of elements; a parameter with several names counts once, one without a shape yet as 0."""
+    """Counts of elements; a parameter with several names counts once, one without a shape yet counts as 0."""
 
     selected: dict[str, int]
-    parameters: int  # of the module
-    frozen: int  # in matrices
-    passed: dict[str, tuple[str, int]]  # matrices of other layers that the default leaves out: their layer's class and size
-    tied: dict[str, str]  # selected matrices that are an embedding's as well, and the name that they have there
-    adapters: list[str]  # selected matrices that are added to a frozen one
+    parameters: int  # all parameters of the module
+    frozen: int  # frozen matrices that the patterns match, or all if none is included
+    passed: dict[str, tuple[str, int]]  # matrices of other layers that the default skips: their layer's class and size
+    tied: dict[str, str]  # selected matrices that are embeddings too, and their name there
+    adapters: list[str]  # selected matrices whose product is added to a frozen weight
 
     @property
     def share(self) -> float:
@@ -36,7 +36,7 @@ class Coverage(NamedTuple):
 
     @property
     def is_partial(self) -> bool:
-        """What is passed over changes the share of zeros."""
+        """Return True if the skipped matrices would change the share of zeros."""
         sizes = [size for _, size in self.passed.values()]
         return bool(sizes) and (min(sizes) == 0 or sum(sizes) >= SMALL * (sum(sizes) + sum(self.selected.values())))
 
@@ -44,11 +44,11 @@ class Coverage(NamedTuple):
 def measure(
     module: nn.Module, chosen: Mapping[str, Tensor], patterns: Sequence[str] | None = None, beside: Iterable[nn.Parameter] = ()
 ) -> Coverage:
-    """The :class:`Coverage` of ``chosen``, which ``patterns`` selected; ``beside``: parameters that others select."""
+    """Return the :class:`Coverage` of ``chosen``, selected by ``patterns``; ``beside`` are parameters that others select."""
     taken = {id(parameter) for parameter in (*chosen.values(), *beside)}
     own = {name: holder for name, holder, _ in _roles.own_matrices(module, OWNERS)}
-    passed = {name: p for name, p in passed_over(module, patterns).items() if id(p) not in taken}
-    frozen = {id(p): p for p in matrices(module).values() if not p.requires_grad}
+    passed = {name: p for name, p in skipped_matrices(module, patterns).items() if id(p) not in taken}
+    frozen = {id(p): p for name, p in matrices(module).items() if not p.requires_grad and is_asked(name, patterns)}
     embeddings = _roles.embeddings(module)
     tied = {name: embeddings[id(p)] for name, p in chosen.items() if id(p) in embeddings and name not in (patterns or ())}
     return Coverage(
@@ -66,13 +66,13 @@ def _size(parameter: Tensor) -> int:
 
 
 def _adapters(module: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those inside of PEFT's layers, found without importing it."""
+    """Return the names inside of PEFT's layers, found without importing PEFT."""
     layers = [path for path, part in module.named_modules() if any(base.__name__ == "BaseTunerLayer" for base in type(part).__mro__)]
     return [name for name in names if any(name.startswith(f"{path}.") for path in layers)]
 
 
-def says_of_passed(found: Coverage, who: str, patterns: Sequence[str] | None, names: Collection[str]) -> str:
-    """``who`` ("ReweightedPenalty selects") leaves which matrices out, and both ways to say what is meant; empty where none is."""
+def skipped_message(found: Coverage, who: str, patterns: Sequence[str] | None, names: Collection[str]) -> str:
+    """Write which matrices ``who`` ("ReweightedPenalty selects") skips and how to select or exclude them; empty if none."""
     if not found.passed:
         return ""
     groups = grouped({name: kind for name, (kind, _) in found.passed.items()}, names)
@@ -82,15 +82,15 @@ def says_of_passed(found: Coverage, who: str, patterns: Sequence[str] | None, na
     return (
         f"{who} {len(found.selected)} of {total} weight matrices, {found.share:.1%} of the parameters: by default not those of layers "
         f"other than torch's own, here {', '.join(shown[:LISTED])}{more} with {found.passed_share:.1%} of the parameters, which "
-        f"sparsity/total does not count. Add them with select={['*', *patterns]}, or leave them out without this message with "
+        f"sparsity/total does not count. Add them with select={['*', *patterns]}, or exclude them without this message with "
         f"select={[*patterns, *('!' + pattern for pattern in list(groups)[:LISTED])]}"
     )
 
 
 def grouped(kinds: Mapping[str, str], names: Collection[str]) -> dict[str, tuple[str, int]]:
-    """Patterns for names that differ in numbers alone (``h.*.attn.weight``), each with its kind and count.
+    """Return patterns for names that differ only in numbers (``h.*.attn.weight``), each with its kind and count.
 
-    A pattern that would match another of ``names`` is not made: its members then stand one by one.
+    A pattern that would also match another of ``names`` is not used; its members are then listed one by one.
     """
     members: dict[tuple[str, str], list[str]] = {}
     for name, kind in kinds.items():
@@ -103,36 +103,46 @@ def grouped(kinds: Mapping[str, str], names: Collection[str]) -> dict[str, tuple
     return found
 
 
-def says_of_tied(found: Coverage, who: str, patterns: Sequence[str] | None) -> str:
-    """Selected matrices that are embeddings too; empty where none is."""
+def tied_message(found: Coverage, who: str, patterns: Sequence[str] | None) -> str:
+    """Write which selected matrices are embeddings too; empty if there are none."""
     if not found.tied:
         return ""
     shares = {name: found.selected[name] / max(found.parameters, 1) for name in found.tied}
     listed = [f"{name!r} ({shares[name]:.1%} of the parameters) is the embedding {other!r} too" for name, other in found.tied.items()]
-    spared = [*(patterns or ()), *("!" + name for name in list(found.tied)[:LISTED])]
+    excluded = [*(patterns or ()), *("!" + name for name in list(found.tied)[:LISTED])]
     return (
-        f"{who} embeddings that are tied to another layer, through that layer: {', '.join(listed[:LISTED])}. Leave them out with "
-        f"select={spared}"
+        f"{who} embeddings that are tied to another layer, through that layer: {', '.join(listed[:LISTED])}. Exclude them with "
+        f"select={excluded}"
     )
 
 
-def says_of_frozen(found: Coverage, who: str) -> str:
-    """More weights are frozen than selected: the zeros say little of the whole; empty where it is otherwise."""
+def frozen_message(found: Coverage, who: str, patterns: Sequence[str] | None = None) -> str:
+    """Write that more weights are frozen than selected, so that the zeros say little of the whole; empty otherwise."""
     if found.frozen <= sum(found.selected.values()):
         return ""
     count, frozen = len(found.selected), found.frozen / found.parameters
+    general = is_general(patterns)
+    asked = "are matrices" if general else f"are matrices which select={list(patterns or ())} matches, too, but"
     text = (
         f"{who} {count} weight matri{'x' if count == 1 else 'ces'}, {found.share:.1%} of the module's parameters; {frozen:.1%} "
-        "are matrices that are frozen and stay as they are, which sparsity/total does not count"
+        f"{asked} that are frozen and do not change, which sparsity/total does not count"
     )
     if found.adapters:
         text += (
-            f". {found.adapters[0]!r} and others are adapters: merged, their product is added to a frozen weight, and none of their zeros "
-            "is left. For a sparse model merge the adapters first and train the merged weights"
+            f". {found.adapters[0]!r} and others are adapters: when merged, their product is added to a frozen weight, and their zeros are "
+            "lost. For a sparse model merge the adapters first and train the merged weights"
         )
-    return f"{text}. To accept that, name what is to be sparse with select=[...]"
+    remedy = "name the weights to make sparse with select=[...]" if general else "give patterns that match no frozen matrix"
+    return f"{text}. To accept that, {remedy}"
+
+
+def is_asked(name: str, patterns: Sequence[str] | None) -> bool:
+    """Return True if ``patterns`` would select a matrix of this name if it were trainable."""
+    given = [*(patterns or ())]
+    included, excluded = [p for p in given if not p.startswith("!")], [p[1:] for p in given if p.startswith("!")]
+    return (not included or any(fnmatchcase(name, p) for p in included)) and not any(fnmatchcase(name, p) for p in excluded)
 
 
 def is_general(patterns: Sequence[str] | None) -> bool:
-    """Everything is meant, but for exclusions: no part of the module is named."""
+    """Return True if everything is selected except exclusions, so that no part of the module is named."""
     return all(pattern == "*" or pattern.startswith("!") for pattern in patterns or ())

@@ -1,4 +1,4 @@
-r"""The eta-duality: a penalty and an adaptive mask are two forms of one thing.
+r"""Convert between penalties and adaptive masks by the eta-duality.
 
 A *subquadratic* penalty omega (concave and non-decreasing in w^2) is a minimum over eta ("eta-trick"),
 
@@ -22,15 +22,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sparse import _checks, elementwise, numeric
-from lightning_sparse._construction import Constructed, typed
+from lightning_sparse import _checks, _pictures, elementwise, numeric
+from lightning_sparse._construction import Constructed, brief, typed
 from lightning_sparse.numeric import scalar_div
 
 Examples = tuple[dict[str, Any], ...]
 
 
 def keep_probability(eta: Tensor, lam: float) -> Tensor:
-    """alpha = 1 / (1 + lam / eta), elementwise: 0 at eta = 0, 1 at eta = inf, never NaN.
+    """Return alpha = 1 / (1 + lam / eta), elementwise: 0 at eta = 0, 1 at eta = inf, never NaN.
 
     Raises ValueError unless ``lam`` is a finite number > 0.
     """
@@ -38,20 +38,20 @@ def keep_probability(eta: Tensor, lam: float) -> Tensor:
 
 
 def alpha_of(eta: Tensor, lam: float | Tensor) -> Tensor:
-    """:func:`keep_probability` without its check, for a ``lam`` that may be a tensor of no dimensions."""
+    """Compute :func:`keep_probability` without its check, for a ``lam`` that may be a 0-d tensor."""
     return scalar_div(lam, eta).add_(1).reciprocal_()
 
 
 def eta(alpha: Tensor, lam: float) -> Tensor:
-    """eta = lam alpha / (1 - alpha), elementwise, the inverse of :func:`keep_probability`; inf at alpha = 1."""
+    """Return eta = lam alpha / (1 - alpha), elementwise, the inverse of :func:`keep_probability`; inf at alpha = 1."""
     return _checks.positive("lam", lam) * alpha / (1 - alpha)
 
 
 class Penalty(metaclass=Constructed):
-    """An even, subquadratic penalty with ``omega(0) == 0``; it knows no strength, module or step.
+    """An even, subquadratic penalty with ``omega(0) == 0``. It does not know the strength, the module or the step.
 
-    A subclass is a frozen dataclass that gives :meth:`omega` and :meth:`eta_hat`; the rest follows, and a closed form
-    may override it. ``examples`` holds keyword arguments that drive the contract tests, the plots and the docs.
+    A subclass is a frozen dataclass that defines :meth:`omega` and :meth:`eta_hat`; the other methods have numeric defaults, which
+    closed forms may override. ``examples`` holds keyword arguments for the contract tests, the plots and the docs.
     """
 
     examples: ClassVar[Examples] = ()
@@ -60,36 +60,39 @@ class Penalty(metaclass=Constructed):
     def __repr__(self) -> str:
         return typed(self)
 
+    def _repr_html_(self) -> str | None:
+        return _picture(self, 1.0)
+
     @abstractmethod
     def omega(self, w: Tensor) -> Tensor:
-        """Penalty of each weight, same shape and dtype as ``w``; zero at zero."""
+        """Return the penalty of each weight, same shape and dtype as ``w``; zero at zero."""
 
     @abstractmethod
     def eta_hat(self, w: Tensor) -> Tensor:
-        """The minimiser |w| / omega'(|w|) in [0, inf] of the eta-trick, same shape and dtype as ``w``."""
+        """Return the minimiser |w| / omega'(|w|) in [0, inf] of the eta-trick, same shape and dtype as ``w``."""
 
     def dual(self, eta: Tensor) -> Tensor:
-        """f(eta) = sup_w 2 omega(w) - w^2 / eta, same shape and dtype as ``eta``; a scalar if not separable."""
+        """Return f(eta) = sup_w 2 omega(w) - w^2 / eta, same shape and dtype as ``eta``; a scalar if not separable."""
         self._need_separable("dual")
         return numeric.dual(self.omega, self.eta_hat, eta)
 
     def dual_slope(self, eta: Tensor) -> Tensor:
-        """f'(eta) = (w / eta)^2 at the w whose eta_hat is eta (0 < eta < inf); same shape and dtype as ``eta``."""
+        """Return f'(eta) = (w / eta)^2 at the w whose eta_hat is eta (0 < eta < inf); same shape and dtype as ``eta``."""
         self._need_separable("dual_slope")
         return numeric.dual_slope(self.dual, self.eta_hat, eta)
 
     def gradient(self, w: Tensor) -> Tensor:
-        """w / eta_hat(w), the signed slope of omega; zero at w = 0."""
+        """Return w / eta_hat(w), the signed slope of omega; zero at w = 0."""
         return numeric.quotient(w, self.eta_hat(w))
 
     def prox(self, w: Tensor, step: Tensor | float) -> Tensor:
-        """argmin_x (x - w)^2 / 2 + step * omega(x), elementwise; ``step`` broadcasts against ``w``."""
+        """Return argmin_x (x - w)^2 / 2 + step * omega(x), elementwise; ``step`` broadcasts against ``w``."""
         self._need_separable("prox")
         return numeric.prox(self.omega, w, step)
 
     def _need_separable(self, what: str) -> None:
         if not self.separable:
-            raise ValueError(f"{self!r} is not separable and gives no {what} of its own: there is no numeric one to fall back on")
+            raise ValueError(f"{brief(self)} is not separable and defines no {what} of its own; there is no numeric default for it")
 
 
 class MaskRule(metaclass=Constructed):
@@ -102,21 +105,24 @@ class MaskRule(metaclass=Constructed):
     def __repr__(self) -> str:
         return typed(self)
 
+    def _repr_html_(self) -> str | None:
+        return _picture(self, self.lam)
+
     @abstractmethod
     def keep_probability(self, w: Tensor) -> Tensor:
-        """alpha(w) in [0, 1], same shape and dtype as ``w``."""
+        """Return alpha(w) in [0, 1], same shape and dtype as ``w``."""
 
     def eta_hat(self, w: Tensor) -> Tensor:
-        """eta_hat(w) = lam alpha / (1 - alpha) of the penalty that this rule realises."""
+        """Return eta_hat(w) = lam alpha / (1 - alpha) of the equivalent penalty."""
         return eta(self.keep_probability(w), self.lam)
 
     def to_penalty(self) -> Penalty:
-        """The penalty with lam * omega(w) = integral of t (1 - alpha) / alpha; closed forms override this.
+        """Return the penalty with lam * omega(w) = integral of t (1 - alpha) / alpha; closed forms override this.
 
-        Raises ValueError for a rule that is not separable: w / eta_hat(w) is then a gradient only by luck.
+        Raises ValueError for a rule that is not separable, because w / eta_hat(w) is then not a gradient in general.
         """
         if not self.separable:
-            raise ValueError(f"{self!r} has no penalty: it is not separable, and w / eta_hat(w) need not be a gradient")
+            raise ValueError(f"{brief(self)} has no penalty: it is not separable, and w / eta_hat(w) need not be a gradient")
         return RulePenalty(self)
 
 
@@ -154,7 +160,7 @@ class CallableRule(MaskRule):
     """A plain function alpha(|w|) as a mask rule at lam = 1.
 
     Args:
-        alpha: the function; it is given weights from 0 to 1e18 (so that w^2 is finite).
+        alpha: the function; it is called with weights from 0 to 1e18 (so that w^2 is finite).
     """
 
     alpha: Callable[[Tensor], Tensor]
@@ -190,12 +196,12 @@ class RulePenalty(Penalty):
 
 
 def to_mask_rule(penalty: Penalty | MaskRule, lam: float) -> MaskRule:
-    """The mask form of a penalty: a rule with alpha(w) = 1 / (1 + lam / eta_hat(w)) that remembers ``lam``."""
+    """Return the mask form of a penalty: a rule with alpha(w) = 1 / (1 + lam / eta_hat(w)) that stores ``lam``."""
     return PenaltyRule(to_penalty(penalty), lam)
 
 
 def to_penalty(rule: Penalty | MaskRule | Callable[[Tensor], Tensor]) -> Penalty:
-    """The penalty form of a mask rule or of a plain callable alpha(|w|); a penalty is returned as it is.
+    """Return the penalty form of a mask rule or of a plain callable alpha(|w|); a penalty is returned as it is.
 
     ``to_penalty(to_mask_rule(p, lam))`` is ``p``. Raises ValueError naming the w where the rule decreases or where its
     integral diverges, and for a non-separable rule that is no gradient field; TypeError for anything else.
@@ -209,8 +215,22 @@ def to_penalty(rule: Penalty | MaskRule | Callable[[Tensor], Tensor]) -> Penalty
     raise TypeError(f"expected a Penalty, a MaskRule or a function alpha(w), got {rule!r}; did you forget to call it?")
 
 
+def _picture(given: Penalty | MaskRule, lam: float) -> str | None:
+    """Return HTML with omega and alpha from w = 0 to 4, which notebooks show; None, so that they show the repr, where there is no curve."""
+    try:
+        penalty = to_penalty(given)
+        if not penalty.separable:
+            return None
+        w = torch.linspace(0, 4, 161, dtype=torch.float64)
+        alpha = given.keep_probability(w) if isinstance(given, MaskRule) else keep_probability(penalty.eta_hat(w), lam)
+        omega = ("omega(w)", w.tolist(), penalty.omega(w).tolist(), None)
+        return _pictures.panels(repr(given), [omega, (f"alpha(w) at lam = {lam:g}", w.tolist(), alpha.tolist(), 1.0)])
+    except Exception:  # a picture must not hide the object
+        return None
+
+
 def gap(penalty: Penalty, w: Tensor, eta: Tensor) -> Tensor:
-    """(w^2 / eta + f(eta)) / 2 - omega(w) >= 0, elementwise; zero exactly at eta = eta_hat(w).
+    """Return (w^2 / eta + f(eta)) / 2 - omega(w) >= 0, elementwise; zero exactly at eta = eta_hat(w).
 
     For a penalty that is not separable the sums over w are compared: a scalar.
     """
@@ -221,24 +241,24 @@ def gap(penalty: Penalty, w: Tensor, eta: Tensor) -> Tensor:
 
 
 def magnitude(penalty: Penalty, eta: Tensor) -> Tensor:
-    """The |w| whose eta_hat is ``eta``, eta sqrt(f'(eta)), for 0 < eta < inf: eta_hat backwards."""
+    """Return the |w| whose eta_hat is ``eta``, eta sqrt(f'(eta)), for 0 < eta < inf: the inverse of eta_hat."""
     return eta * penalty.dual_slope(eta).sqrt()
 
 
 def joint_slopes(penalty: Penalty, w: Tensor, log_eta: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of (w^2 / eta + f(eta)) / 2, elementwise, in w and in log eta: the eta-trick as a joint descent."""
+    """Return the gradients of (w^2 / eta + f(eta)) / 2, elementwise, in w and in log eta."""
     eta = log_eta.clamp(-69, 69).exp_()  # 1e-30 to 1e30
     in_w = w / eta
     return in_w, penalty.dual_slope(eta).mul(eta).sub_(in_w * w).div_(2)
 
 
 def penalty_value(penalty: Penalty, weights: list[Tensor], lam: float) -> float:
-    """lam * Omega over a list of weight tensors, summed in float64; a collective for weights that are split over processes."""
+    """Return lam * Omega over a list of weight tensors, summed in float64; a collective for weights split over processes."""
     parts = [(elementwise.local_part(w.detach()), w) for w in weights]
     return lam * sum(float(elementwise.sum_shards(penalty.omega(part).sum(dtype=torch.float64), w)) for part, w in parts)
 
 
-# -- which penalties the duality admits, and what each can promise: derived numerically from omega and eta_hat ---------------
+# -- admissible penalties and their properties, derived numerically from omega and eta_hat -----------------------------------
 
 _REMEDY = {
     "zero": "shrinks only: no weight falls below a keep probability by itself; name a magnitude threshold",
@@ -249,7 +269,7 @@ _REMEDY = {
 
 @dataclass(frozen=True)
 class FinePrint:
-    """What a penalty's shape promises.
+    """The properties that follow from a penalty's slope near 0 and for large weights.
 
     Args:
         slope_at_zero: omega'(0+) = lim w / eta_hat(w).
@@ -266,12 +286,12 @@ class FinePrint:
 
 
 def fine_print(penalty: Penalty) -> FinePrint:
-    """Classify a separable penalty by its slope near 0 and far out, read off powers of w.
+    """Classify a separable penalty by the powers of w that its slope follows near 0 and for large weights.
 
     Raises ValueError for a penalty that is not separable: its slope at one weight depends on the others.
     """
     if not penalty.separable:
-        raise ValueError(f"{penalty!r} is not separable: it has no slope of its own at a single weight")
+        raise ValueError(f"{brief(penalty)} is not separable: it has no slope of its own at a single weight")
     near = torch.tensor([1e-100, 1e-110], dtype=torch.float64)
     slopes = penalty.gradient(near)
     kind = "infinite" if _jumps(penalty) else _kind(_exponent(near, slopes))
@@ -280,7 +300,7 @@ def fine_print(penalty: Penalty) -> FinePrint:
 
 
 def _exponent(w: Tensor, values: Tensor) -> float:
-    """k where values ~ w^k between the two given points; +inf where the second vanishes."""
+    """Return k with values ~ w^k between the two given points; +inf if the second value is 0."""
     if values[1] == 0 or values[0] == 0:
         return math.inf
     return float((values[0] / values[1]).log() / (w[0] / w[1]).log())
@@ -291,13 +311,13 @@ def _kind(exponent: float) -> str:
 
 
 def _jumps(penalty: Penalty) -> bool:
-    """omega is discontinuous at 0 (an L0 term): no continuous penalty is worth half of omega(1e-6) at 1e-100."""
+    """Return True if omega is discontinuous at 0 (an L0 term), because omega(1e-100) is then more than half of omega(1e-6)."""
     tiny, small = penalty.omega(torch.tensor([1e-100, 1e-6], dtype=torch.float64)).tolist()
     return bool(tiny > 0.5 * small > 0)
 
 
 def _unbiased(penalty: Penalty) -> bool:
-    """The slope falls like a power of w far out; nearer pairs serve where eta_hat is inf to rounding at the far ones."""
+    """Return True if the slope falls like a power of w for large w; smaller w are used if eta_hat rounds to inf at larger ones."""
     for pair in ([1e60, 1e50], [1e30, 1e25], [1e6, 1e4]):
         far = torch.tensor(pair, dtype=torch.float64)
         slopes = penalty.gradient(far)

@@ -41,14 +41,14 @@ class Gate:
         stretched = soft * (self.zeta - self.gamma) + self.gamma
         inside = numeric.outside((stretched <= 0) | (stretched >= 1))
         rise = (soft * (1 - soft)).mul_((self.zeta - self.gamma) / self.beta).mul_(inside)
-        log_mean, growth = self._look(inner, 0)
+        log_mean, growth = self._interpolate(inner, 0)
         scale = (-log_mean).exp_()
         m = stretched.clamp_(0, 1).mul_(scale)
         return m, rise.mul_(scale).addcmul_(m, growth, value=-1)
 
     def keep_probability(self, log_alpha: Tensor) -> Tensor:
         """Return (E s)^2 / E s^2 of each gate."""
-        log_keep, _ = self._look(log_alpha.clamp(LOW, HIGH), 1)
+        log_keep, _ = self._interpolate(log_alpha.clamp(LOW, HIGH), 1)
         return log_keep.exp_().clamp_(max=1)
 
     def open_probability(self, log_alpha: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Gate:
     def _shift(self) -> float:
         return self.beta * math.log(-self.gamma / self.zeta)
 
-    def _look(self, inner: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    def _interpolate(self, inner: Tensor, row: int) -> tuple[Tensor, Tensor]:
         """Return log E s (row 0) or the log keep probability (row 1), interpolated linearly, and its slope in log alpha."""
         values = _moments(self.beta, self.gamma, self.zeta)[row].to(inner)
         step = (HIGH - LOW) / (NODES - 1)

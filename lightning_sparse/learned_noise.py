@@ -16,7 +16,8 @@ from lightning_sparse.duality import Penalty
 from lightning_sparse.elementwise import map_chunks
 
 _WIDEST = 69.0  # logarithms of variances are cut off there: 1e-30 to 1e30
-_LOUDEST = 5.0  # logarithm of the noise's deviation over a weight: more of it no longer changes what is zero, but drowns the loss
+LOUDEST = 5.0  # logarithm of the noise's deviation over a weight: more of it no longer changes what is zero, but drowns the loss
+LOUDEST_UNDER_SGD = 2.5  # there gradients, and with them steps, grow with the noise; a keep probability of 0.007
 
 
 class Multiplicative:
@@ -26,9 +27,9 @@ class Multiplicative:
         """theta where log(1 / eta) is ``log_noise``."""
         return -log_noise
 
-    def bound_(self, w: Tensor, theta: Tensor) -> None:
-        """Bring theta back, in place, from where the noise is e^5 times the weight."""
-        theta.clamp_(min=-2 * _LOUDEST)
+    def bound_(self, w: Tensor, theta: Tensor, loudest: float = LOUDEST) -> None:
+        """Bring theta back, in place, from where the noise is e^loudest times the weight."""
+        theta.clamp_(min=-2 * loudest)
 
     def eta(self, w: Tensor, theta: Tensor) -> Tensor:
         return _exp(theta).to(w.dtype)
@@ -58,10 +59,10 @@ class Additive:
         """theta where log sigma is ``log_noise``."""
         return log_noise
 
-    def bound_(self, w: Tensor, theta: Tensor) -> None:
-        """Bring theta back, in place, from where the noise is e^5 times the largest of the weights."""
+    def bound_(self, w: Tensor, theta: Tensor, loudest: float = LOUDEST) -> None:
+        """Bring theta back, in place, from where the noise is e^loudest times the largest of the weights."""
         if w.numel():
-            theta.clamp_(max=w.abs().amax().log().add_(_LOUDEST).clamp_(min=-_WIDEST))
+            theta.clamp_(max=w.abs().amax().log().add_(loudest).clamp_(min=-_WIDEST))
 
     def eta(self, w: Tensor, theta: Tensor) -> Tensor:
         return _exp(theta, -2.0).mul_(w).mul_(w).to(w.dtype)

@@ -86,7 +86,7 @@ class Sparsity(_Plotted):
 class Compression(_Plotted):
     """Number of weights divided by number of non-zero weights, >= 1. Tied weights count once.
 
-    inf if all weights are zero, 1 before the first update. It says nothing about memory or time, because zeros in a dense
+    inf if all weights are zero, 1 before the first update. It does not measure memory or time, because zeros in a dense
     tensor cost as much as other values. Input as in :class:`Sparsity`.
 
     Args:

@@ -22,7 +22,7 @@ class Noise(metaclass=Constructed):
     """Draws multiplicative masks s, same shape and dtype as alpha, independent of each other."""
 
     local: bool = False  # noise on a layer's output instead of on its weights
-    share: float = 1.0  # of a batch's samples that noise on outputs is made for
+    share: float | None = 1.0  # of a batch's samples that noise on outputs is made for; None leaves it to the method
 
     def __repr__(self) -> str:
         return typed(self)
@@ -89,14 +89,15 @@ class Gaussian(Elementwise):
 
     Args:
         local: move the noise to the outputs of Linear and ConvNd layers.
-        share: the share of a batch's samples that noise on outputs is made for.
+        share: the share of a batch's samples that noise on outputs is made for. None is 0.25 where AdaptiveMask bounds the noise
+            and lets it fade, as by default, and 1 elsewhere.
     """
 
     local: bool = False
-    share: float = 1.0
+    share: float | None = None
 
     def __post_init__(self) -> None:
-        if _checks.between("share", self.share, 0, 1, closed="r") < 1 and not self.local:
+        if self.share is not None and _checks.between("share", self.share, 0, 1, closed="r") < 1 and not self.local:
             raise ValueError(f"share={self.share:g} is a share of the samples, whose outputs get noise: it needs local=True")
 
     def numbers(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -1,7 +1,7 @@
-"""Numeric fall-backs of the duality: dual, prox and antiderivative.
+"""Compute dual, prox and antiderivative numerically, for penalties without closed forms.
 
-All work elementwise on |w|, in float64 inside, and return the dtype they were given. Weights from LOW to HIGH are
-covered to better than 1e-6 relative; beyond them the functions continue as power laws.
+All functions work elementwise on |w|, compute in float64, and return the dtype of their input. The relative error is below 1e-6 for
+weights from LOW to HIGH; beyond them the functions continue as power laws.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ LOW, HIGH = 1e-8, 1e5  # the range of |w| that tables and grids cover
 
 
 def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator with 0 / 0 = 0 and anything / inf = 0: at w = 0 and at eta = inf there is no pull."""
+    """Return numerator / denominator with 0 / 0 = 0 and anything / inf = 0, because the slope is 0 at w = 0 and at eta = inf."""
     return torch.where((numerator == 0) | denominator.isinf(), torch.zeros_like(numerator), numerator / denominator)
 
 
 def grid(low: float = LOW, high: float = HIGH, count: int = 4097) -> Tensor:
-    """Log-spaced |w| in float64."""
+    """Return log-spaced |w| in float64."""
     return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
 
 
@@ -43,12 +43,12 @@ class _WithSlope(torch.autograd.Function):
 
 
 def with_slope(w: Tensor, value: Function, slope: Function) -> Tensor:
-    """value(w) whose autograd is slope(w): for values that are tabulated, integrated or minimised numerically."""
+    """Return value(w) whose autograd gradient is slope(w), for values that are tabulated, integrated or minimised numerically."""
     return _WithSlope.apply(w, value, slope)  # type: ignore[no-any-return]
 
 
 def slope(function: Function, x: Tensor) -> Tensor:
-    """function'(x), elementwise, by autograd."""
+    """Return function'(x), elementwise, by autograd."""
     with torch.enable_grad():
         at = x.detach().requires_grad_()
         (found,) = torch.autograd.grad(function(at).sum(), at)
@@ -56,22 +56,22 @@ def slope(function: Function, x: Tensor) -> Tensor:
 
 
 def dual(omega: Function, eta_hat: Function, eta: Tensor) -> Tensor:
-    """f(eta) = sup_w 2 omega(w) - w^2 / eta, at the w where eta_hat crosses eta; f(inf) = 2 omega(inf).
+    """Return f(eta) = sup_w 2 omega(w) - w^2 / eta, at the w where eta_hat crosses eta; f(inf) = 2 omega(inf).
 
-    A penalty that still wins at w = e^115 has an infinite dual there (ridge beyond c).
+    The dual is infinite if the supremum is not reached by w = e^115 (ridge beyond c).
     """
     target = eta.detach().double()
     low = _crossing(eta_hat, target)
     w = torch.where(target == torch.inf, target, low.exp())
     value = 2 * omega(w) - torch.where(target == torch.inf, torch.zeros_like(w), quotient(w * w, target))
-    # at eta_hat == eta over a whole stretch (ridge at c) the value is rounding of two huge numbers, not a supremum
+    # if eta_hat == eta over an interval (ridge at c), the value is the rounding error of two huge numbers, not a supremum
     flat = (low > 114) & (eta_hat(low.exp()) == target) & (target != torch.inf)
     value = torch.where(flat | (target == 0), torch.zeros_like(value), value.clamp(min=0))
     return torch.where(value > 1e30, torch.inf, value).to(eta.dtype)
 
 
 def _crossing(eta_hat: Function, target: Tensor, rounds: int = 80) -> Tensor:
-    """log w where the non-decreasing eta_hat crosses ``target`` (2 w (1/eta_hat - 1/target) changes sign), by bisection."""
+    """Find log w where the non-decreasing eta_hat crosses ``target`` (2 w (1/eta_hat - 1/target) changes sign), by bisection."""
     low, high = torch.full_like(target, -690.0), torch.full_like(target, 115.0)
     for _ in range(rounds):
         middle = (low + high) / 2
@@ -81,7 +81,7 @@ def _crossing(eta_hat: Function, target: Tensor, rounds: int = 80) -> Tensor:
 
 
 def dual_slope(f: Function, eta_hat: Function, eta: Tensor) -> Tensor:
-    """f'(eta), by autograd where ``f`` allows it, else (w / eta)^2 at the w where eta_hat crosses eta."""
+    """Return f'(eta), by autograd if ``f`` allows it, else (w / eta)^2 at the w where eta_hat crosses eta."""
     with torch.enable_grad():
         at = eta.detach().requires_grad_()
         value = f(at)
@@ -92,9 +92,9 @@ def dual_slope(f: Function, eta_hat: Function, eta: Tensor) -> Tensor:
 
 
 def prox(omega: Function, w: Tensor, step: Tensor | float, points: int = 65, rounds: int = 40) -> Tensor:
-    """argmin_x (x - w)^2 / 2 + step * omega(x): a grid on [0, |w|], then golden section, then zero if it is better."""
+    """Return argmin_x (x - w)^2 / 2 + step * omega(x), by a grid on [0, |w|], golden section, and a comparison with zero."""
     if torch.compiler.is_compiling():
-        raise NotImplementedError("its prox is searched for, which would take minutes to compile: leave exact=True out")
+        raise NotImplementedError("its prox is found by a search, which would take minutes to compile: omit exact=True")
     size, step64 = w.detach().double().abs(), torch.as_tensor(step, dtype=torch.float64, device=w.device)
 
     def objective(x: Tensor) -> Tensor:
@@ -116,12 +116,12 @@ def scalar_div(number: float | Tensor, tensor: Tensor) -> Tensor:
 
 
 def farther(x: Tensor, size: Tensor, cost: Tensor) -> Tensor:
-    """Whether 0 beats x in [0, size] at a penalty ``cost`` in (x - size)^2 / 2 + cost; an infinite size is kept."""
+    """Return True where 0 is better than x in [0, size] for (x - size)^2 / 2 + cost; an infinite size is kept."""
     return (cost >= x * (size - x / 2)) & ~size.isinf()
 
 
 def outside(where: Tensor) -> Tensor:
-    """0 where ``where`` is true, else 1: a product with it costs a tenth of what a select between scattered places costs."""
+    """Return 0 where ``where`` is true, else 1, because a product costs a tenth of a select between scattered places."""
     return where.logical_not().view(torch.uint8)
 
 
@@ -138,7 +138,7 @@ class Antiderivative:
     """F(w) = integral_0^|w| slope(t) dt by composite Gauss-Legendre quadrature on log-spaced panels.
 
     Below LOW and above HIGH the slope continues as the power law that it follows there. Raises ValueError, naming the
-    w, when the integral diverges: the slope is infinite, or grows like 1/t or faster towards 0.
+    w, if the integral diverges because the slope is infinite, or grows like 1/t or faster towards 0.
     """
 
     def __init__(self, slope: Function, panels: int = 4096) -> None:
@@ -152,7 +152,7 @@ class Antiderivative:
         self.sums = torch.cat([torch.zeros(1, dtype=torch.float64), pieces.cumsum(0)])
 
     def _head(self) -> tuple[float, float]:
-        """Integral over [0, LOW] and the power of w that it follows."""
+        """Return the integral over [0, LOW] and the power of w that it follows."""
         at, before = self.slope(torch.tensor([LOW, LOW / 16], dtype=torch.float64)).tolist()
         if not math.isfinite(before) or not math.isfinite(at):
             raise ValueError(f"the integral of t (1-alpha)/alpha diverges at 0: alpha is 0 at w = {LOW:g}")
@@ -162,13 +162,13 @@ class Antiderivative:
         return at * LOW / (1 + exponent), 1 + exponent
 
     def _tail(self) -> tuple[float, float]:
-        """HIGH times the slope at HIGH, and one more than the slope's exponent there."""
+        """Return HIGH times the slope at HIGH, and one more than the slope's exponent there."""
         at, before = self.slope(torch.tensor([HIGH, HIGH / 16], dtype=torch.float64)).tolist()
         exponent = math.log(at / before) / math.log(16) if at > 0 and before > 0 else -1.0
         return at * HIGH, 1 + exponent
 
     def _beyond(self, size: Tensor) -> Tensor:
-        """Integral from HIGH to the sizes above it."""
+        """Return the integral from HIGH to the sizes above it."""
         scale, power = self.tail
         if scale == 0:
             return torch.zeros_like(size)
@@ -186,7 +186,7 @@ class Antiderivative:
 
 
 def integrate(slope: Function, low: Tensor, high: Tensor, points: int = 8) -> Tensor:
-    """Integral of ``slope`` from ``low`` to ``high``, elementwise, by Gauss-Legendre quadrature."""
+    """Return the integral of ``slope`` from ``low`` to ``high``, elementwise, by Gauss-Legendre quadrature."""
     half, middle = (high - low) / 2, (high + low) / 2
     total = torch.zeros_like(low)
     for x, weight in zip(*np.polynomial.legendre.leggauss(points), strict=True):

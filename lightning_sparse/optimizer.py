@@ -1,9 +1,11 @@
-"""What an optimiser does to a gradient: its step size, momentum and clipping, read from its state and param groups."""
+"""Compute what an optimiser does to a gradient (step size, momentum, clipping), and call hooks around its steps."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse import elementwise
+
+SETTLING = 10.0  # least number of steps by which a weight at rest oscillates where steps are scaled: the memory of Adam's beta_1 = 0.9
 
 # -- step size: how far a unit of the mean gradient moves a weight ---------------------------------------------------------
 
@@ -25,7 +29,7 @@ def step_size_terms(state: Mapping[str, Any], group: Mapping[str, Any], metric: 
     for "adam" without second moments.
     """
     if metric == "adam" and "exp_avg_sq" not in state:
-        raise ValueError("metric='adam' needs second moments, which this optimizer does not keep; use metric='plain'")
+        raise ValueError("metric='adam' needs second moments, which this optimiser does not keep; use metric='plain'")
     if metric != "plain" and (root := _root_terms(state, group, factor)) is not None:
         return root
     own = None if metric == "plain" else _other_step_size(state, group, factor)
@@ -48,14 +52,14 @@ def step_size(*terms: Any) -> Any:
     if len(terms) == 1:
         return terms[0]
     x, a, b = terms
-    return x.sqrt().add_(b).reciprocal_().mul_(a)  # a product, because a small step size is no half float
+    return x.sqrt().add_(b).reciprocal_().mul_(a)  # multiplied last, because a small step size is not representable in half precision
 
 
 def _root_terms(state: Mapping[str, Any], group: Mapping[str, Any], factor: float) -> Terms | None:
     """Return the terms of a / (sqrt(x) + b): Adam's and its kin's, RMSprop's (not centred) and Adagrad's."""
     parts, lr = _per_weight(state), factor * float(group["lr"])
     if "exp_avg_sq" in parts:
-        root = math.sqrt(1 - group["betas"][1] ** float(state["step"]))  # of the bias correction, taken out of the tensor's root
+        root = math.sqrt(1 - group["betas"][1] ** float(state["step"]))  # bias correction, moved out of the tensor's square root
         second = parts.get("max_exp_avg_sq", parts["exp_avg_sq"])  # amsgrad divides by the maximum
         return (second,), (lr * root, group["eps"] * root)
     if "square_avg" in parts and not parts.keys() & {"acc_delta", "grad_avg"}:
@@ -83,7 +87,7 @@ def _per_weight(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def step_size_kind(optimizer: Optimizer, group: Mapping[str, Any]) -> Kind:
-    """Tell before the first step what :func:`step_size_terms` will return: (x, a, b), a tensor, or a number."""
+    """Predict before the first step what :func:`step_size_terms` will return: (x, a, b), a tensor, or a number."""
     if isinstance(optimizer, torch.optim.Adamax) or group.get("centered") or "rho" in group:
         return "tensor"
     return "root" if "betas" in group or "centered" in group or "initial_accumulator_value" in group else "number"
@@ -111,7 +115,7 @@ def by_step_size(rows: Iterable[tuple[Mapping[str, Any], Mapping[str, Any], floa
 
 
 def momentum_gain(group: Mapping[str, Any]) -> float:
-    """Return how much longer momentum makes steps in the long run: (1 - dampening) / (1 - momentum) for SGD and RMSprop.
+    """Return the factor by which momentum lengthens steps in the long run: (1 - dampening) / (1 - momentum) for SGD and RMSprop.
 
     1 for Adam, whose first moment is a mean.
     """
@@ -121,18 +125,30 @@ def momentum_gain(group: Mapping[str, Any]) -> float:
 
 
 def momentum_memory(group: Mapping[str, Any]) -> float:
-    """Return the optimiser steps that momentum remembers, 1 / (1 - momentum) or 1 / (1 - beta_1); 1 without momentum."""
+    """Return the number of optimiser steps that momentum averages over, 1 / (1 - momentum) or 1 / (1 - beta_1); 1 without momentum."""
     return 1 / (1 - float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0)))
+
+
+def settling_steps(group: Mapping[str, Any], scaled: bool) -> float:
+    """Return the number of steps by which a weight at rest oscillates around zero: momentum's memory, at least SETTLING if ``scaled``.
+
+    ``scaled`` means that the optimiser divides each weight's gradient by the size of its gradients, so that even pure noise moves a
+    weight by about the learning rate a step. Averaging the gradients changes neither the drift nor the spread that add up over many
+    steps: with beta_1 = 0, RMSprop, Adagrad and Adadelta weights at rest oscillate as far as with Adam's beta_1 = 0.9.
+    """
+    memory = momentum_memory(group)
+    return max(memory, SETTLING) if scaled else memory
 
 
 # -- clipping and AMP ------------------------------------------------------------------------------------------------------
 
 
 class ClipFactor:
-    """Measures by which factor clipping changed the norm of some gradients: ``last`` at the last step, and in the ``mean``; else 1.
+    """Measures the factor by which clipping changes the norm of some gradients: ``last`` at the last step, and their ``mean``.
 
-    Clipping by norm multiplies the whole gradient by a factor, penalty included. Adam divides by second moments of what was
-    clipped: a penalty lam / sqrt(v) that is not multiplied by that factor as well would grow against the loss by its inverse.
+    Both are 1 without clipping. Clipping by norm multiplies the whole gradient, penalty included, by a factor. Adam divides by
+    second moments of clipped gradients, so a penalty lam / sqrt(v) that is not multiplied by the same factor would be too large by
+    its inverse.
     """
 
     DECAY = 0.9  # weight of the past in the mean
@@ -143,11 +159,11 @@ class ClipFactor:
         self._measured = False
 
     def before_clipping(self, gradients: Iterable[Any]) -> None:
-        """Measure the gradients right before they are clipped; not called where none are."""
+        """Measure the gradients right before they are clipped; not called without clipping."""
         self._norm = _norm(gradients)
 
     def after_step(self, gradients: Iterable[Any]) -> None:
-        """Measure them again, after the step that took them."""
+        """Measure the gradients again, after the optimiser step that used them."""
         if self._norm is None:
             return
         factor, self._norm = float(_norm(gradients) / self._norm), None
@@ -156,7 +172,7 @@ class ClipFactor:
             self._measured = True
 
     def resume(self, mean: float) -> None:
-        """Continue from the mean factor of an interrupted run; 1 may be one that measured nothing."""
+        """Continue from the mean factor of an interrupted run; a value of 1 may mean that nothing was measured."""
         self.mean, self._measured = mean, mean != 1
 
 
@@ -168,7 +184,81 @@ def _norm(gradients: Iterable[Any]) -> Tensor:
 
 
 def grad_scale(scaler: Any, optimizer: Optimizer) -> float:
-    """Return what an added gradient must be multiplied by: a fused optimiser unscales fp16 gradients itself; 1 for any other."""
+    """Return the factor for an added gradient: the GradScaler's scale if a fused optimiser unscales by itself, else 1."""
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     return float(scaler.get_scale())
+
+
+# -- calls around an optimiser's steps -------------------------------------------------------------------------------------
+# torch's own step hooks are not used, because they belong to a class's step: if a subclass calls super().step() they run once for each
+# class in between that was ever instantiated, and not at all for a wrapper that never calls Optimizer.__init__.
+
+Hook = Callable[[Any], None]  # takes the optimiser
+
+
+class _Hooks(NamedTuple):
+    before: Hook | None
+    after: Hook | None
+
+
+class Handle:
+    """Removes the hooks of one :func:`around` call, and with the last ones the method that called them."""
+
+    def __init__(self, optimizer: Any, method: str, hooks: dict[int, _Hooks]) -> None:
+        self._optimizer, self._method, self._hooks, self._key = optimizer, method, hooks, id(self)
+
+    def remove(self) -> None:
+        """Remove the hooks; a second call does nothing."""
+        self._hooks.pop(self._key, None)
+        own = vars(self._optimizer).get(self._method)
+        if self._hooks or not isinstance(own, MethodType) or getattr(own.__func__, "_sparse_hooks", None) is not self._hooks:
+            return  # other hooks need the method, or something else has wrapped it since
+        if own.__func__._sparse_own is None:  # type: ignore[attr-defined]
+            delattr(self._optimizer, self._method)
+        else:
+            setattr(self._optimizer, self._method, own.__func__._sparse_own)  # type: ignore[attr-defined]
+
+
+def around(optimizer: Any, before: Hook | None = None, after: Hook | None = None, method: str = "step") -> Handle:
+    """Call ``before(optimizer)`` when a step of ``optimizer`` begins and ``after(optimizer)`` when it has ended.
+
+    Steps within a step (``super().step()``, an optimiser that it holds) do not call the hooks again. ``after`` is not called if the
+    step raises. ``method`` names another method to call the hooks around.
+    """
+    hooks: dict[int, _Hooks] | None = getattr(getattr(optimizer, method), "_sparse_hooks", None)
+    if hooks is None:
+        hooks = {}
+        setattr(optimizer, method, MethodType(_watched(optimizer, method, hooks), optimizer))
+    handle = Handle(optimizer, method, hooks)
+    hooks[id(handle)] = _Hooks(before, after)
+    return handle
+
+
+def _watched(optimizer: Any, method: str, hooks: dict[int, _Hooks]) -> Callable[..., Any]:
+    """Return a method for ``optimizer`` that calls ``hooks`` around the one it has."""
+    own, inside = vars(optimizer).get(method), False  # ``own`` is set on this object, as by a scheduler
+    given = getattr(optimizer, method)
+
+    @functools.wraps(getattr(given, "__func__", given))  # because GradScaler reads a step's signature, and schedulers its attributes
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        call = functools.partial(getattr(type(self), method), self) if own is None else own
+        if inside or self is not optimizer:  # because a copy of the optimiser has a copy of this method
+            return call(*args, **kwargs)
+        called = [*hooks.values()]
+        for one in called:
+            if one.before is not None:
+                one.before(self)
+        inside = True
+        try:
+            result = call(*args, **kwargs)
+        finally:
+            inside = False
+        for one in called:
+            if one.after is not None:
+                one.after(self)
+        return result
+
+    watched._sparse_hooks, watched._sparse_own = hooks, own  # type: ignore[attr-defined]
+    return watched

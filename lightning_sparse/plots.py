@@ -1,4 +1,4 @@
-"""Pictures: penalty curves, the sparsity of a run, masks. Matplotlib is loaded here alone, without its global state."""
+"""Plot penalty curves, the sparsity of a run, and masks. Only this module loads matplotlib, without its global state."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_sparse import _checks, duality
+from lightning_sparse._construction import brief
 from lightning_sparse.duality import MaskRule, Penalty
 
 _Curve = tuple[str, Tensor, Tensor]
 
 
 class Picture(Figure):
-    """A figure that a notebook shows by itself: matplotlib's own is shown only where pyplot made it or was told to."""
+    """A figure that a notebook displays by itself, because matplotlib displays only those made by pyplot."""
 
     def _repr_png_(self) -> bytes:
         shown = BytesIO()
@@ -30,13 +31,13 @@ class Picture(Figure):
 
 
 def penalty_curves(penalties: Sequence[Penalty | MaskRule], lam: float = 1.0, w_max: float = 4.0) -> Figure:
-    """omega(w), eta_hat(w), f(eta) and alpha(w) at strength ``lam``, one line for each penalty.
+    """Plot omega(w), eta_hat(w), f(eta) and alpha(w) at strength ``lam``, one line for each penalty.
 
     Raises ValueError for no penalty, one that is not separable, and unless ``lam`` and ``w_max`` are > 0.
     """
     _checks.positive("lam", lam)
     if not penalties:
-        raise ValueError("name at least one penalty, for example [LogSum(eps=2.0), MCP(c=1.0)]")
+        raise ValueError("give at least one penalty, for example [LogSum(eps=2.0), MCP(c=1.0)]")
     w = torch.linspace(0, _checks.positive("w_max", w_max), 801, dtype=torch.float64)
     figure = Picture(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2).flatten()
@@ -57,7 +58,8 @@ def penalty_curves(penalties: Sequence[Penalty | MaskRule], lam: float = 1.0, w_
 def _separable(given: Penalty | MaskRule) -> Penalty:
     penalty = duality.to_penalty(given)
     if not penalty.separable:
-        raise ValueError(f"{given!r} is not separable: its value at one weight depends on the others, so it has no curve")
+        why = f"{brief(given)} is not separable: its value at one weight depends on the others, so it has no curve"
+        raise ValueError(f"{why}; plot a penalty or rule of single weights, such as LogSum")
     return penalty
 
 
@@ -78,10 +80,10 @@ def _label(axis: Axes, title: str, x: str, y: str) -> None:
 
 
 def sparsity_curve(history: Sequence[Mapping[str, float]], names: Collection[str] | None = None) -> Figure:
-    """Share of zeros by epoch, in total and for each parameter, with the validation accuracy where it was logged.
+    """Plot the share of zeros by epoch, in total and for each parameter, with the validation accuracy if it was logged.
 
-    ``history`` holds one mapping an epoch, with ``epoch`` and the logged ``sparsity/...`` values. ``names`` are the parameters'
-    names; without them, those of the figures whose name has a dot, as parameters of layers have.
+    ``history`` holds one mapping per epoch, with ``epoch`` and the logged ``sparsity/...`` values. ``names`` are the parameters'
+    names; without them, figures whose name has a dot, as parameters of layers have, count as parameters.
     """
     figure = Picture(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -99,9 +101,10 @@ def sparsity_curve(history: Sequence[Mapping[str, float]], names: Collection[str
 
 
 def _is_share(name: str, parameters: Collection[str] | None) -> bool:
-    """True for the total and for a parameter's share of zeros, and for no other figure that is logged as ``sparsity/...``."""
+    """Return True for the total and for a parameter's share of zeros, False for any other ``sparsity/...`` figure."""
     own = name.removeprefix("sparsity/")
-    return own != name and (own == "total" or (own in parameters if parameters is not None else "." in own))
+    layer = own in parameters if parameters is not None else "." in own and not own.startswith("groups/")
+    return own != name and (own == "total" or layer)
 
 
 def _draw(axis: Axes, history: Sequence[Mapping[str, float]], name: str, label: str, **style: object) -> None:
@@ -110,7 +113,7 @@ def _draw(axis: Axes, history: Sequence[Mapping[str, float]], name: str, label: 
 
 
 def masks(weights: Mapping[str, Tensor]) -> Figure:
-    """Which weights of each parameter are not zero: dark where they are not, the longer side drawn across.
+    """Plot which weights of each parameter are not zero: dark if non-zero, the longer side horizontal.
 
     A tensor of more than two dimensions is flattened to (outputs, all others). Raises ValueError for no weights.
     """
@@ -133,12 +136,12 @@ def _draw_mask(axis: Axes, name: str, rows: Tensor) -> None:
 
 
 def pattern(weight: Tensor) -> Tensor:
-    """True where a weight is not zero, as (first dimension, all others)."""
+    """Return True where a weight is not zero, as (first dimension, all others)."""
     return (weight.detach().cpu() != 0).reshape(weight.shape[0] if weight.dim() > 1 else 1, -1)
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a PNG or PDF, whole or not at all, and return its path; the folder is made if it is missing.
+    """Write a PNG or PDF atomically and return its path; the folder is created if it is missing.
 
     Raises ValueError unless the name ends in ``.png`` or ``.pdf``.
     """
@@ -147,7 +150,7 @@ def save(figure: Figure, path: str | Path) -> Path:
         raise ValueError(f"the picture's name must end in .png or .pdf, got {str(path)!r}")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f"{target.suffix}.part")
-    undated = {"CreationDate": None} if target.suffix == ".pdf" else {}  # the same figure is the same file
+    undated = {"CreationDate": None} if target.suffix == ".pdf" else {}  # so that equal figures give equal files
     try:
         FigureCanvasAgg(figure)
         figure.savefig(part, format=target.suffix[1:], dpi=120, metadata=undated)

@@ -15,20 +15,20 @@ _FIRST = -400  # in quarter octaves: steps from 2^-100 to 2^100
 
 
 def reweighted_step(penalty: Penalty, w: Tensor, step: Tensor | float, out: Tensor | None = None) -> Tensor:
-    """w / (1 + step / eta_hat(w)), step = rho lam: one majorise-minimise step of the prox, never an exact zero by itself.
+    """Return w / (1 + step / eta_hat(w)), step = rho lam: one majorise-minimise step of the prox, never an exact zero by itself.
 
-    Into ``out`` where it is given, which may be ``w``.
+    The result is written to ``out`` if it is given; ``out`` may be ``w``.
     """
-    eta = penalty.eta_hat(w).clamp(min=torch.finfo(w.dtype).tiny)  # no pull, no move: also where eta_hat is 0
+    eta = penalty.eta_hat(w).clamp(min=torch.finfo(w.dtype).tiny)  # so that a step of 0 changes nothing where eta_hat is 0
     pull = torch.div(torch.as_tensor(step, dtype=w.dtype, device=w.device), eta, out=eta)
     return torch.div(w, pull.add_(1), out=out)
 
 
 def in_zero_region(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float, steps: float) -> Tensor:
-    """Return which weights the penalty alone would bring to rest at zero within ``steps`` optimiser steps of size ``rho``.
+    """Return which weights the penalty alone would set to zero within ``steps`` optimiser steps of size ``rho``.
 
-    That is where the prox of step * omega, step = steps * rho * lam, is zero: |w| <= min_x x/2 + step * omega(x) / x.
-    A gradient step cannot land there: it carries the weight back and forth over the zero, as far as momentum remembers.
+    There the prox of step * omega, with step = steps * rho * lam, is zero: |w| <= min_x x/2 + step * omega(x) / x.
+    Gradient steps do not reach zero exactly: they oscillate around it, by up to ``steps`` steps (see optimizer.settling_steps).
     """
     step, size = torch.as_tensor(steps * rho * lam, device=w.device), w.abs()
     if not step.dim():
@@ -38,13 +38,13 @@ def in_zero_region(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float,
 
 
 def _edges(penalty: Penalty, steps: Tensor) -> Tensor:
-    """For each step the largest |w| that the prox of step * omega maps to zero."""
+    """Return for each step the largest |w| that the prox of step * omega maps to zero."""
     x = numeric.grid(1e-12, 1e4, 513).to(steps.device)
     return (x / 2 + steps[:, None] * (penalty.omega(x) / x)).amin(1)
 
 
 def _lines(penalty: Penalty, device: torch.device) -> tuple[Tensor, Tensor]:
-    """In each quarter octave of steps the line between its ends' edges: values at step 0, and slopes."""
+    """Return, for each quarter octave of steps, the line between the edges at its ends: values at step 0, and slopes."""
     nodes = torch.arange(_FIRST, -_FIRST + 1, dtype=torch.float64, device=device).div(4).exp2()
     edges = _edges(penalty, nodes)
     slopes = edges.diff() / nodes.diff()
@@ -53,12 +53,12 @@ def _lines(penalty: Penalty, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=64)
 def _known_lines(penalty: Penalty) -> tuple[Tensor, Tensor]:
-    """The same, kept for every penalty that equals this one."""
+    """Return the cached lines of every penalty that equals this one."""
     return _lines(penalty, torch.device("cpu"))
 
 
 def _between(step: Tensor, starts: Tensor, slopes: Tensor) -> Tensor:
-    """The edge at each step, on the line of its quarter octave; 0 at step 0."""
+    """Return the edge at each step, on the line of its quarter octave; 0 at step 0."""
     step = step.float()
     index = step.log2().mul_(4).floor_().sub_(_FIRST).nan_to_num_(0.0).clamp_(0, len(slopes) - 1).int()
     return starts[index].addcmul_(slopes[index], step).masked_fill_(~(step > 0), 0.0)

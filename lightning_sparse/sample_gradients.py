@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,51 @@ def squared_gradients(layer: Any, x: Tensor, grad: Tensor, samples: int) -> tupl
         one = _linear_gradient(x[i], grad[i]) if isinstance(layer, nn.Linear) else _conv_gradient(layer, x[i : i + 1], grad[i : i + 1])
         total.addcmul_(one, one)
     return total, used
+
+
+def each_gradient(layer: Any, attribute: str, x: Tensor, grad: Tensor, samples: int) -> Iterator[Tensor]:
+    """Yield each of the first ``samples`` samples' gradient of a layer's "weight" or "bias"; batch norm's layers too."""
+    w = getattr(layer, attribute)
+    x, grad = x.to(w), grad.to(w)
+    if not isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
+        x = _normalised(layer, x)
+    for i in range(min(len(x), samples)):
+        if attribute == "bias":
+            yield grad[i].sum([dim for dim in range(grad.dim() - 1) if dim != _channel(layer, grad)])
+        elif isinstance(layer, nn.Linear):
+            yield _linear_gradient(x[i], grad[i])
+        elif isinstance(layer, _CONVOLUTIONS):
+            yield _conv_gradient(layer, x[i : i + 1], grad[i : i + 1])
+        else:
+            yield (grad[i] * x[i]).flatten(1).sum(1) if x.dim() > 2 else grad[i] * x[i]
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _channel(layer: Any, grad: Tensor) -> int:
+    """Return the dimension of the channels in one sample's gradient."""
+    return grad.dim() - 2 if isinstance(layer, nn.Linear) else 0
+
+
+def _normalised(layer: Any, x: Tensor) -> Tensor:
+    """Return what a batch norm layer multiplies by its weight."""
+    own = layer.training or layer.running_mean is None
+    mean, variance = (None, None) if own else (layer.running_mean, layer.running_var)
+    return functional.batch_norm(x, mean, variance, training=own, eps=layer.eps)
+
+
+def by_sample(rows: Tensor, sample: Tensor) -> Tensor:
+    """Rows (N, D) of samples of different lengths as (B, T, D), with zeros after the rows of a sample that has fewer than T.
+
+    ``sample`` (N) numbers the sample of each row from 0.
+    """
+    order = sample.argsort(stable=True)
+    sizes = sample.bincount()
+    place = torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[sample[order]]
+    found = rows.new_zeros(len(sizes), int(sizes.max()), rows.shape[1])
+    found[sample[order], place] = rows[order]
+    return found
 
 
 def _linear_gradient(x: Tensor, grad: Tensor) -> Tensor:

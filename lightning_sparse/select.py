@@ -1,4 +1,4 @@
-"""Which parameters are sparsified: glob patterns on parameter names, or the default set."""
+"""Select the parameters to make sparse, by glob patterns on parameter names or by default."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ OWNERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, n
 
 
 def owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Every (full name, owning module, attribute, parameter); a shared parameter appears once for each owner."""
+    """Yield every (full name, owning module, attribute, parameter); a shared parameter appears once for each owner."""
     for prefix, owner in module.named_modules():
         for attribute, parameter in owner.named_parameters(recurse=False):
             yield (f"{prefix}.{attribute}" if prefix else attribute), owner, attribute, parameter
 
 
 def default_selection(module: nn.Module, trainable: bool = True) -> dict[str, nn.Parameter]:
-    """Floating, trainable parameters of two or more dimensions owned by linear, convolution, attention or recurrent layers.
+    """Return the floating, trainable matrices of linear, convolution, attention and recurrent layers.
 
-    Not embeddings, norms or biases, nor what a weight is computed from (see :func:`left_out`), nor the matrices of other
-    layers (see :func:`passed_over`). A parameter with several names is listed once, under the first of them.
+    Embeddings, norms, biases, the parameters that a weight is computed from (see :func:`left_out`) and the matrices of other
+    layers (see :func:`skipped_matrices`) are not selected. A parameter with several names is listed once, under the first of them.
     """
     return _once({name: parameter for name, parameter in _weights(module).items() if _fits(parameter, trainable)})
 
 
 def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Every weight matrix of the layers that are selected by default, whether it can be sparsified or not."""
+    """Return every weight matrix of the layers that are selected by default, also those that cannot be made sparse."""
     plain = ((name, p) for name, owner, attribute, p in owners(module) if isinstance(owner, OWNERS) and _is_weight(owner, attribute))
     return {name: parameter for name, parameter in plain if _unfit.is_matrix(parameter)}
 
@@ -45,26 +45,26 @@ def _fits(parameter: nn.Parameter, trainable: bool) -> bool:
 
 
 def select(module: nn.Module, patterns: Sequence[str] | None = None, trainable: bool = True) -> dict[str, nn.Parameter]:
-    """The parameters to sparsify, by full name.
+    """Return the parameters to make sparse, by full name.
 
-    ``None`` is :func:`default_selection`. A pattern with a wildcard (``*``, ``?``, ``[``) picks from that set and from the
-    matrices of other layers (:func:`passed_over`); a plain name picks any floating, trainable parameter. A leading ``!``
-    excludes; with exclusions alone the rest of the default is kept. A pattern that is the full name of a parameter means
-    that one alone, whatever characters the name has. ``trainable=False`` lets frozen parameters in.
+    ``None`` is :func:`default_selection`. A pattern with a wildcard (``*``, ``?``, ``[``) selects from that set and from the
+    matrices of other layers (:func:`skipped_matrices`); a plain name selects any floating, trainable parameter. A leading ``!``
+    excludes; with exclusions alone the rest of the default is kept. A pattern that is the full name of a parameter selects
+    only that one, whatever characters the name has. ``trainable=False`` includes frozen parameters.
 
-    Raises ValueError, listing the closest names, for a pattern that matches nothing and for an empty selection; and where
-    a weight is picked that is complex, quantised, lazy without a shape, or given sparse gradients, saying how to exclude it.
+    Raises ValueError, listing the closest names, for a pattern that matches nothing and for an empty selection; and, saying how to
+    exclude it, for a weight that is complex, quantised, lazy without a shape, or given sparse gradients.
     """
     return _Selection(module, trainable).pick(list(patterns or ()))
 
 
 def countable(module: nn.Module, patterns: Sequence[str] | None = None) -> list[str]:
-    """The names of the weights whose zeros can be counted: as :func:`select`, frozen and computed weights included."""
+    """Return the names of the weights whose zeros can be counted: as :func:`select`, with frozen and computed weights."""
     return list(_Selection(module, trainable=False, counting=True).pick(list(patterns or ())))
 
 
 def left_out(module: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, str]:
-    """Weights that ``patterns`` ask for but that are no parameters: each name with the reason why it is left out."""
+    """Return the weights that ``patterns`` match but that are not parameters, each with the reason why it is left out."""
     included, excluded = _split(patterns or ())
     kinds = {type(part) for part in module.modules() if not _roles.is_other(part)}
     computed = _unfit.computed(module, (*OWNERS, *kinds), trainable=True)
@@ -74,12 +74,12 @@ def left_out(module: nn.Module, patterns: Sequence[str] | None = None) -> dict[s
     return {name: weight.reason for name, weight in computed.items() if name in asked - spared}
 
 
-def passed_over(module: nn.Module, patterns: Sequence[str] | None = None, trainable: bool = True) -> dict[str, nn.Parameter]:
-    """Matrices that the default selection leaves out because their layers are not torch's own, by full name.
+def skipped_matrices(module: nn.Module, patterns: Sequence[str] | None = None, trainable: bool = True) -> dict[str, nn.Parameter]:
+    """Return the matrices that the default selection skips because their layers are not torch's own, by full name.
 
-    Floating parameters of two or more dimensions that are not embeddings, norms or biases, such as those of the Conv1D in
-    GPT-2 or of 3-D experts. ``patterns`` leaves out those that it picks or excludes; where it names what to pick, nothing
-    is passed over. Wildcards in :func:`select` reach these matrices. ``trainable`` leaves out frozen ones.
+    These are floating parameters of two or more dimensions that are not embeddings, norms or biases, such as those of the Conv1D in
+    GPT-2 or of 3-D experts. ``patterns`` removes those that it excludes; if it includes any, nothing is skipped. Wildcards in
+    :func:`select` match these matrices. ``trainable`` leaves out frozen ones.
     """
     included, excluded = _split(patterns or ())
     if included:
@@ -90,7 +90,7 @@ def passed_over(module: nn.Module, patterns: Sequence[str] | None = None, traina
 
 
 def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Every matrix that a selection could reach if nothing were in its way: frozen, packed and complex ones too."""
+    """Return every matrix that patterns may match, also frozen, packed and complex ones."""
     return _weights(module) | {name: parameter for name, _, parameter in _roles.own_matrices(module, OWNERS)}
 
 
@@ -101,7 +101,7 @@ def _own(module: nn.Module, trainable: bool) -> dict[str, nn.Parameter]:
 
 
 class _Selection:
-    """What of a module can be picked by default, what is refused with which reason, and what is computed."""
+    """Applies patterns to a module; knows which weights are selectable, refused or computed."""
 
     def __init__(self, module: nn.Module, trainable: bool, counting: bool = False) -> None:
         self.module, self.trainable, self.counting = module, trainable, counting
@@ -117,12 +117,12 @@ class _Selection:
         else:
             self._add_packed()
         self.own = _own(module, trainable)
-        self.reach = self.default | self.own  # of a wildcard
+        self.reach = self.default | self.own  # weights that a wildcard may match
         self.all_computed = _unfit.computed(module, OWNERS, trainable=False)
         self.known = {*self.every, *self.reach, *self.all_computed}
 
     def _reason(self, parameter: nn.Parameter) -> str:
-        """Why a parameter must not be picked; a frozen one that nothing else is wrong with is passed over instead."""
+        """Explain why a parameter must not be selected; a frozen one without other problems is skipped instead."""
         lazy = isinstance(parameter, nn.UninitializedParameter)
         if not lazy and (self.counting or (parameter.is_complex() and not parameter.requires_grad)):
             return ""
@@ -137,7 +137,7 @@ class _Selection:
         if not self.default and not patterns:
             raise ValueError(
                 f"{type(self.module).__name__} has no selectable weight: none of its layers is linear, convolutional, attention "
-                f"or recurrent with trainable floating weights{self._aside()}; {self._way_out()}"
+                f"or recurrent with trainable floating weights{self._computed_hint()}; {self._remedy()}"
             )
         included, excluded = _split(patterns)
         chosen = dict(self.default) if not included else {}
@@ -150,13 +150,13 @@ class _Selection:
             raise ValueError(f"select={patterns} leaves no parameter; selectable: {sorted(self.reach)}")
         return _once(chosen)
 
-    def _aside(self) -> str:
+    def _computed_hint(self) -> str:
         return "".join(f" ({name!r} {weight.reason})" for name, weight in list(self.computed.items())[:1])
 
-    def _way_out(self) -> str:
+    def _remedy(self) -> str:
         if self.own:
             more = f" and {len(self.own) - 5} more" if len(self.own) > 5 else ""
-            return f"other layers have the matrices {list(self.own)[:5]}{more}: select=['*'] takes them"
+            return f"other layers have the matrices {list(self.own)[:5]}{more}: select=['*'] selects them"
         return "name parameters with select=[...]"
 
     def _match(self, pattern: str) -> dict[str, nn.Parameter]:
@@ -168,25 +168,35 @@ class _Selection:
         return hits
 
     def _why_none(self, pattern: str) -> str:
-        """What a pattern matches that cannot be picked by it, and what to write instead."""
+        """Explain what a pattern matches that it cannot select, and what to write instead."""
         others = [name for name in self.every if fnmatchcase(name, pattern)]
-        named = [name for name in others if not self._bar(name)]
+        named = [name for name in others if not self._obstacle(name)]
         if named:
             return f"; it matches only {named[:5]}, which are not selected by default: name them in full{_hint(pattern, self.reach)}"
         if others:
-            return f"; it matches only {others[:5]}, of which {others[0]!r} {self._bar(others[0])}{_hint(pattern, self.reach)}"
+            return f"; it matches only {others[:5]}, of which {others[0]!r} {self._obstacle(others[0])}{_hint(pattern, self.reach)}"
         literal = pattern.replace("[", "[[]")
         if any(fnmatchcase(name, literal) for name in self.reach):
             return f"; a [ begins a set of characters in a pattern: write {literal!r}"
-        return _hint(pattern, self.reach)
+        return self._as_module(pattern) or _hint(pattern, self.reach)
 
-    def _bar(self, name: str) -> str:
-        """Why a parameter cannot be picked by its name either; empty where it can."""
+    def _as_module(self, pattern: str, sign: str = "") -> str:
+        """Explain how to name the weights of the modules that a pattern matches by their own names; empty if it matches none."""
+        kinds = {type(part).__name__ for name, part in self.module.named_modules() if name and fnmatchcase(name, pattern)}
+        if not kinds:
+            return ""
+        what, inside = f"; it names a module ({', '.join(sorted(kinds)[:3])})", f"{pattern}.*"
+        if weights := [name for name in (self.every if sign else self.reach) if fnmatchcase(name, inside)]:
+            return f"{what}: for its weights {weights[:5]} write {sign + inside!r}"
+        return what + (self._why_none(inside) if any(fnmatchcase(name, inside) for name in self.every) else " without parameters")
+
+    def _obstacle(self, name: str) -> str:
+        """Explain why a parameter cannot be selected by its full name either; empty if it can."""
         if reason := self.reasons.get(name, ""):
             return reason
         for weight, (reason, sources, _) in self.all_computed.items():
             if name in sources and not self.counting:
-                return f"is no weight of its own: {weight!r} {reason}"
+                return f"is not a weight itself: {weight!r} {reason}"
         if not self.every[name].is_floating_point():
             return f"is {self.every[name].dtype}: only floating parameters can become sparse"
         if not self.every[name].requires_grad and self.trainable:
@@ -199,7 +209,8 @@ class _Selection:
         if not self.counting:
             self._check_computed(name)
         if name not in self.every:
-            raise ValueError(f"select name {name!r} is no parameter of {type(self.module).__name__}{_hint(name, self.every)}")
+            hint = self._as_module(name) or _checks.closest(name, self.reach) or _hint(name, self.every)
+            raise ValueError(f"select name {name!r} is not a parameter of {type(self.module).__name__}{hint}")
         parameter = self.every[name]
         if name not in self.reasons and not _fits(parameter, self.trainable):
             raise ValueError(f"select name {name!r} is {parameter.dtype} with requires_grad={parameter.requires_grad}; it must be trained")
@@ -211,10 +222,11 @@ class _Selection:
                 raise ValueError(f"select name {name!r} cannot be sparsified: {weight!r} {reason}")
 
     def _exclude(self, pattern: str, chosen: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Without what the pattern matches, a shared parameter by any of its names."""
+        """Remove what the pattern matches; a shared parameter is removed by any of its names."""
         hits = _matching(pattern, self.known, self.known)
         if not hits:
-            raise ValueError(f"select exclusion {'!' + pattern!r} matches nothing{_hint(pattern, chosen or self.reach)}")
+            hint = self._as_module(pattern, "!") or _hint(pattern, chosen or self.reach)
+            raise ValueError(f"select exclusion {'!' + pattern!r} matches nothing{hint}")
         out = {id(self.every[name]) for name in hits if name in self.every}
         return {name: parameter for name, parameter in chosen.items() if name not in hits and id(parameter) not in out}
 
@@ -222,11 +234,11 @@ class _Selection:
         odd = [name for name in chosen if name in self.reasons]
         if odd:
             more = f" ({len(odd) - 1} more weights are refused)" if len(odd) > 1 else ""
-            raise ValueError(f"{odd[0]!r} {self.reasons[odd[0]]}; or leave it out with select={['!' + name for name in odd[:5]]}{more}")
+            raise ValueError(f"{odd[0]!r} {self.reasons[odd[0]]}; or exclude it with select={['!' + name for name in odd[:5]]}{more}")
 
 
 def _split(patterns: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What to include, and what to exclude without its ``!``."""
+    """Split patterns into those to include, and those to exclude without their ``!``."""
     return [p for p in patterns if not p.startswith("!")], [p[1:] for p in patterns if p.startswith("!")]
 
 
@@ -235,7 +247,7 @@ def _is_wild(pattern: str) -> bool:
 
 
 def _matching(pattern: str, names: Iterable[str], known: Container[str]) -> list[str]:
-    """The ``names`` that a pattern means: the one that it spells, where that is ``known``, else those that it matches."""
+    """Return the ``names`` that a pattern selects: the name that it equals if that is ``known``, else those that it matches."""
     if pattern in known:
         return [name for name in names if name == pattern]
     return [name for name in names if fnmatchcase(name, pattern)]

@@ -1,8 +1,8 @@
-"""Step sizes of optimisers: read from the state of torch's own, measured for all others.
+"""Find the step sizes of optimisers: read them from the state of torch's own, measure them for all others.
 
-An optimiser of torch's keeps what its step is made of under known names. Elsewhere the same names may mean something else: the count
-of steps is in the group, the second moments are those of rotated or of reduced gradients, the step is a sign. There the steps
-themselves are compared with the gradients that they took.
+Torch's optimisers store the terms of their step size under known names. In other optimisers the same names may mean something else:
+the step count is in the group, the second moments belong to rotated or reduced gradients, the step is a sign. For those the steps
+themselves are compared with the gradients.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from lightning_sparse import elementwise
 from lightning_sparse.optimizer import Kind, momentum_gain, step_size_kind
 
 _SAMPLE = 4096  # weights of a parameter whose steps are compared with their gradients
-_WINDOW = 0.98  # weight of the past in the mean step and the mean gradient: longer than the memory of most momenta
+_WINDOW = 0.98  # weight of the past in the mean step and the mean gradient, because it exceeds the memory of most momenta
 _NEW = 0.1  # weight of the present in their ratio
-_SQUARES = 0.999  # and in the mean square of a gradient, as Adam's
-_ENOUGH = 50  # steps, after which the comparison must have found something
+_SQUARES = 0.999  # weight of the past in the mean square of a gradient, as in Adam
+_ENOUGH = 50  # steps after which the comparison must have found a step size
+_MOSTLY = 0.5  # share of the mean step's variance that gradients divided by their size explain in optimisers that divide them
 _FITS = 0.01  # least share of the mean step's variance that the gradients must explain
 
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.SparseAdam)  # RAdam's state lacks a factor of its steps
-_SHRINKING = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adamax)  # whose steps grow small after large gradients
+_SHRINKING = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adamax)  # steps become small after large gradients
 _READABLE = (torch.optim.SGD, torch.optim.ASGD, torch.optim.RMSprop, *_ADAMS, *_SHRINKING)
 
 
 class Rate(NamedTuple):
-    """What the step size of a parameter is made of: an optimiser's state of it, and its group's settings."""
+    """The optimiser's state of a parameter and its group's settings, from which the step size is computed."""
 
     state: Mapping[str, Any]
     group: dict[str, Any]
@@ -42,8 +43,15 @@ class Rate(NamedTuple):
 _UNKNOWN = Rate({}, {"lr": 0.0})
 
 
+class Doubt(NamedTuple):
+    """Why the effect of lam under an optimiser is not known, and whether its step size is measured all the same."""
+
+    reason: str
+    is_measured: bool = False
+
+
 def source(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> tuple[Optimizer, dict[str, Any]]:
-    """The optimiser that steps ``parameter`` and its group there: another one where ``optimizer`` only wraps it (Lookahead)."""
+    """Return the optimiser that steps ``parameter`` and its group there: an inner one if ``optimizer`` only wraps it (Lookahead)."""
     if is_readable(type(optimizer)):
         return optimizer, group
     for inner in vars(optimizer).values():
@@ -55,7 +63,7 @@ def source(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> tu
 
 
 def is_readable(kind: Any) -> bool:
-    """The state of such a class of optimisers tells its step size: a class of torch's, or a subclass whose own ``step`` calls another's."""
+    """Return True if the state of such optimisers gives the step size: torch's classes, and subclasses whose ``step`` calls theirs."""
     return kind in _READABLE or _steps_as_torch(kind)
 
 
@@ -67,55 +75,83 @@ def _steps_as_torch(kind: Any) -> bool:
     return step.__module__.startswith("torch.") or "step" in getattr(getattr(step, "__code__", None), "co_names", ())
 
 
+def is_always_read(optimizer: Optimizer) -> bool:
+    """Return True for one of torch's own classes, whose steps need no measurement."""
+    return type(optimizer) in _READABLE
+
+
 def has_second_moments(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> bool:
-    """It is one of torch's kinds of Adam, whose second moments can be read."""
+    """Return True for one of torch's kinds of Adam, whose second moments can be read."""
     inner = source(optimizer, parameter, group)[0]
     return is_readable(type(inner)) and isinstance(inner, _ADAMS)
 
 
 def kind_of(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> Kind:
-    """Before the first step: what kind of step size there will be."""
+    """Predict the kind of step size before the first step."""
     inner, own = source(optimizer, parameter, group)
     return step_size_kind(inner, own) if is_readable(type(inner)) else "root"
 
 
 def suits_logarithms(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> bool:
-    """A learned logarithm moves under it by about the learning rate a step, or as under SGD by a share of its gradient."""
+    """Return True if a learned logarithm moves by about the learning rate a step, or as with SGD by a share of its gradient."""
     inner = source(optimizer, parameter, group)[0]
     return is_readable(type(inner)) and not isinstance(inner, _SHRINKING)
 
 
+def finds_scale(group: Mapping[str, Any]) -> bool:
+    """Return True if an optimiser multiplies ``lr`` by a scale that it finds itself and keeps in its groups (Prodigy, D-Adaptation)."""
+    return "d" in group and ("d0" in group or "growth_rate" in group)
+
+
 def uniform_rate(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
-    """How far a unit of gradient moves a parameter in the long run where that is one number, as under SGD; else 0."""
+    """Return the step per unit of gradient in the long run if it is one number, as with SGD; else 0."""
     if not isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD)):
         return 0.0
     return _number(group.get("lr"), 0.0) * momentum_gain(group)
 
 
+@torch.no_grad()
+def bound_uniform_steps(
+    optimizer: Optimizer, members: Iterable[tuple[str, Tensor, dict[str, Any]]], longest: float, grad_scale: float = 1.0
+) -> None:
+    """Bound the gradients of parameters that move by lr times their gradient, so that a step is at most ``longest / sqrt(inputs)``.
+
+    Gradients are ``grad_scale`` times those of the loss. Parameters under other rules stay as they are.
+    """
+    for _, parameter, group in members:
+        if parameter.numel() and uniform_rate(optimizer, group) > 0 and float(group["lr"]) > 0:
+            farthest = longest * parameter[0].numel() ** -0.5 * grad_scale / float(group["lr"])
+            parameter.grad.clamp_(-farthest, farthest)  # type: ignore[union-attr]
+
+
 class StepSizes:
     """The step sizes of the parameters that a callback works on.
 
-    Those of torch's optimisers are read. Others are measured, for one float a weight of memory and two passes over each gradient:
-    a step is ``c / (sqrt(v) + eps)`` times the gradient, v being its mean square, or one number times it, whichever explains the
-    steps better. c is found on up to 4096 weights of a parameter, by regression of their mean step on their mean gradient, so that
-    momentum, trust ratios, signs and rates that are set elsewhere are all in it.
+    Those of torch's optimisers are read. Others are measured, which costs one float of memory per weight and two passes over each
+    gradient: a step is modelled as ``c / (sqrt(v) + eps)`` times the gradient, with v its mean square, or as one number times it,
+    whichever explains the steps better. c is estimated on up to 4096 weights of a parameter, by regression of their mean step on
+    their mean gradient, so that it includes momentum, trust ratios, signs and rates set elsewhere; for a penalty's gradient by the
+    ratio of their norms.
     """
 
     def __init__(self) -> None:
         self._measured: dict[int, Measured] = {}  # by the parameter's id
-        self._said: set[type[Optimizer]] = set()
+        self._warned: set[type[Optimizer]] = set()
 
-    def of(self, optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> Rate:
-        """What :func:`lightning_sparse.optimizer.step_size_terms` takes, of a parameter's last step: 0 while it is not known."""
+    def of(self, optimizer: Optimizer, parameter: Tensor, group: dict[str, Any], added: bool = False) -> Rate:
+        """Return what step_size_terms of ``lightning_sparse.optimizer`` takes, of the last step; a rate of 0 while it is unknown.
+
+        ``added`` is for a gradient that is added to the loss's, such as a penalty's (:meth:`Measured.rate`).
+        """
         if type(optimizer) in _READABLE:
             return Rate(optimizer.state.get(parameter, {}), group)
         inner, own = source(optimizer, parameter, group)
         if self._is_read(inner, parameter, own):
             return Rate(inner.state.get(parameter, {}), own)
-        return self._measured[id(parameter)].rate(own) if id(parameter) in self._measured else _UNKNOWN
+        return self._measured[id(parameter)].rate(own, added) if id(parameter) in self._measured else _UNKNOWN
 
     def before(self, optimizer: Optimizer, live: Iterable[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
-        """Right before a step of these parameters: each with its group and what its weights are."""
+        """Record the weights right before a step of these parameters; each comes with its group and its live weights."""
         if type(optimizer) in _READABLE:
             return
         for parameter, group, w in live:
@@ -123,31 +159,32 @@ class StepSizes:
             if not self._is_read(inner, parameter, own):
                 self._measured.setdefault(id(parameter), Measured()).before(elementwise.local_part(w.detach()))
 
-    def after(self, optimizer: Optimizer, stepped: Iterable[tuple[Tensor, dict[str, Any]]]) -> str:
-        """Right after it; returns, once, why a step size is not known."""
+    def after(self, optimizer: Optimizer, stepped: Iterable[tuple[Tensor, dict[str, Any]]]) -> Doubt | None:
+        """Measure right after the step; return, once per class of optimiser, why a step size is unknown."""
         if type(optimizer) in _READABLE:
-            return ""
-        lost = False
+            return None
+        lost = rateless = False
         for parameter, group in stepped:
             if id(parameter) in self._measured and parameter.grad is not None:
                 one, own = self._measured[id(parameter)], source(optimizer, parameter, group)[1]
                 one.after(elementwise.local_part(parameter.detach()), elementwise.local_part(parameter.grad.detach()), own)
-                lost |= not one.found
-        why = "its steps do not follow the gradients that it is given" if lost else ""
+                lost, rateless = lost or not one.found, rateless or ("lr" in own and own["lr"] is None)
+        why = "its steps do not follow its gradients" if lost else ""
         if all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):  # schedule-free
             why = "it trains other weights than it evaluates"
-        if not why or type(optimizer) in self._said:
-            return ""
-        self._said.add(type(optimizer))
-        return f"the step size of {type(optimizer).__name__} is not known: {why}"
+        if not (why or rateless) or type(optimizer) in self._warned:
+            return None
+        self._warned.add(type(optimizer))
+        name = f"the step size of {type(optimizer).__name__} is not known"
+        return Doubt(f"{name}: {why}") if why else Doubt(f"{name} in advance: it has lr=None and finds its learning rate itself", True)
 
     def state_dict(self, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """What a resumed run needs, by the parameter's name; empty where step sizes are read."""
+        """Return the measurements by parameter name; empty if step sizes are read."""
         known = {name: self._measured[id(one)] for name, one in parameters.items() if id(one) in self._measured}
         return {name: one.state_dict() for name, one in known.items() if one.steps}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> None:
-        """Go on from it."""
+        """Restore the measurements."""
         found = {name: one for name, one in parameters.items() if name in state}
         self._measured = {id(one): Measured(state[name], elementwise.local_part(one.detach())) for name, one in found.items()}
 
@@ -158,12 +195,12 @@ class StepSizes:
 
 
 class Measured:
-    """The step size of one parameter, found from its steps and its gradients."""
+    """Measures the step size of one parameter from its steps and its gradients."""
 
     def __init__(self, kept: Mapping[str, Tensor] | None = None, like: Tensor | None = None) -> None:
         self.steps = 0
         self.square = torch.empty(0)  # the mean of g^2
-        self._means = torch.empty(0)  # of a sample of the weights: steps, gradients, and those over sqrt(v)
+        self._means = torch.empty(0)  # means over a sample of the weights: steps, gradients, and gradients / sqrt(v)
         self._fit = torch.zeros(4, dtype=torch.float64)  # means of c and of its share of the steps' variance, of both kinds
         self._index: Tensor | None = None
         self._old: Tensor | None = None
@@ -172,19 +209,19 @@ class Measured:
             self.square, self._means = kept["square"].clone().to(like.device), kept["means"].clone().to(like.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors alone."""
+        """Return the measurements as tensors only."""
         kept = {"square": self.square, "means": self._means, "fit": self._fit, "steps": torch.tensor(self.steps)}
         return {key: value.clone() for key, value in kept.items()}
 
     def before(self, w: Tensor) -> None:
-        """Remember where the weights are."""
-        if self._index is None and w.numel() > _SAMPLE:  # multiples of the golden ratio lie everywhere, and no column is preferred
+        """Record the weights before a step."""
+        if self._index is None and w.numel() > _SAMPLE:  # multiples of the golden ratio are spread evenly
             spread = torch.arange(_SAMPLE, dtype=torch.float64).mul_((math.sqrt(5) - 1) / 2).frac_()
             self._index = spread.mul_(w.numel()).long().clamp_(max=w.numel() - 1).to(w.device)
         self._old = self._sample(w).clone()
 
     def after(self, w: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
-        """Compare how far they went with the gradient that took them there."""
+        """Compare the step with the gradient that caused it."""
         old, self._old = self._old, None
         lr = _number(group.get("lr"), 1.0)
         if old is None or lr == 0 or grad.layout != torch.strided:
@@ -202,26 +239,37 @@ class Measured:
 
     @property
     def _share(self) -> float:
-        """Of all the weights that the mean square gives to gradients, what the steps so far have."""
+        """Return the share of the mean square's weights that belongs to the steps so far."""
         return 1 - _SQUARES**self.steps
 
     def _compare(self) -> None:
         products = (self._means @ self._means.T).double().cpu()
         moved, along, own = products[0, 0], products[0, 1:], products.diagonal()[1:]
         fit = torch.cat([along / own, along.clamp(min=0) ** 2 / (own * moved)])
-        if bool(fit.isfinite().all()):  # else nothing moved
+        if bool(fit.isfinite().all()):  # not finite if no weight moved
             self._fit.lerp_(fit, max(_NEW, 1 / self.steps))
 
     def _sample(self, tensor: Tensor) -> Tensor:
         taken = tensor.reshape(-1) if self._index is None else torch.take(tensor, self._index)
         return taken.to(torch.promote_types(taken.dtype, torch.float32))
 
-    def rate(self, group: Mapping[str, Any]) -> Rate:
-        """State and settings as of an RMSprop or an SGD whose rate is the one that was found."""
+    def rate(self, group: Mapping[str, Any], added: bool = False) -> Rate:
+        """Return state and settings of an RMSprop or an SGD with the measured rate.
+
+        The regression gives the rate in the directions of large mean gradients. It explains little of the steps of optimisers that
+        orthogonalise them (Muon, SOAP), because those move less in these directions. An ``added`` gradient, which has no preferred
+        direction, then moves a weight further: by the norm of the mean step divided by that of the mean gradient.
+
+        A momentum that sums up gradients, as SGD's, is part of the rate and has no further memory. Optimisers that divide gradients by
+        their size (MADGRAD) average them instead: their rate exceeds SGD's, and the divided gradients explain most of their steps.
+        """
         plain, scaled, fits, fits_scaled = self._fit.tolist()
+        averages = "momentum" not in group or (plain > 2 / (1 - _memory(group)) and fits_scaled > _MOSTLY)
+        if added:
+            plain, scaled = plain / math.sqrt(max(fits, _FITS)), scaled / math.sqrt(max(fits_scaled, _FITS))
         lr, settings = _number(group.get("lr"), 1.0), {"betas": (_memory(group), 0.0)}
         if fits > fits_scaled:
-            return Rate({}, ({} if "momentum" in group else settings) | {"lr": lr * max(plain, 0.0)})
+            return Rate({}, (settings if averages else {}) | {"lr": lr * max(plain, 0.0)})
         if scaled <= 0:
             return _UNKNOWN
         root = math.sqrt(self._share)
@@ -229,12 +277,12 @@ class Measured:
 
     @property
     def found(self) -> bool:
-        """The gradients explain the steps, or there were not enough of them yet."""
+        """Return True if the gradients explain the steps, or if there were not enough steps yet."""
         return self.steps < _ENOUGH or float(self._fit[2:].max()) > _FITS
 
 
 def _is_complete(optimizer: Optimizer, state: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-    """All that the step size of a subclass is made of is where its base has it; before the first step nothing is."""
+    """Return True if the state of a subclass holds all that its base's step size needs, or is still empty."""
     if not state or isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD)):
         return True
     needs = next((needs for moment, needs in _NEEDS.items() if moment in state), ("",))
@@ -245,7 +293,7 @@ _NEEDS = {"exp_avg_sq": ("step", "betas", "eps"), "square_avg": ("eps",), "sum":
 
 
 def are_step_sizes(value: Any) -> bool:
-    """What :meth:`StepSizes.state_dict` gives."""
+    """Return True for a value of :meth:`StepSizes.state_dict`."""
     return isinstance(value, dict) and all(isinstance(name, str) and _is_kept(kept) for name, kept in value.items())
 
 
@@ -256,7 +304,7 @@ def _is_kept(kept: Any) -> bool:
 
 
 def _number(value: Any, default: float) -> float:
-    """A finite number, also one in a tensor; else ``default``."""
+    """Return a finite number, also one in a tensor; else ``default``."""
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):
@@ -270,7 +318,7 @@ def _eps(group: Mapping[str, Any]) -> float:
 
 
 def _memory(group: Mapping[str, Any]) -> float:
-    """The first beta, or the momentum of an optimiser without betas; where the group has neither, Adam's."""
+    """Return the first beta, or the momentum of an optimiser without betas; Adam's default if the group has neither."""
     if "betas" not in group and "momentum" not in group:
         return 0.9
     betas = group.get("betas")

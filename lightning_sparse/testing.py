@@ -1,12 +1,12 @@
-"""Public contract checks: run them on a penalty, a mask rule or a sparsity callback of your own.
+"""Check contracts: run these functions on your own penalty, mask rule or sparsity callback.
 
     from lightning_sparse import testing
     testing.check_penalty(MyPenalty(eps=0.1))
     testing.check_callback(MyCallback(amount=0.5))
 
-Each raises :class:`ContractError`, naming what broke and the weight at which it did. A formula is held against facts
-that were not derived from it: autograd and quadrature against eta_hat, a grid search against the dual and the prox. A
-callback is held against the same runs without it, against its own uninterrupted run, and against counts of its files.
+Each raises :class:`ContractError`, naming what failed and the weight at which it did. A formula is compared with facts
+that were not derived from it: autograd and quadrature with eta_hat, a grid search with the dual and the prox. A
+callback is compared with the same runs without it, with its own uninterrupted run, and with counts of its files.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_sparse import _penalty_contract, duality, numeric
 from lightning_sparse._contract import DTYPES, ContractError, close, same_kind, weights
 from lightning_sparse.duality import MaskRule, Penalty
+from lightning_sparse.structure import Structure
 
 if TYPE_CHECKING:
     from lightning_sparse.conformance import Outcome
 
-__all__ = ["ContractError", "check_callback", "check_mask_rule", "check_penalty"]
+__all__ = ["ContractError", "check_callback", "check_mask_rule", "check_penalty", "check_structure"]
 
 
 def check_penalty(penalty: Penalty) -> None:
@@ -47,7 +49,7 @@ def check_mask_rule(rule: MaskRule) -> None:
     """Raise ContractError unless ``rule`` keeps the contract of :class:`~lightning_sparse.duality.MaskRule`.
 
     Checked: alpha in [0, 1], even, non-decreasing in |w|, its shape and dtype, eta_hat = lam alpha / (1 - alpha), the
-    penalty from ``to_penalty`` against the quadrature of t (1 - alpha) / alpha and by :func:`check_penalty`, and the way
+    penalty from ``to_penalty`` against the quadrature of t (1 - alpha) / alpha and by :func:`check_penalty`, and the conversion
     back. TypeError unless given a MaskRule.
     """
     if not isinstance(rule, MaskRule):
@@ -69,23 +71,64 @@ def check_mask_rule(rule: MaskRule) -> None:
     _penalty_of(rule, w, alpha)
 
 
-def check_callback(callback: Any, only: Collection[str] | None = None, skip: Collection[str] = (), slow: bool = True) -> list[Outcome]:
-    """Raise ContractError unless a sparsity callback keeps what ``lightning_sparse.conformance.CHECKS`` lists.
+def check_structure(structure: Structure, shapes: Collection[tuple[int, ...]] = ((6, 8), (5, 7), (1, 9), (4, 6, 3, 3))) -> None:
+    """Raise ContractError unless ``structure`` keeps the contract of :class:`~lightning_sparse.structure.Structure`.
 
-    Each check fits small models on the CPU: resumes against uninterrupted runs, files and weights at every moment that
-    a hook can look, logged figures against counts, precision, other callbacks, other people's models, faults. With
-    ``slow`` those that start processes or compile are run too, about two minutes in all.
+    Checked on weights of these ``shapes`` (the rows and columns of a Linear layer, or those of a convolution) that the structure does
+    not refuse: each weight is in one group, ``pool`` sums over it, ``spread`` returns each weight its group's value, and ``project``
+    adds zeros and changes nothing the second time. TypeError unless given a Structure.
+    """
+    if not isinstance(structure, Structure):
+        raise TypeError(f"check_structure takes a Structure, got {structure!r}")
+    generator = torch.Generator().manual_seed(0)
+    for shape in shapes:
+        w = torch.randn(shape, dtype=torch.float64, generator=generator)
+        try:
+            structure.check("weight", w)
+        except ValueError:
+            continue
+        count = structure.pool(torch.ones_like(w))
+        _must(bool((count >= 1).all()) and int(count.sum()) == w.numel(), structure, shape, "pool of ones must count each weight once")
+        value = torch.randn(count.shape, dtype=torch.float64, generator=generator)
+        try:
+            spread = structure.spread(value, w).expand(shape)
+        except RuntimeError as error:
+            raise ContractError(f"{structure!r}: spread does not broadcast to {shape}: {error}") from None
+        _must(torch.allclose(structure.pool(spread), value * count), structure, shape, "pool(spread(value, w)) must be count * value")
+        inner = (structure.pool(w) * value).sum()
+        _must(torch.allclose((w * spread).sum(), inner), structure, shape, "pool and spread must use the same groups")
+        if (high := structure.height) is not None:
+            parts = torch.cat([structure.pool(part) for part in w.split(high)])
+            wrong = f"pool must return the groups of each {high} rows (its height) in order"
+            _must(parts.shape == count.shape and torch.allclose(parts, structure.pool(w)), structure, shape, wrong)
+        zeros = w.abs() < 0.3
+        more = structure.project(zeros, w.abs())
+        _must(bool((more | ~zeros).all()), structure, shape, "project must contain the zeros that it is given")
+        _must(bool((structure.project(more, w.abs()) == more).all()), structure, shape, "project must not change what it has returned")
+
+
+def _must(holds: bool, structure: Structure, shape: tuple[int, ...], what: str) -> None:
+    if not holds:
+        raise ContractError(f"{structure!r} on weights of shape {shape}: {what}")
+
+
+def check_callback(callback: Any, only: Collection[str] | None = None, skip: Collection[str] = (), slow: bool = True) -> list[Outcome]:
+    """Raise ContractError unless a sparsity callback passes the checks in ``lightning_sparse.conformance.CHECKS``.
+
+    Each check fits small models on the CPU: resumed against uninterrupted runs, files and weights in every hook, logged figures
+    against counts, precision, other callbacks, models of other libraries, faults. With ``slow`` the checks that start processes or
+    compile are run too, about two minutes in all.
 
     Args:
-        callback: a ``lightning.pytorch.Callback``, copied for each run, or a function without arguments that makes one
-            or a list of them. It should put some, not all, of 176 weights to zero within 16 steps of Adam at rate 0.01.
+        callback: a ``lightning.pytorch.Callback``, copied for each run, or a function without arguments that creates one
+            or a list of them. It should set some, not all, of 176 weights to zero within 16 steps of Adam at rate 0.01.
             Checks that start processes need a callback, or a function, that can be pickled.
         only: names of the checks to run; all by default.
         skip: names of checks to leave out.
 
-    Returns what came of each check: "pass", or "n/a" with the reason where a check says nothing of this callback.
+    Returns the outcome of each check: "pass", or "n/a" with the reason if a check does not apply to this callback.
 
-    Raises ContractError listing all that failed, ValueError for an unknown name, TypeError for what is no callback.
+    Raises ContractError listing all failures, ValueError for an unknown name, TypeError if ``callback`` is not a callback.
     """
     from lightning_sparse import conformance
 
@@ -103,7 +146,7 @@ def _penalty_of(rule: MaskRule, w: Tensor, alpha: Tensor) -> None:
         raise ContractError(f"{rule!r}: no penalty: {error}") from None
     check_penalty(penalty)
     back = duality.to_mask_rule(penalty, rule.lam).keep_probability(w)
-    close(rule, "keep_probability after the way to the penalty and back", w, back, alpha, 1e-6)
+    close(rule, "keep_probability after conversion to the penalty and back", w, back, alpha, 1e-6)
     if rule.separable:
         integral = numeric.Antiderivative(lambda t: numeric.quotient(t, duality.eta(rule.keep_probability(t), rule.lam)))
         at = w[(w > 0) & (w < 1e3)]

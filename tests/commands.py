@@ -1,4 +1,4 @@
-"""Commands of ``lightning-sparse`` in this process: what they answer, and that nothing is left behind."""
+"""Run commands of ``lightning-sparse`` in this process; return their messages and check that no files are left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUIET = [
 
 
 def answer(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
-    """What a command that must end with ``code`` says; never a traceback."""
+    """Run a command that must end with exit code ``code``; return its message, which has no traceback."""
     capsys.readouterr()
     assert main(words) == code
     message = capsys.readouterr().err
@@ -34,7 +34,7 @@ def answer(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The same with exit code 2 and nothing written."""
+    """Like :func:`answer`, with exit code 2 and no files written."""
     before = sorted(Path.cwd().rglob("*"))
     message = answer(capsys, 2, *words)
     assert sorted(Path.cwd().rglob("*")) == before

@@ -1,4 +1,4 @@
-"""Penalties and rules with one thing wrong each, and a word that the check's reason must hold."""
+"""Penalties and rules with one defect each, and a word that the check's message must contain."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class FlippedTermInDual(LogSum):
 
 
 class DoubledTermInDualSlope(LogSum):
-    """The slope of the dual whose second term a parenthesis doubles."""
+    """The slope of the dual with a doubled second term, as by a misplaced parenthesis."""
 
     def dual_slope(self, eta):
         return numeric.slope(DoubledTermInDual(self.eps).dual, eta)
@@ -119,7 +119,7 @@ class ProxAtTwiceTheStep(LogSum):
 
 
 class ProxIsTheLocalMinimum(LogSum):
-    """The stationary point is taken also where zero is lower."""
+    """Returns the stationary point even if zero is better."""
 
     def prox(self, w, step):
         size = w.abs()
@@ -140,7 +140,7 @@ class SoftForFirm(penalties.MCP):
 
 @dataclass(frozen=True)
 class Quartic(Penalty):
-    """Grows faster than w^2: the duality does not admit it."""
+    """Grows faster than w^2, which the duality excludes."""
 
     def omega(self, w):
         return w**4 / 4
@@ -194,7 +194,7 @@ PENALTIES: list[tuple[Penalty, str]] = [
 
 
 class Rule(MaskRule):
-    """A rule from a function of |w|."""
+    """A mask rule from a function of |w|."""
 
     def __init__(self, alpha: Any) -> None:
         self.alpha = alpha
@@ -231,6 +231,6 @@ RULES: list[tuple[MaskRule, str]] = [
     (Rule(lambda w: (w - 0.5).clamp(0, 1)), "diverges at 0: alpha is 0 at w = 1e-08"),
     (Lopsided(), "not even"),
     (InvertedEta(), "eta_hat against"),
-    (DoubledPenalty(1.0), "the way to the penalty and back"),
+    (DoubledPenalty(1.0), "conversion to the penalty and back"),
     (RoundedKept(), "keep_probability must keep shape and dtype"),
 ]

@@ -1,4 +1,4 @@
-"""What the default selection passes over, how wildcards reach it, and how exact names win over patterns."""
+"""Selection: weights that the default omits, wildcards, and exact names that override patterns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 from lightning_sparse import coverage
 from lightning_sparse.conformance import _networks
 from lightning_sparse.conformance._networks import Conv1D, Experts
-from lightning_sparse.select import countable, left_out, passed_over, select
+from lightning_sparse.select import countable, left_out, select, skipped_matrices
 
 
 class RowNorm(nn.Module):
@@ -20,7 +20,7 @@ class RowNorm(nn.Module):
 
 
 class Vit(nn.Module):
-    """What a transformer holds beside its matrices: positions, tokens, scales, norms."""
+    """A module with a transformer's parameters besides matrices: positions, tokens, scales, norms."""
 
     def __init__(self):
         super().__init__()
@@ -41,59 +41,61 @@ def own(*layers):
 
 def said(module, patterns=None):
     names = [name for name, _ in module.named_parameters()]
-    return coverage.says_of_passed(coverage.measure(module, select(module, patterns), patterns), "It selects", patterns, names)
+    return coverage.skipped_message(coverage.measure(module, select(module, patterns), patterns), "It selects", patterns, names)
 
 
-# -- which matrices are a layer's own -------------------------------------------------------------------------------------
+# -- matrices of custom layers -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", [Conv1D(4, 8), Experts(8), nn.ParameterDict({"w": torch.ones(4, 8)})], ids=["Conv1D", "3-D", "dict"])
 def test_matrices_of_own_layers_are_passed_over_and_wildcards_reach_them(layer):
     module = own(layer)
     (name,) = [f"0.{key}" for key, p in layer.named_parameters() if p.dim() > 1]
-    assert (list(select(module)), list(passed_over(module))) == (["1.weight"], [name])
+    assert (list(select(module)), list(skipped_matrices(module))) == (["1.weight"], [name])
     assert sorted(select(module, ["*"])) == sorted(countable(module, ["*"])) == sorted([name, "1.weight"])
     assert list(select(module, ["0.*"])) == list(select(module, [name])) == [name]
     assert list(select(module, ["*", "!0.*"])) == list(select(module, ["!0.*"])) == ["1.weight"]
-    assert passed_over(module, ["*"]) == passed_over(module, ["!0.*"]) == {}
+    assert skipped_matrices(module, ["*"]) == skipped_matrices(module, ["!0.*"]) == {}
 
 
 def test_embeddings_norms_biases_positions_and_tokens_are_not_passed_over_and_no_wildcard_reaches_them():
     module = Vit()
-    assert passed_over(module) == {}
+    assert skipped_matrices(module) == {}
     assert sorted(select(module, ["*"])) == sorted(select(module)) == ["head.weight", "patch.weight"]
     assert list(select(module, ["pos_embed"])) == ["pos_embed"]
 
 
-@pytest.mark.parametrize("make", [_networks.Attention, _networks.Recurrent, _networks.Looked, _networks.plain, _networks.generator])
+@pytest.mark.parametrize(
+    "make", [_networks.Attention, _networks.Recurrent, _networks.SparseEmbedding, _networks.plain, _networks.generator]
+)
 def test_ordinary_networks_get_no_message(make):
     module = make()
     found = coverage.measure(module, select(module))
-    assert (said(module), coverage.says_of_tied(found, "", None), coverage.says_of_frozen(found, "")) == ("", "", "")
+    assert (said(module), coverage.tied_message(found, "", None), coverage.frozen_message(found, "")) == ("", "", "")
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "swin_v2_t", "convnext_tiny", "maxvit_t"])
-def test_torchvisions_networks_pass_nothing_over(name):
+def test_all_matrices_of_torchvision_networks_are_selected(name):
     import torchvision
 
     with torch.device("meta"):
         module = torchvision.models.get_model(name, weights=None)
-    assert passed_over(module, trainable=False) == {}
+    assert skipped_matrices(module, trainable=False) == {}
 
 
-def test_frozen_packed_and_integer_matrices_are_none_of_the_users_own():
+def test_frozen_packed_and_integer_matrices_are_not_reported():
     layer = Conv1D(4, 8).requires_grad_(False)
     layer.table = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
     module = own(layer)
-    assert passed_over(module) == {}
+    assert skipped_matrices(module) == {}
     assert list(select(module, ["*"])) == ["1.weight"]
-    assert list(passed_over(module, trainable=False)) == ["0.weight"]
+    assert list(skipped_matrices(module, trainable=False)) == ["0.weight"]
 
 
 def test_a_matrix_tied_to_an_embedding_or_a_torch_layer_is_none():
     module = own(nn.Embedding(4, 8), Conv1D(4, 8), Conv1D(2, 8))
     module[1].weight, module[2].weight = module[0].weight, module[3].weight
-    assert passed_over(module) == {}
+    assert skipped_matrices(module) == {}
 
 
 def test_own_matrices_without_a_shape_are_named_and_refused_where_they_are_picked():
@@ -106,10 +108,10 @@ def test_own_matrices_without_a_shape_are_named_and_refused_where_they_are_picke
         select(module, ["*"])
 
 
-def test_what_an_own_layers_weight_is_computed_from_is_left_out_with_its_reason():
+def test_sources_of_computed_custom_weights_are_left_out_with_a_reason():
     module = own(parametrizations.weight_norm(Conv1D(4, 8)))
     assert list(select(module, ["*"])) == ["1.weight"]
-    assert (list(left_out(module)), passed_over(module)) == (["0.weight"], {})
+    assert (list(left_out(module)), skipped_matrices(module)) == (["0.weight"], {})
 
 
 def test_a_module_of_own_matrices_alone_says_how_to_select_them():
@@ -117,7 +119,7 @@ def test_a_module_of_own_matrices_alone_says_how_to_select_them():
         select(nn.Sequential(Conv1D(4, 8)))
 
 
-# -- what is said ---------------------------------------------------------------------------------------------------------
+# -- messages -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_sentence_names_the_matrices_their_share_and_both_remedies():
@@ -138,7 +140,7 @@ def test_many_matrices_are_named_by_patterns_that_match_nothing_else():
     text = said(module)
     assert "'body.h.*.attn.weight' (Conv1D, 12 matrices), 'body.h.*.mlp.weight' (Conv1D, 12 matrices)" in text
     assert said(module, ["!body.h.*.attn.weight", "!body.h.*.mlp.weight"]) == ""
-    mixed = said(nn.Sequential(*(Conv1D(4, 4) for _ in range(9)), nn.Linear(4, 4)))  # '*.weight' would match the last one too
+    mixed = said(nn.Sequential(*(Conv1D(4, 4) for _ in range(9)), nn.Linear(4, 4)))  # because '*.weight' would also match the last one
     assert "'4.weight' (Conv1D) and 4 more" in mixed
     assert "'5.weight'" not in mixed
 
@@ -151,7 +153,7 @@ def test_only_a_share_that_moves_the_total_counts_as_partial(width, partial):
 
 def test_tied_embeddings_are_named_unless_they_are_asked_for_by_name():
     module = _networks.Tied()
-    text = coverage.says_of_tied(coverage.measure(module, select(module)), "It selects", None)
+    text = coverage.tied_message(coverage.measure(module, select(module)), "It selects", None)
     assert "'head.weight' (52.6% of the parameters) is the embedding 'embedding.weight' too" in text
     assert "select=['!head.weight']" in text
     for patterns in (["!head.weight"], ["!embedding.weight"], ["!embedding.*"]):
@@ -161,13 +163,13 @@ def test_tied_embeddings_are_named_unless_they_are_asked_for_by_name():
 
 def test_a_mostly_frozen_module_says_what_share_is_selected():
     module = nn.Sequential(nn.Linear(8, 90).requires_grad_(False), nn.Linear(90, 1))
-    text = coverage.says_of_frozen(coverage.measure(module, select(module)), "It selects")
+    text = coverage.frozen_message(coverage.measure(module, select(module)), "It selects")
     assert f"It selects 1 weight matrix, {90 / 901:.1%} of the module's parameters; {720 / 901:.1%} are matrices that are frozen" in text
     assert "adapters" not in text
 
 
 class BaseTunerLayer:
-    """As PEFT's."""
+    """A class named like PEFT's."""
 
 
 class Lora(nn.Module, BaseTunerLayer):
@@ -177,11 +179,11 @@ class Lora(nn.Module, BaseTunerLayer):
         self.lora_A, self.lora_B = nn.Linear(32, 2, bias=False), nn.Linear(2, 32, bias=False)
 
 
-def test_adapters_zeros_are_said_to_vanish_when_they_are_merged():
+def test_a_warning_that_zeros_of_adapters_vanish_when_merged():
     module = nn.Sequential(Lora())
-    text = coverage.says_of_frozen(coverage.measure(module, select(module)), "It selects")
+    text = coverage.frozen_message(coverage.measure(module, select(module)), "It selects")
     assert "It selects 2 weight matrices, 10.8% of the module's parameters" in text
-    assert "'0.lora_A.weight' and others are adapters: merged, their product is added to a frozen weight" in text
+    assert "'0.lora_A.weight' and others are adapters: when merged, their product is added to a frozen weight" in text
 
 
 # -- patterns and names ---------------------------------------------------------------------------------------------------
@@ -196,7 +198,7 @@ def test_frozen_matches_are_not_advised_to_be_named_in_full():
 
 def test_sources_of_a_computed_weight_are_not_advised_to_be_named_in_full():
     module = own(parametrizations.weight_norm(nn.Linear(4, 8)))
-    with pytest.raises(ValueError, match=r"original0' is no weight of its own: '0.weight' is computed by") as error:
+    with pytest.raises(ValueError, match=r"original0' is not a weight itself: '0.weight' is computed by") as error:
         select(module, ["*original?"])
     assert "name them in full" not in str(error.value)
 
@@ -217,7 +219,7 @@ def test_exact_names_win_in_what_is_left_out_and_passed_over():
     computed = nn.ModuleDict({"a[0]": parametrizations.weight_norm(nn.Linear(2, 2)), "a0": parametrizations.weight_norm(nn.Linear(2, 2))})
     assert list(left_out(computed, ["!a[0].weight"])) == ["a0.weight"]
     rows = nn.ModuleDict({"a[0]": Conv1D(2, 2), "a0": Conv1D(2, 2)})
-    assert list(passed_over(rows, ["!a[0].weight"])) == ["a0.weight"]
+    assert list(skipped_matrices(rows, ["!a[0].weight"])) == ["a0.weight"]
 
 
 def test_suggested_exclusions_of_names_with_brackets_can_be_pasted():
@@ -227,7 +229,7 @@ def test_suggested_exclusions_of_names_with_brackets_can_be_pasted():
     assert said(module, ["!a[[]0].*.weight"]) == ""
 
 
-def test_a_pattern_whose_brackets_match_nothing_says_how_to_write_them(bracketed):
+def test_a_pattern_with_unmatched_brackets_suggests_how_to_write_them(bracketed):
     with pytest.raises(ValueError, match=r"a \[ begins a set of characters in a pattern: write 'b\[\[\]x\]\.\*'"):
         select(bracketed, ["b[x].*"])
     assert list(select(bracketed, ["b[[]x].*"])) == ["b[x].weight"]

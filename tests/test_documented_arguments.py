@@ -1,14 +1,28 @@
-"""Every public class describes all of its arguments, wherever the words stand; what is called wrongly is answered in its name."""
+"""Every public class documents all its arguments; errors of wrong calls name the class."""
 
 from __future__ import annotations
 
 import inspect
 import pydoc
+import re
 from dataclasses import dataclass
 
 import pytest
 
-from lightning_sparse import _docstrings, callbacks, curvature, duality, gates, mask_rules, metrics, noise, penalties, schedules
+from lightning_sparse import (
+    _docstrings,
+    callbacks,
+    curvature,
+    duality,
+    gates,
+    mask_rules,
+    metrics,
+    noise,
+    penalties,
+    schedules,
+    scores,
+    structure,
+)
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, SparseCheckpoint
 from lightning_sparse.cli.plot import read
 from lightning_sparse.duality import Penalty
@@ -17,7 +31,7 @@ from lightning_sparse.examples import batches, classifier, digits, lenet5, mlp, 
 EXAMPLES = [classifier.Classifier, mlp.MLP, lenet5.LeNet5, vit.ViT, digits.Digits, mnist.MNIST, batches.Batches, batches.ShuffledBatches]
 PUBLIC = {
     f"{room.__name__}.{name}": getattr(room, name)
-    for room in (callbacks, penalties, mask_rules, schedules, noise, curvature, metrics, duality, gates)
+    for room in (callbacks, penalties, mask_rules, schedules, noise, curvature, metrics, duality, gates, scores, structure)
     for name in getattr(room, "__all__", dir(room))
     if inspect.isclass(getattr(room, name)) and (hasattr(room, "__all__") or getattr(room, name).__module__ == room.__name__)
 } | {cls.__name__: cls for cls in EXAMPLES}
@@ -37,6 +51,13 @@ def test_help_shows_them_in_the_order_of_the_signature(cls):
     places = [shown.find(f"\n |      {name}: ") for name in _docstrings.parameters(cls)]
     assert -1 not in places
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("cls", [callbacks.VariationalDropout, callbacks.MagnitudePruning])
+def test_errors_of_callbacks_without_lam_do_not_mention_lam(cls):
+    assert "lam" not in inspect.signature(cls).parameters
+    assert "``lam``" not in inspect.getdoc(cls)
+    assert "a lam " not in inspect.getdoc(cls)
 
 
 def test_a_base_describes_what_a_subclass_takes_too():
@@ -60,7 +81,7 @@ def test_a_base_describes_what_a_subclass_takes_too():
     assert list(words) == ["penalty", "lam", "extra", *list(inspect.signature(ReweightedPenalty).parameters)[2:]]
 
 
-def test_a_class_without_words_of_its_own_has_its_bases():
+def test_a_class_without_a_docstring_inherits_it():
     class Mine(AdaptiveMask):
         pass
 
@@ -90,18 +111,23 @@ class Wide(Penalty):
 
 
 class Handed(ReweightedPenalty):
-    """A user's callback that passes everything on."""
+    """A user's callback that forwards all arguments."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
 
 
 class Named(penalties.LogSum):
-    """A user's name for a penalty of ours."""
+    """A user's subclass of a penalty of the package."""
 
 
+class Strong(AdaptiveProx):
+    """A user's subclass of a callback."""
+
+
+CALL = "ReweightedPenalty(penalty=penalties.LogSum(eps=2.0), lam=1e-3)"
 WRONG = {
-    "nothing": (ReweightedPenalty, (), {}, "ReweightedPenalty needs 'penalty'; it takes penalty, lam=None, "),
+    "nothing": (ReweightedPenalty, (), {}, f"ReweightedPenalty needs 'penalty', for example {CALL}; it takes penalty, "),
     "of a base's __init__": (callbacks.PenaltyLoss, (), {}, "PenaltyLoss needs 'penalty'"),
     "misspelt": (AdaptiveProx, (LOG_SUM,), {"lamb": 1}, "AdaptiveProx takes no 'lamb'; closest: 'lam'"),
     "too many": (penalties.LogSum, (1, 2), {}, "LogSum got 2 arguments by position and takes at most 1 that way; it takes eps"),
@@ -111,21 +137,39 @@ WRONG = {
     "passed on, missing": (Handed, (), {}, "Handed: missing 1 required positional argument: 'penalty'"),
     "passed on, misspelt": (Handed, (LOG_SUM,), {"seect": []}, "Handed takes no 'seect'; closest: 'select'"),
     "Lightning's own": (SparseCheckpoint, (0.5,), {"monitr": "x"}, "SparseCheckpoint takes no 'monitr'; closest: 'monitor'"),
-    "lam": (ReweightedPenalty, (LOG_SUM,), {}, "ReweightedPenalty needs lam, because LogSum(eps=2.0) knows no strength"),
+    "lam": (ReweightedPenalty, (LOG_SUM,), {}, "ReweightedPenalty needs lam, its strength, such as lam=1e-3; or give target"),
+    "lam, by a user's subclass": (Strong, (LOG_SUM,), {}, "Strong needs lam, its strength"),
+    "lam of gates": (callbacks.HardConcrete, (), {}, "HardConcrete needs lam, its strength, such as lam=1e-3; or give target"),
     "a schedule's": (schedules.LinearWarmup, (), {}, "LinearWarmup needs 'lam'"),
     "an estimate's": (curvature.SampledFisher, (), {"likelyhood": 1}, "SampledFisher takes no 'likelyhood'; closest: 'likelihood'"),
 }
 
 
+@pytest.mark.parametrize("form", ["AdaptiveMask", "EtaTrick", "PenaltyLoss", "ReweightedPenalty", "Sparsify", "LogSum", "SCAD"])
+def test_the_example_in_the_error_of_a_missing_argument_works(form):
+    cls = getattr(callbacks, form, None) or getattr(penalties, form)
+    with pytest.raises(TypeError, match="for example") as caught:
+        cls()
+    call = re.search(r"for example (.*?); it takes", str(caught.value))[1]
+    made = eval(call, {"penalties": penalties, form: cls})
+    assert type(made) is cls
+
+
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_called_wrongly_is_answered_in_its_name(case):
+def test_errors_of_wrong_calls_name_the_class(case):
     cls, args, options, expected = WRONG[case]
     with pytest.raises((TypeError, ValueError)) as caught:
         cls(*args, **options)
     assert str(caught.value).startswith(expected)
 
 
-def test_an_error_from_within_stays_what_it_was():
+@pytest.mark.parametrize("make", [lambda: ReweightedPenalty(LOG_SUM), callbacks.HardConcrete], ids=["a penalty's", "of gates"])
+def test_a_missing_lam_raises_type_error(make):
+    with pytest.raises(TypeError, match=r"needs lam, its strength, such as lam=1e-3; or give target_sparsity=0.95"):
+        make()
+
+
+def test_an_error_raised_inside_is_unchanged():
     class Fails(ReweightedPenalty):
         def __init__(self):
             len(5)
@@ -137,12 +181,12 @@ def test_an_error_from_within_stays_what_it_was():
 
 
 NAMES = {name: getattr(room, name) for room in (noise, curvature, schedules, mask_rules, penalties, callbacks) for name in dir(room)}
-# VariationalDropout and HardConcrete are the callbacks here, as they were imported last
+# VariationalDropout and HardConcrete are the callbacks, because they were imported last
 TYPED = [
     "ReweightedPenalty(penalty=LogSum(eps=2.0), lam=0.001)",
     "ReweightedPenalty(penalty=Standout(a=3.0, b=0.0), lam=1.0, select=['*', '!head.*'], threshold=0.01)",
     "PenaltyLoss(penalty=MCP(c=1.0), lam=LinearWarmup(lam=0.1, share=0.5), freeze=0.25, keep_zeros=True)",
-    "AdaptiveProx(penalty=L1(), lam=0.1, metric='plain', exact=True, compile=True)",
+    "AdaptiveProx(penalty=L1(), lam=0.1, compile=True, metric='plain', exact=True)",
     "AdaptiveMask(penalty=L1(), lam=1e-05, freeze=0.25, target_sparsity=0.9, noise=ScaledBernoulli(), curvature=None)",
     "EtaTrick(penalty=L1(), lam=0.1, learned_lr=0.5)",
     "VariationalDropout(kl_weight=0.001, prior='molchanov', noise='local')",
@@ -156,14 +200,14 @@ TYPED = [
 
 
 @pytest.mark.parametrize("text", TYPED)
-def test_what_is_printed_can_be_typed_back(text):
+def test_printed_values_can_be_evaluated(text):
     made = eval(text, dict(NAMES))
     assert repr(made) == text
     if hasattr(made, "recipe"):
         assert eval(repr(made), dict(NAMES)).recipe() == made.recipe()
 
 
-def test_a_users_own_argument_is_printed():
+def test_a_users_argument_is_printed():
     class Mine(ReweightedPenalty):
         def __init__(self, penalty, lam, extra=1):
             super().__init__(penalty, lam)

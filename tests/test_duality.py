@@ -1,4 +1,4 @@
-"""Both directions of the duality, refusals, the numeric fall-backs and the fine print."""
+"""Both directions of the duality, refusals, numeric fall-backs and fine_print."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ W = torch.logspace(-4, 2, 61, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Plain(Penalty):
-    """The two primitives of another penalty and nothing else: everything derived comes from the base class."""
+    """Only the two primitives of another penalty; the base class derives the rest."""
 
     of: Penalty
 
@@ -42,7 +42,7 @@ def test_keep_probability_and_eta_are_inverse_and_know_the_ends() -> None:
 
 
 @pytest.mark.parametrize("lam", [0, -1.0, math.nan, math.inf, True, "1"])
-def test_a_lambda_that_is_no_strength_is_refused(lam: object) -> None:
+def test_an_invalid_lam_is_refused(lam: object) -> None:
     with pytest.raises((ValueError, TypeError), match="lam must be a"):
         duality.keep_probability(torch.ones(1), lam)  # type: ignore[arg-type]
     with pytest.raises((ValueError, TypeError), match="lam must be a"):
@@ -110,7 +110,7 @@ def test_a_rule_without_a_penalty_is_refused_naming_the_weight(alpha: object, re
         duality.to_penalty(alpha)  # type: ignore[arg-type]
 
 
-def test_what_is_no_rule_is_refused() -> None:
+def test_other_objects_than_rules_are_refused() -> None:
     for given in (3, "LogSum", mask_rules.Standout):
         with pytest.raises(TypeError, match="did you forget to call it"):
             duality.to_penalty(given)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The duality without sampling: the loss under all Bernoulli masks of a small least-squares problem, added up."""
+"""The duality without sampling: exact expected loss over all Bernoulli masks of a small least-squares problem."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def loss(design: Tensor, y: Tensor, w: Tensor) -> Tensor:
 
 
 def masked_loss(design: Tensor, y: Tensor, w: Tensor, alpha: Tensor) -> Tensor:
-    """E_s L(s * w) with s_j = 1/alpha_j at probability alpha_j, else 0, over all 2^d masks."""
+    """Compute E_s L(s * w) over all 2^d masks, with s_j = 1/alpha_j at probability alpha_j, else 0."""
     total = torch.zeros((), dtype=torch.float64)
     for kept in itertools.product([0.0, 1.0], repeat=len(w)):
         mask = torch.tensor(kept, dtype=torch.float64)
@@ -45,7 +45,7 @@ def masked_loss(design: Tensor, y: Tensor, w: Tensor, alpha: Tensor) -> Tensor:
 
 
 def rule_and_eta(row: Penalty | MaskRule, w: Tensor) -> tuple[MaskRule, Tensor]:
-    """The row's mask form, and eta_hat from its penalty form."""
+    """Return a row's mask rule, and eta_hat from its penalty."""
     rule = row if isinstance(row, MaskRule) else duality.to_mask_rule(row, 0.2)
     return rule, duality.to_penalty(row).eta_hat(w)
 

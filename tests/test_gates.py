@@ -1,4 +1,4 @@
-"""The hard concrete gate's draws and tables against sampling, finite differences and the penalty's own curve."""
+"""Draws and tables of the hard concrete gate against sampling, finite differences and the penalty."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def drawn(log_alpha, count, seed=0):
 
 
 def stretched(u, log_alpha, beta=2 / 3, gamma=-0.1, zeta=1.1):
-    """s as the source has it, from u."""
+    """Compute s from u as in the paper."""
     inner = torch.sigmoid((torch.log(u) - torch.log1p(-u) + log_alpha) / beta)
     return (inner * (zeta - gamma) + gamma).clamp(0, 1)
 
@@ -47,7 +47,7 @@ def test_its_slope_is_that_of_the_same_draw(log_alpha):
     step = 1e-4
     (_, slope), (above, _), (below, _) = (drawn(log_alpha + d, 2000) for d in (0.0, step, -step))
     found = (above - below) / (2 * step)
-    kinked = ((above == 0) ^ (below == 0)) | ((above == above.max()) ^ (below == below.max()))  # the clip is crossed in between
+    kinked = ((above == 0) ^ (below == 0)) | ((above == above.max()) ^ (below == below.max()))  # the difference crosses the clip
     assert kinked.float().mean() < 0.01
     torch.testing.assert_close(slope[~kinked], found[~kinked], rtol=2e-3, atol=2e-3 * float(slope.abs().max()))
 
@@ -62,7 +62,7 @@ def test_open_probability_is_the_share_of_draws_above_zero_and_its_slope_autogra
 
 
 def test_the_gate_is_the_penaltys_dual_below_its_jump():
-    """eta = alpha / (1 - alpha) and f = P(s > 0): the penalty knows them as a table of its own."""
+    """Compares eta = alpha / (1 - alpha) and f = P(s > 0) with the penalty's own table."""
     log_alpha = torch.linspace(-9, 0.5, 200, dtype=torch.float64)
     alpha = Gate().keep_probability(log_alpha)
     eta = alpha / (1 - alpha)

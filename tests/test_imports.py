@@ -1,4 +1,4 @@
-"""Importing the package is light, and the contracts on imports notice what they forbid."""
+"""Importing the package is fast, and import contracts detect forbidden imports."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import walk
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("lightning", "pytorch_lightning", "torchvision", "torchmetrics", "wandb", "sklearn", "scipy", "matplotlib", "jsonargparse", "rich")
 
 
+@pytest.mark.slow  # starts a process
 def test_importing_the_package_and_its_quick_verbs_loads_nothing_heavy(tmp_path: Path) -> None:
     look = f"print('loaded', *[name for name in {HEAVY!r} if name in sys.modules])"
     code = f"import sys, lightning_sparse; {look}; from lightning_sparse.cli import main; main(['--help']); main(['recipes']); {look}"
@@ -22,7 +24,7 @@ def test_importing_the_package_and_its_quick_verbs_loads_nothing_heavy(tmp_path:
 
 
 def contracts(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the import contracts of pyproject.toml on the package that lies in ``folder``, as it is installed."""
+    """Run the import contracts of pyproject.toml on the installed package in ``folder``."""
     call = "sys.exit(lint_imports(sys.argv[1], no_cache=True))"
     code = f"import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports; {call}"
     command = [sys.executable, "-c", code, str(ROOT / "pyproject.toml")]
@@ -40,7 +42,7 @@ def test_the_contracts_hold_and_notice_what_they_forbid(tmp_path: Path) -> None:
     forbidden = {
         "duality.py": "\n\ndef late() -> None:\n    from lightning_sparse import counts\n",  # in a function
         "numeric.py": "\nif TYPE_CHECKING:\n    from lightning.pytorch import Trainer\n",  # for a type checker
-        "select.py": "\nfrom lightning_sparse.elementwise import buckets\n",  # past the door
+        "select.py": "\nfrom lightning_sparse.elementwise import pieces\n",  # of a private module
     }
     for name, line in forbidden.items():
         text = (package / name).read_text(encoding="utf-8")
@@ -49,3 +51,16 @@ def test_the_contracts_hold_and_notice_what_they_forbid(tmp_path: Path) -> None:
         (package / name).write_text(text, encoding="utf-8")
         assert done.returncode == 1, name
         assert f"lightning_sparse.{name.removesuffix('.py')}" in done.stdout.split("Broken contracts")[1]
+
+
+def test_no_modules_import_each_other_and_a_cycle_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert walk.cycles() == []
+    names = {name: f"lightning_sparse.{name}" for name in ("a", "b", "c")}
+    for name, text in {
+        "a": "if TYPE_CHECKING:\n    from lightning_sparse import b\n",
+        "b": "def late():\n    from lightning_sparse.c import one\n",
+        "c": "import lightning_sparse.a\n",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(walk, "modules", lambda: {names[name]: tmp_path / f"{name}.py" for name in names})
+    assert walk.cycles() == [[*names.values()]]

@@ -1,4 +1,4 @@
-"""Step sizes of optimisers: read from torch's own, measured for all others."""
+"""Step sizes: read from the state of torch's optimisers, measured for all others."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.conformance import optimizers, step_sizes
-from lightning_sparse.optimizer import momentum_gain, momentum_memory, step_size_of
+from lightning_sparse.optimizer import momentum_gain, momentum_memory, read_step_size, settling_steps, step_size_of
+from lightning_sparse.penalties import LogSum
+from lightning_sparse.proximal import in_zero_region
 from lightning_sparse.step_sizes import Measured, StepSizes, is_readable, source, uniform_rate
 
 
 def train(optimizer: Any, weights: list[nn.Parameter], steps: int, sizes: StepSizes | None = None, sign: float = 1.0) -> None:
-    """Gradients of different sizes around a slow drift, as of batches."""
+    """Train with gradients of different sizes around a slow drift, like those of batches."""
     generator = torch.Generator().manual_seed(0)
     group = optimizer.param_groups[0]
     scale = torch.logspace(-2, 0, weights[0].numel()).reshape(weights[0].shape)
@@ -70,10 +72,62 @@ def test_a_measured_step_size_is_one_number_where_steps_are_not_scaled(momentum:
     assert float(found.min()) == float(found.max()) == pytest.approx(0.01 / (1 - momentum), rel=0.3)
 
 
+@pytest.mark.parametrize("divides", [False, True])
+def test_a_measured_momentum_has_a_memory_where_steps_are_divided_by_the_gradients_size(divides: bool) -> None:
+    """SGD's momentum is part of the measured rate. Momentum of steps that are divided by one size for all averages them."""
+
+    class Momentum(step_sizes.Foreign):
+        def move(self, w: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+            mean = state.setdefault("mean", torch.zeros_like(w)).mul_(group["momentum"]).add_(grad)
+            w.sub_(group["lr"] * mean / (0.1 * float(grad.square().mean().sqrt()) if divides else 1.0))
+
+    w = nn.Parameter(torch.zeros(20, 30))
+    optimizer, sizes = Momentum([w], lr=1e-3, momentum=0.9), StepSizes()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        w.grad = 1e-2 * (0.3 + torch.randn(w.shape, generator=generator))
+        sizes.before(optimizer, [(w, optimizer.param_groups[0], w.detach())])
+        optimizer.step()
+        sizes.after(optimizer, [(w, optimizer.param_groups[0])])
+    _, group = sizes.of(optimizer, w, optimizer.param_groups[0])
+    assert momentum_memory(group) == pytest.approx(10 if divides else 1)
+
+
+AT_REST = {
+    "Adam": partial(torch.optim.Adam, lr=3e-3),
+    "Adam without beta_1": partial(torch.optim.Adam, lr=3e-3, betas=(0.0, 0.999)),
+    "RMSprop": partial(torch.optim.RMSprop, lr=3e-3, alpha=0.99),
+}
+
+
+def test_weights_at_rest_oscillate_alike_with_and_without_momentum_and_are_as_often_in_the_zero_region() -> None:
+    penalty, lam, spreads, shares = LogSum(2.0), 3e-3, [], []
+    for make in AT_REST.values():
+        w, generator = nn.Parameter(torch.zeros(4000)), torch.Generator().manual_seed(0)
+        optimizer = make([w])
+        for _ in range(1000):
+            w.grad = 4e-3 * torch.randn(w.shape, generator=generator) + lam * penalty.gradient(w.detach())
+            optimizer.step()
+        group = optimizer.param_groups[0]
+        reach = settling_steps(group, scaled=True)
+        at_rest = in_zero_region(penalty, w.detach(), read_step_size(optimizer, w, group), lam, reach)
+        spreads.append(float(w.detach().std()))
+        shares.append(float(at_rest.float().mean()))
+    assert max(spreads) < 1.25 * min(spreads)
+    assert min(shares) > 0.5
+    assert max(shares) < 1.25 * min(shares)
+
+
+def test_steps_that_are_not_scaled_reach_as_far_as_their_momentum() -> None:
+    assert settling_steps({"lr": 0.1}, scaled=False) == 1
+    assert settling_steps({"lr": 0.1, "momentum": 0.8, "dampening": 0.0}, scaled=False) == pytest.approx(5)
+    assert settling_steps({"lr": 0.1, "betas": (0.98, 0.999)}, scaled=True) == pytest.approx(50)
+
+
 def test_signs_move_a_weight_as_much_further_as_its_gradients_are_smaller() -> None:
-    """Under noise of deviation s a sign follows a mean gradient of m by about m / s."""
+    """Under noise of standard deviation s, the mean sign of a gradient with mean m is about m / s."""
     found = measured(step_sizes.Signs)[2].flatten()
-    assert 30 < float(found[0] / found[-1]) < 300  # the deviations are 1 to 100
+    assert 30 < float(found[0] / found[-1]) < 300  # standard deviations from 1 to 100
 
 
 def test_a_learning_rate_that_falls_is_followed_at_once() -> None:
@@ -86,18 +140,73 @@ def test_a_learning_rate_that_falls_is_followed_at_once() -> None:
     torch.testing.assert_close(torch.as_tensor(after), torch.as_tensor(before) / 10)
 
 
+class Orthogonal(step_sizes.Foreign):
+    """Step by the orthogonal matrix nearest to the mean gradient, like Muon: equal in directions of large and small gradients."""
+
+    def move(self, w: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        mean = state.setdefault("mean", torch.zeros_like(w)).lerp_(grad, 1 - group["momentum"])
+        left, _, right = torch.linalg.svd(mean, full_matrices=False)
+        w.sub_(group["lr"] * left @ right)
+
+
+def low_rank_gradients(steps: int, shape: tuple[int, int] = (20, 30)) -> list[Tensor]:
+    """Draw gradients that are large in a few directions, with small noise in all."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.randn(shape[0], 2, generator=generator), torch.randn(2, shape[1], generator=generator)
+    draws = [(torch.randn(2, generator=generator), torch.randn(shape, generator=generator)) for _ in range(steps)]
+    return [(rows * size) @ columns + 0.1 * noise for size, noise in draws]
+
+
+def moved(make: Any, gradients: list[Tensor], added: Tensor, last: int = 100) -> float:
+    """Measure the mean step per unit of ``added``: compare runs with +added and -added in the last steps."""
+    ends = []
+    for sign in (1, -1):
+        w = nn.Parameter(torch.zeros_like(added))
+        optimizer = make([w])
+        for index, grad in enumerate(gradients):
+            w.grad = grad + sign * added * (index >= len(gradients) - last)
+            optimizer.step()
+        ends.append(w.detach())
+    return float(((ends[1] - ends[0]) * added).sum() / (2 * last * added.square().sum()))
+
+
+MAKES = {
+    "orthogonal": partial(Orthogonal, lr=0.01, momentum=0.9),
+    "Adam's": step_sizes.GroupStep,
+    "factored": step_sizes.NoRate,
+}
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
+def test_a_gradient_that_is_added_moves_a_weight_as_far_as_is_measured(make: Any) -> None:
+    gradients = low_rank_gradients(200)
+    added = 0.005 * torch.randn(20, 30, generator=torch.Generator().manual_seed(1))
+    w, sizes = nn.Parameter(torch.zeros(20, 30)), StepSizes()
+    optimizer = make([w])
+    for grad in gradients:
+        w.grad = grad.clone()
+        sizes.before(optimizer, [(w, optimizer.param_groups[0], w.detach())])
+        optimizer.step()
+        sizes.after(optimizer, [(w, optimizer.param_groups[0])])
+    true = moved(make, gradients, added)
+    rates = [step_size_of(*sizes.of(optimizer, w, optimizer.param_groups[0], added=one)) for one in (True, False)]
+    found, regression = (float((rate * added.square()).sum() / added.square().sum()) for rate in rates)
+    assert 1 / 3.5 < found / true < 1.5
+    assert regression <= found  # which follows the directions of large gradients
+
+
 READ = {
     "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     "Adam": torch.optim.Adam,
     "AdamW": torch.optim.AdamW,
     "RMSprop": torch.optim.RMSprop,
     "Adagrad": torch.optim.Adagrad,
-    "super().step()": optimizers.Super,
+    "super().step()": optimizers.SuperStep,
 }
 
 
 @pytest.mark.parametrize("make", READ.values(), ids=READ.keys())
-def test_what_can_be_read_is_not_measured(make: Any) -> None:
+def test_readable_optimiser_states_are_not_measured(make: Any) -> None:
     w = nn.Parameter(torch.zeros(3, 4))
     optimizer, sizes = make([w]), StepSizes()
     train(optimizer, [w], 3, sizes)
@@ -107,7 +216,7 @@ def test_what_can_be_read_is_not_measured(make: Any) -> None:
     assert sizes.state_dict({"w": w}) == {}
 
 
-@pytest.mark.parametrize("make", [step_sizes.Slow, lambda p: optimizers.Holding(torch.optim.Adam(p, 1e-2))])
+@pytest.mark.parametrize("make", [step_sizes.Slow, lambda p: optimizers.Wrapper(torch.optim.Adam(p, 1e-2))])
 def test_the_optimizer_that_another_holds_is_read(make: Any) -> None:
     w = nn.Parameter(torch.zeros(3, 4))
     optimizer, sizes = make([w]), StepSizes()
@@ -117,7 +226,7 @@ def test_the_optimizer_that_another_holds_is_read(make: Any) -> None:
     assert sizes.state_dict({"w": w}) == {}
 
 
-def test_a_subclass_with_a_step_of_its_own_is_not_read() -> None:
+def test_the_state_of_a_subclass_with_its_own_step_is_not_read() -> None:
     assert not is_readable(step_sizes.OwnStep)
     assert is_readable(torch.optim.Adam)
     assert not is_readable(torch.optim.Adafactor)
@@ -150,9 +259,9 @@ def test_steps_that_ignore_the_gradients_are_named_once() -> None:
         sizes.before(optimizer, [(w, group, w.detach())])
         optimizer.step()
         said.append(sizes.after(optimizer, [(w, group)]))
-    named = [reason for reason in said if reason]
+    named = [doubt for doubt in said if doubt is not None]
     assert len(named) == 1
-    assert "the step size of Wandering is not known: its steps do not follow the gradients" in named[0]
+    assert "the step size of Wandering is not known: its steps do not follow its gradients" in named[0].reason
 
 
 def test_maximizing_turns_the_gradient() -> None:
@@ -166,7 +275,7 @@ def test_maximizing_turns_the_gradient() -> None:
     assert step_size_of(*sizes.of(optimizer, w, optimizer.param_groups[0])) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_state_goes_on_where_it_was() -> None:
+def test_a_state_continues_after_loading() -> None:
     w = nn.Parameter(torch.zeros(20, 30))
     optimizer, whole = step_sizes.GroupStep([w]), StepSizes()
     group = optimizer.param_groups[0]
@@ -182,7 +291,7 @@ def test_a_state_goes_on_where_it_was() -> None:
     assert all(torch.equal(value, resumed[key]) for key, value in kept.items())
 
 
-def test_a_gradient_without_steps_is_no_measure() -> None:
+def test_a_gradient_without_steps_gives_no_measurement() -> None:
     one, w = Measured(), torch.ones(5)
     one.before(w)
     one.after(w, torch.ones(5), {"lr": 0.0})

@@ -68,8 +68,8 @@ def test_histogram_bins_agree_with_torch_histogram() -> None:
     assert ours.edges == pytest.approx(reference.bin_edges.tolist())
 
 
-def test_alpha_zero_lies_at_the_floor_and_one_in_the_last_bin() -> None:
-    found = counts.log_alpha_histogram([torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1e-30])], bins=4)
+def test_alpha_zero_lies_at_the_floor_one_in_the_last_bin_and_nan_in_none() -> None:
+    found = counts.log_alpha_histogram([torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1e-30, math.nan])], bins=4)
     assert found.counts == [3, 0, 0, 1]
     assert (found.edges[0], found.edges[-1]) == (counts.LOG_ALPHA_FLOOR, 0.0)
 
@@ -81,7 +81,7 @@ def test_magnitude_histogram_takes_any_weights(values: list[float]) -> None:
     assert all(low < high for low, high in zip(found.edges, found.edges[1:], strict=False))
 
 
-def test_a_pruned_weight_is_reported_as_the_forward_uses_it() -> None:
+def test_a_pruned_weight_is_counted_as_used_in_the_forward() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     prune.custom_from_mask(model[0], "weight", torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
     name, value = counts.weight_in_use(model, "0.weight_orig")
@@ -89,7 +89,7 @@ def test_a_pruned_weight_is_reported_as_the_forward_uses_it() -> None:
     assert counts.weight_in_use(model, "0.weight")[0] == "0.weight"
 
 
-def test_a_parametrised_weight_is_reported_as_the_forward_uses_it() -> None:
+def test_a_parametrised_weight_is_counted_as_used_in_the_forward() -> None:
     class Relu(nn.Module):
         def forward(self, w: Tensor) -> Tensor:
             return w.relu()
@@ -106,7 +106,7 @@ def test_sparsity_is_a_share_of_all_weights_given() -> None:
     metric = metrics.Sparsity()
     metric.update({"a": torch.tensor([0.0, 1.0]), "b": torch.zeros(2)})
     assert metric.compute().item() == 0.75
-    metric.update({"a": torch.ones(2), "b": torch.ones(2)})  # a second look at the same weights: the mean of both
+    metric.update({"a": torch.ones(2), "b": torch.ones(2)})  # the same weights again: the mean of both
     assert metric.compute().item() == 0.375
 
 
@@ -114,7 +114,7 @@ def test_sparsity_per_parameter_names_every_weight() -> None:
     metric = metrics.Sparsity(per_parameter=True)
     values = metric({"a": torch.tensor([0.0, 1.0]), "b": torch.zeros(2)})
     assert {name: value.item() for name, value in values.items()} == {"total": 0.75, "a": 0.5, "b": 1.0}
-    again = metric({"a": torch.ones(2), "b": torch.zeros(2)})  # forward gives this call's figures, compute all calls'
+    again = metric({"a": torch.ones(2), "b": torch.zeros(2)})  # forward returns this call's figures, compute those of all calls
     assert (again["total"].item(), metric.compute()["total"].item()) == (0.5, 0.625)
 
 
@@ -204,7 +204,7 @@ def test_plot_draws_what_compute_gives(kind: type, given: object) -> None:
 
 @dataclass(frozen=True)
 class Antithetic(noise.Noise):
-    """1 + sd and 1 - sd in turn: two draws have mean 1 and the right variance exactly."""
+    """Draw 1 + sd and 1 - sd in turn, so that two draws have exactly mean 1 and the right variance."""
 
     signs: list[float]
 

@@ -1,4 +1,4 @@
-"""Noise on a layer's output: its values and gradients beside those of the formula as torch's own operations differentiate it."""
+"""Noise on a layer's output: values and gradients against autograd of the formula."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def seeded() -> torch.Generator:
 
 
 def by_the_formula(layer: nn.Module, x: Tensor, variances: Tensor) -> Tensor:
-    """draw * sqrt(V x^2), V the variances of the weights."""
+    """Compute draw * sqrt(V x^2), with V the variances of the weights."""
     total = torch.func.functional_call(layer, {"weight": variances, "bias": torch.zeros_like(layer.bias)}, (x * x,))
     return elementwise.normal_like(total, seeded()) * total.sqrt()
 
@@ -68,7 +68,7 @@ def test_an_output_without_variance_has_no_noise_and_finite_gradients(dtype: tor
     assert variances.grad[1].tolist() == [0, 0, 0]
 
 
-def test_what_is_no_number_is_seen() -> None:
+def test_nan_is_detected() -> None:
     got = noise.additive_output_noise(nn.Linear(2, 1), torch.tensor([[1.0, torch.nan]]), torch.ones(1, 2), seeded())
     assert got.isnan().all()
 
@@ -84,7 +84,7 @@ def test_noise_for_a_share_of_the_samples_has_the_moments_of_noise_for_all(count
     variance = (x * x) @ (layer.weight.detach() ** 2 * spread).T
     torch.testing.assert_close(torch.stack(drawn).var(0) / variance, torch.ones_like(variance), rtol=0, atol=0.3)
     assert (torch.stack(drawn).mean(0) / (variance / 4000).sqrt()).abs().max() < 5
-    if taken < count:  # each is taken as often, and neighbours in a ring
+    if taken < count:  # each sample equally often, in contiguous blocks with wrap-around
         often = torch.stack(drawn).ne(0).all(2).double().mean(0)
         torch.testing.assert_close(often, torch.full_like(often, taken / count), rtol=0, atol=0.04)
 

@@ -1,4 +1,4 @@
-"""What is shipped and what the front pages promise."""
+"""Content of the package, and commands and claims of the README."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_both_trees_are_marked_as_typed() -> None:
 
 @pytest.mark.slow
 def test_a_source_tree_finds_its_own_callbacks_and_recipes(tmp_path: Path) -> None:
-    """At a clone's root, where the folder of the same name hides an installed package, editable or not."""
+    """At the root of a clone, the source folder hides the installed package."""
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -71,6 +71,11 @@ def test_the_layer_refuses_to_be_imported_under_its_folder_name() -> None:
     assert done.returncode != 0
     assert "pip install" in done.stderr
     assert "lightning_sparse.callbacks" in done.stderr
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]  # because pytest imports them by name, without packages
+    assert sorted(names) == sorted(set(names))
 
 
 def test_the_licence_is_the_whole_unmodified_text() -> None:
@@ -90,26 +95,31 @@ def test_the_readme_has_two_commands_each_a_line_that_sets_itself_up() -> None:
         assert parts[0] == ["python3", "-m", "venv", ".venv"]
         assert parts[1][:3] == [".venv/bin/pip", "install", "-q"]
         assert parts[2][0].startswith(".venv/bin/")
-    assert README.count("bin/pytest") == 1  # .ci/run takes this line
+    assert README.count("bin/pytest") == 1  # because .ci/run uses this line
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_readmes_example_has_six_lines_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_example_prints_the_zeros_that_its_network_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (example,) = blocks("python")
-    assert sum(bool(line.strip()) for line in example.splitlines()) == 6
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
-    trainer = names["trainer"]
-    assert trainer.current_epoch == 20  # type: ignore[attr-defined]
-    assert "sparsity/total" in trainer.callback_metrics  # type: ignore[attr-defined]
+    weights = [w for w in names["net"].parameters() if w.dim() == 2]  # type: ignore[attr-defined]
+    assert round(sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights), 4) == 0.9
+    assert "90.0% of the weights are zero" in capsys.readouterr().out
+
+
+def test_the_readme_is_one_that_a_reader_skims() -> None:
+    assert len(README.splitlines()) <= 120
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_readmes_other_commands_parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lightning_sparse.cli import main, reproduce
+    from lightning_sparse.cli import main
 
     monkeypatch.chdir(tmp_path)
     words = [
@@ -117,13 +127,10 @@ def test_the_readmes_other_commands_parse(monkeypatch: pytest.MonkeyPatch, tmp_p
     ]
     assert len(words) >= 4
     for _, verb, *rest in words:
-        if verb == "reproduce":  # it would train: its words are looked at alone
-            assert reproduce._parser(verb).parse_known_args(rest)[1] == []
-            continue
         assert main(["check", rest[1], *rest[2:]] if verb == "fit" else [verb, *rest]) == 0
 
 
-def test_the_readme_names_everything_that_is_in_the_box() -> None:
+def test_the_readme_names_all_public_objects() -> None:
     from lightning_sparse import callbacks, mask_rules, penalties
 
     for module in (penalties, mask_rules, callbacks):

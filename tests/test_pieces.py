@@ -1,6 +1,6 @@
-"""Properties of the callbacks' pieces on any weights: every bit pattern, denormals, -0.0, inf, NaN, empty and 0-d tensors.
+"""Properties of elementwise functions on any weights: all bit patterns, denormals, -0.0, inf, NaN, empty and 0-d tensors.
 
-Two run through all of them: what is not touched keeps its bits, and NaN never becomes a zero nor anything else NaN.
+Two properties hold everywhere: unchanged values keep their bits, and NaN neither becomes zero nor spreads.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_sparse import attach, counts, curvature, duality, elementwise, mask_rules, noise, penalties, proximal
+from lightning_sparse import counts, curvature, duality, elementwise, mask_rules, noise, penalties, proximal
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
 from lightning_sparse.elementwise import finite
 from lightning_sparse.numeric import scalar_div
+from lightning_sparse.weights import Attachment
 
 pytestmark = pytest.mark.slow
 BITS = st.integers(-(2**31), 2**31 - 1)
@@ -34,7 +35,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 @st.composite
 def weights(draw: st.DrawFn) -> Tensor:
-    """float32 of any bit pattern in a few shapes, an empty one and a scalar among them."""
+    """Draw float32 tensors of any bit pattern in a few shapes, including an empty one and a scalar."""
     shape = draw(st.sampled_from([(), (0,), (0, 3), (1,), (5,), (2, 3)]))
     values = draw(st.lists(st.one_of(BITS, st.sampled_from(PATTERNS)), min_size=math.prod(shape), max_size=math.prod(shape)))
     return torch.tensor(values, dtype=torch.int32).view(torch.float32).reshape(shape).clone()
@@ -53,7 +54,7 @@ def test_attached_weights_come_back_bit_for_bit(w: Tensor, mask: Tensor, shown: 
     module = Holder(w)
     fill = mask.reshape(-1)[0] if mask.numel() else torch.tensor(0.0)
     view = torch.full_like(w, float(shown.reshape(-1)[0]) if shown.numel() else 0.0)
-    attachment = attach.Attachment(module, {"w": module.w}, lambda name: view)
+    attachment = Attachment(module, {"w": module.w}, lambda name: view)
     for step in ("multiply", "multiply", "show", "multiply", "restore", "show", "restore"):
         if step == "multiply":
             attachment.multiply("w", torch.full_like(w, float(fill)))
@@ -84,7 +85,7 @@ FORMS = [
 @example(w=EVERY)
 @given(w=weights())
 def test_the_thresholded_view_zeroes_what_counts_as_zero_and_keeps_the_other_bits(form: ReweightedPenalty, w: Tensor) -> None:
-    form.parameters = {"w": nn.Parameter(w.clone())}
+    form.weights.parameters = {"w": nn.Parameter(w.clone())}
     zeros, shown = form.zeros("w"), form.thresholded("w")
     assert shown.shape == zeros.shape == w.shape
     assert not (zeros & w.isnan()).any()
@@ -108,7 +109,7 @@ def test_proximal_steps_shrink_and_keep_nan_inf_and_zero(penalty: penalties.L1, 
         assert (moved[w == 0] == 0).all()
         assert (moved[w.isfinite()].abs() <= w[w.isfinite()].abs()).all()
         assert (moved * w.sign())[~w.isnan()].ge(0).all()
-    if w.numel():  # a group without weights has no step size to bound
+    if w.numel():  # because a group without weights has no step size
         rests = proximal.in_zero_region(penalty, w, rate, lam, 10.0)
         assert not (rests & (w.isnan() | w.isinf())).any()
         assert rests[w == 0].all()
@@ -117,8 +118,8 @@ def test_proximal_steps_shrink_and_keep_nan_inf_and_zero(penalty: penalties.L1, 
 def test_live_weights_wait_in_their_own_memory_while_others_take_their_place() -> None:
     layer = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
     w, place, order = layer.weight.detach().clone(), layer.weight.data_ptr(), layer.weight.stride()
-    attachment = attach.Attachment(layer, {"weight": layer.weight}, lambda name: attachment.live(name))
-    for value in (torch.ones(w.shape, dtype=torch.float64), torch.full_like(w, 2.0)):  # of another type and order, and alike
+    attachment = Attachment(layer, {"weight": layer.weight}, lambda name: attachment.live(name))
+    for value in (torch.ones(w.shape, dtype=torch.float64), torch.full_like(w, 2.0)):  # of another dtype and memory order, and equal
         attachment.substitute("weight", value)
         assert (layer.weight.dtype, layer.weight.stride()) == (w.dtype, order)
         assert torch.equal(layer.weight, value.to(w.dtype))
@@ -142,7 +143,7 @@ def test_masks_are_nan_where_alpha_is_and_nowhere_else(kind: noise.Noise, alpha:
 @quick
 @example(w=EVERY)
 @given(w=weights())
-def test_counts_take_zeros_for_zeros_and_nan_for_none(w: Tensor) -> None:
+def test_nan_does_not_count_as_zero(w: Tensor) -> None:
     expected = sum(1 for value in w.reshape(-1).tolist() if value == 0)
     assert counts.count_zeros({"w": w}) == {"w": (expected, w.numel())}
     assert counts.figures({"w": (expected, w.numel())})["sparsity/total"] == (expected / w.numel() if w.numel() else 0.0)
@@ -165,7 +166,7 @@ def test_calibration_makes_no_nan_and_bounds_the_strength(eta: list[float], h: f
 
 @quick
 @given(w=weights(), other=weights(), nan_only=st.booleans())
-def test_values_that_are_not_finite_are_found_wherever_they_are_and_only_there(w: Tensor, other: Tensor, nan_only: bool) -> None:
+def test_nonfinite_values_are_found_everywhere_without_false_alarms(w: Tensor, other: Tensor, nan_only: bool) -> None:
     expected = {}
     for name, tensor in (("w", w), ("other", other)):
         values = tensor.reshape(-1).tolist()
@@ -213,7 +214,7 @@ def test_gradients_that_one_call_cannot_look_at_stay_in_doubt(kind: str) -> None
     assert elementwise.maybe_nonfinite({"one": torch.ones(3), "other": torch.ones(2, 2).double()}) == {}
 
 
-def test_a_sum_that_overflows_is_no_fault_and_sparse_gradients_are_looked_through() -> None:
+def test_an_overflowing_sum_is_no_error_and_sparse_gradients_are_checked() -> None:
     large = torch.full((4,), 3e38)
     assert elementwise.count_nonfinite({"large": large, "half": torch.full((9,), 6e4, dtype=torch.float16)}) == {}
     rows = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([[float("nan"), 1.0]]), (3, 2), check_invariants=True)
@@ -221,7 +222,7 @@ def test_a_sum_that_overflows_is_no_fault_and_sparse_gradients_are_looked_throug
     wide = torch.full((2,), 8e307, dtype=torch.float64)
     assert elementwise.count_nonfinite({"one": wide, "other": wide}) == {}
     inf = torch.tensor([1.0, float("inf")])
-    assert elementwise.count_nonfinite({"up": inf, "down": -inf}) == {"up": (0, 1), "down": (0, 1)}  # their sum is no number
+    assert elementwise.count_nonfinite({"up": inf, "down": -inf}) == {"up": (0, 1), "down": (0, 1)}  # because their sum is NaN
 
 
 @pytest.mark.parametrize("eta", [torch.tensor(1.0), torch.tensor([1.0, 3.0]), torch.tensor([1.0]).bfloat16(), torch.tensor([1.0]).double()])
@@ -244,9 +245,9 @@ ENTRIES = [*STATE, "begun", "averaged", "held", "recipe", "curvature", "ascent"]
 
 @quick
 @given(entry=st.sampled_from(ENTRIES), value=GARBAGE, whole=st.booleans())
-def test_a_state_of_garbage_is_taken_or_refused_in_words(entry: str, value: object, whole: bool) -> None:
+def test_an_arbitrary_state_is_accepted_or_refused_with_a_clear_error(entry: str, value: object, whole: bool) -> None:
     form = AdaptiveMask(penalties.LogSum(2.0), 0.5)
-    form.parameters = {"w": nn.Parameter(torch.ones(2, 3))}
+    form.weights.parameters = {"w": nn.Parameter(torch.ones(2, 3))}
     try:
         form.check_state(value if whole else STATE | {entry: value})
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Numbers of numpy and torch as arguments: Python's own in every object that keeps them."""
+"""Numbers of numpy and torch as arguments become Python numbers in every object."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ TWOS = [np.int8(2), np.uint16(2), np.int64(2), np.array(2), torch.tensor(2), tor
 
 
 class Word(str):
-    """What a YAML library that keeps quotes gives."""
+    """A string type as from a YAML library that keeps quotes."""
 
 
 class Number(float):
-    """What a YAML library that keeps digits gives."""
+    """A number type as from a YAML library that keeps digits."""
 
 
 class Mode(str, enum.Enum):
@@ -45,7 +45,7 @@ def test_a_whole_number_of_any_width_is_an_int(given):
     assert type(_checks.whole("x", given, 1)) is int
 
 
-def test_words_truths_and_containers_are_pythons_own():
+def test_strings_bools_and_containers_become_python_types():
     given = {np.str_("a"): [np.bool_(True), (np.str_("b"), Word("c"), Number(0.5))], "d": torch.tensor(False)}
     made = plain(given)
     assert made == {"a": [True, ("b", "c", 0.5)], "d": False}
@@ -53,14 +53,14 @@ def test_words_truths_and_containers_are_pythons_own():
     assert {type(leaf) for leaf in leaves} == {str, bool, float}
 
 
-def test_what_is_no_number_comes_back_as_it_is():
+def test_non_numbers_are_returned_unchanged():
     kept = [torch.ones(3), np.ones(1), torch.tensor(2.0, requires_grad=True), Mode.FAST, np.datetime64("2020-01-01"), object()]
     kept += [[1, "a"], {}]
     assert all(plain(given) is given for given in kept)
 
 
 class Settled(Penalty):
-    """A user's penalty that is no dataclass."""
+    """A user's penalty that is not a dataclass."""
 
     def __init__(self, scale, *, words=()):
         self.scale, self.words = scale, words
@@ -74,7 +74,7 @@ class Settled(Penalty):
 
 @dataclasses.dataclass(frozen=True)
 class Own(Penalty):
-    """A user's penalty with a check of its own and none of ours."""
+    """A user's penalty with its own checks only."""
 
     scale: float
     rate: float = 1.0
@@ -97,7 +97,7 @@ class Steps(Schedule):
 
 
 def numbers(made):
-    """Every number and word that an object keeps, by its name."""
+    """Return every number and string in an object, by name."""
     for name, value in vars(made).items():
         if isinstance(value, (Penalty, MaskRule, Noise, Schedule)):
             yield from numbers(value)
@@ -120,7 +120,7 @@ def of_numpy(value):
 
 
 @pytest.mark.parametrize(("cls", "given"), BUILT, ids=lambda part: getattr(part, "__name__", ""))
-def test_every_object_keeps_pythons_own(cls, given):
+def test_every_object_stores_python_types(cls, given):
     made = cls(**{name: of_numpy(value) for name, value in given.items()})
     assert {type(value) for _, value in numbers(made)} <= {int, float, str, bool}, dict(numbers(made))
     known = cls(**{name: value if type(value) is not float else float(np.float32(value)) for name, value in given.items()})
@@ -129,7 +129,7 @@ def test_every_object_keeps_pythons_own(cls, given):
     assert repr(pickle.loads(pickle.dumps(made))) == repr(made)
 
 
-def test_a_changed_copy_keeps_pythons_own():
+def test_a_changed_copy_keeps_python_types():
     assert type(dataclasses.replace(penalties.LogSum(1.0), eps=np.float64(2)).eps) is float
 
 

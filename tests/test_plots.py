@@ -1,14 +1,16 @@
-"""Pictures: what they show is what was given, and files are whole or absent."""
+"""Plots: the drawn values equal the input, and files are complete or absent."""
 
 from __future__ import annotations
 
+import html
 import math
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from lightning_sparse import duality, mask_rules, penalties, plots
+from lightning_sparse import _pictures, duality, mask_rules, penalties, plots
 from lightning_sparse.duality import Penalty
 
 EVERY = [
@@ -40,6 +42,49 @@ def test_every_penalty_and_rule_of_the_catalogue_can_be_drawn(given: Penalty, tm
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [repr(given), "LogSum(eps=2.0)"]
     drawn = [y for axis in figure.axes for y in lines(axis)[0][1]]
     assert sum(math.isfinite(y) for y in drawn) > len(drawn) / 4
+
+
+def curves(shown: str) -> list[list[tuple[float, float]]]:
+    """Return the points of each line of an SVG, in pixels from its panel's upper left corner."""
+    found = ElementTree.fromstring(shown.partition("<br>")[2]).iter("{http://www.w3.org/2000/svg}polyline")
+    return [[(float(x), float(y)) for x, y in (point.split(",") for point in line.get("points", "").split())] for line in found]
+
+
+def test_a_notebook_shows_omega_and_alpha_of_a_penalty_and_of_its_rule() -> None:
+    penalty = penalties.LogSum(eps=2.0)
+    for given, lam in ((penalty, 1.0), (duality.to_mask_rule(penalty, 0.5), 0.5)):
+        shown = given._repr_html_()
+        assert html.escape(repr(given)) in shown
+        assert f"omega(w), 0 to {math.log(3):.3g}" in shown  # at w = 4
+        assert f"alpha(w) at lam = {lam:g}, 0 to 1" in shown
+        omega, alpha = curves(shown)
+        wide, tall = omega[-1][0], omega[0][1]  # w = 4 is on the right, omega = 0 below
+        for at, line, expected in (
+            (1.0, omega, math.log(1.5) / math.log(3)),
+            (1.0, alpha, 1 / (1 + lam / 3)),
+            (4.0, alpha, 1 / (1 + lam / 24)),
+        ):
+            (y,) = [y for x, y in line if math.isclose(x, at / 4 * wide)]
+            assert math.isclose(1 - y / tall, expected, abs_tol=1e-3)
+
+
+def test_what_has_no_curve_is_shown_by_its_repr() -> None:
+    class Broken(Penalty):
+        def omega(self, w: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("not yet written")
+
+        eta_hat = omega
+
+    assert penalties.ARD(**penalties.ARD.examples[0])._repr_html_() is None
+    assert mask_rules.TopK(0.5)._repr_html_() is None
+    assert Broken()._repr_html_() is None  # an error here would hide the object
+
+
+def test_a_picture_has_gaps_where_a_value_is_not_finite_and_plain_text_for_its_name() -> None:
+    shown = _pictures.panels("<b>", [("y", [0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 1.0, math.inf, 2.0, 1.0], None)])
+    assert "<code>&lt;b&gt;</code>" in shown
+    assert [len(line) for line in curves(shown)] == [2, 2]
+    assert curves(shown)[1][0][1] == 0.0  # the largest finite value is at the top
 
 
 def test_a_penalty_without_a_curve_is_refused() -> None:
@@ -78,6 +123,7 @@ def test_the_sparsity_curve_shows_shares_alone_by_epoch() -> None:
 
 def test_a_new_figure_is_not_drawn_as_a_share_of_zeros() -> None:
     history = [{"epoch": 1, "sparsity/total": 0.1, "sparsity/weight": 0.1, "sparsity/a.weight": 0.3, "sparsity/target": 0.9}]
+    history[0] |= {"sparsity/groups": 0.5, "sparsity/groups/a.weight": 0.7, "sparsity/groups/weight": 0.7}
     labels = [[line.get_label() for line in plots.sparsity_curve(history, names).axes[0].lines] for names in (None, ["weight", "a.weight"])]
     assert labels == [["total", "a.weight"], ["total", "weight", "a.weight"]]
 
@@ -118,4 +164,4 @@ def test_the_dual_panel_is_the_dual() -> None:
 
 @pytest.mark.parametrize("draw", [lambda: plots.masks({"w": torch.eye(3)}), lambda: plots.penalty_curves([penalties.L1()])])
 def test_a_notebook_shows_a_picture_by_itself(draw) -> None:
-    assert draw()._repr_png_().startswith(b"\x89PNG")  # what IPython asks of any object; matplotlib's own Figure has none
+    assert draw()._repr_png_().startswith(b"\x89PNG")  # IPython asks for it; matplotlib's Figure has none

@@ -1,4 +1,4 @@
-"""Selection by names, schedules by steps, noise by moments."""
+"""Selection by name: default, patterns, and parameters that are refused or left out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
-from lightning_sparse import elementwise, noise, schedules
 from lightning_sparse.select import countable, left_out, select
 
 
@@ -63,7 +62,13 @@ def test_patterns(patterns, expected):
     [
         (["encodr.*"], r"select pattern 'encodr.\*' matches no selectable parameter; closest: 'encoder"),
         (["*.bias"], r"matches only \[.*'encoder.0.bias'.*which are not selected by default: name them in full"),
-        (["haed.weight"], r"select name 'haed.weight' is no parameter of Zoo; closest: 'head.weight'"),
+        (["encoder.2"], r"it names a module \(Conv2d\): for its weights \['encoder.2.weight'\] write 'encoder.2.\*'$"),
+        (["encode?"], r"it names a module \(Sequential\): for its weights \['encoder.0.weight', .*\] write 'encode\?.\*'$"),
+        (["encoder.1"], r"it names a module \(LayerNorm\); it matches only .*'encoder.1.weight'.*: name them in full"),
+        (["frozen"], r"it names a module \(Linear\); it matches only \['frozen.weight', 'frozen.bias'\], of which .* is frozen"),
+        (["*", "!encoder.2"], r"'!encoder.2' matches nothing; it names a module \(Conv2d\): .* write '!encoder.2.\*'$"),
+        (["free.weight"], r"is not a parameter of Zoo; closest: .*'head.weight'"),
+        (["haed.weight"], r"select name 'haed.weight' is not a parameter of Zoo; closest: 'head.weight'"),
         (["*", "!nothing.*"], r"select exclusion '!nothing.\*' matches nothing"),
         (["head.*", "!head.*"], r"leaves no parameter"),
         (["frozen.weight"], r"requires_grad=False; it must be trained"),
@@ -85,7 +90,7 @@ def test_frozen_weights_can_be_counted():
 
 
 def two(weight):
-    """A weight that holds its values in two parts, as quantised ones do."""
+    """Make a weight with values in two parts, like quantised ones."""
     return nn.Parameter(TwoTensor(weight.detach(), weight.detach().clone()))
 
 
@@ -101,7 +106,7 @@ def unfit(kind):
 
 
 UNFIT = {
-    "complex": "'0.weight' is complex; only real floating parameters can be sparsified; or leave it out",
+    "complex": "'0.weight' is complex; only real floating parameters can be sparsified; or exclude it",
     "lazy": "'0.weight' has no shape yet; run a batch through its lazy layer first",
     "packed": "'0.weight' is a TwoTensor; a quantised or otherwise packed tensor has no elements that could become zero",
     "integer": "'0.weight' is torch.int8; a quantised weight is not trained: sparsify first, then quantise",
@@ -109,7 +114,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize(("kind", "message"), UNFIT.items(), ids=UNFIT.keys())
-def test_unfit_weights_are_refused_where_they_are_asked_for(kind, message):
+def test_unsupported_weights_are_refused_if_selected_by_name(kind, message):
     for patterns in (None, ["*"], ["0.weight"], ["0.*"]):
         with pytest.raises(ValueError, match=message):
             select(unfit(kind), patterns)
@@ -117,7 +122,7 @@ def test_unfit_weights_are_refused_where_they_are_asked_for(kind, message):
         assert list(select(unfit(kind), patterns)) == ["1.weight"]
 
 
-def test_a_frozen_complex_weight_is_passed_over_as_any_frozen_one():
+def test_a_frozen_complex_weight_is_left_out_like_other_frozen_ones():
     module = unfit("complex")
     module[0].requires_grad_(False)
     assert list(select(module)) == ["1.weight"]
@@ -143,7 +148,7 @@ COMPUTED = {
 
 
 @pytest.mark.parametrize(("change", "names"), COMPUTED.values(), ids=COMPUTED.keys())
-def test_what_a_weight_is_computed_from_is_left_out_and_refused_by_name(change, names):
+def test_sources_of_computed_weights_are_left_out_and_refused_by_name(change, names):
     module = nn.Sequential(change(nn.Linear(4, 4)), nn.Linear(4, 4))
     assert list(select(module)) == list(select(module, ["!0.weight"])) == ["1.weight"]
     assert list(left_out(module)) == list(left_out(module, ["0.*"])) == ["0.weight"]
@@ -154,61 +159,3 @@ def test_what_a_weight_is_computed_from_is_left_out_and_refused_by_name(change, 
     with pytest.raises(ValueError, match=r"no selectable weight.*'0.weight' is computed by"):
         select(module[:1])
     assert sorted(countable(module)) == ["0.weight", "1.weight"]
-
-
-def test_schedules_rise_to_lam_and_stay():
-    for schedule in (schedules.LinearWarmup(2.0, 0.5), schedules.Cubic(2.0, 0.1, 0.6)):
-        values = [schedule(step, 100) for step in range(101)]
-        assert values == sorted(values)
-        assert (values[0], values[-1], values[60]) == (0.0, 2.0, 2.0)
-    assert schedules.LinearWarmup(2.0, 0.5)(25, 100) == 1.0
-    # a cubic ramp has covered 1 - (1/2)^3 of the way at half of its time
-    assert schedules.Cubic(2.0, 0.1, 0.6)(35, 100) == pytest.approx(2 * 7 / 8)
-    assert schedules.Constant(2.0)(0, float("inf")) == 2.0
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: schedules.Constant(0.0), "lam must be a finite number > 0, got 0.0"),
-        (lambda: schedules.Constant(float("nan")), "lam must be a finite number > 0, got nan"),
-        (lambda: schedules.LinearWarmup(1.0, 0.0), r"share must lie in \(0, 1\], got 0.0"),
-        (lambda: schedules.Cubic(1.0, 0.5, 0.5), r"end must lie in \(0.5, 1\], got 0.5"),
-    ],
-)
-def test_bad_schedules(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-@pytest.mark.parametrize("kind", [noise.ScaledBernoulli(), noise.Gaussian()])
-def test_noise_has_mean_one_and_the_promised_variance(kind):
-    generator = torch.Generator().manual_seed(0)
-    for alpha in (0.1, 0.5, 0.9):
-        drawn = kind.sample(torch.full((200_000,), alpha, dtype=torch.float64), generator)
-        assert drawn.mean().item() == pytest.approx(1, abs=0.03)
-        assert drawn.var().item() == pytest.approx((1 - alpha) / alpha, rel=0.03)
-    assert (kind.sample(torch.zeros(9), generator) == 0).all()
-    assert (kind.sample(torch.ones(9), generator) == 1).all()
-    again = torch.Generator().manual_seed(0)
-    assert torch.equal(kind.sample(torch.full((9,), 0.5), again), kind.sample(torch.full((9,), 0.5), again.manual_seed(0)))
-
-
-@pytest.mark.parametrize("alpha", [1e-6, 1e-3, 0.123456, 0.5, 0.99999, 1.0])
-def test_over_all_draws_a_bernoulli_mask_has_mean_one_exactly(alpha, monkeypatch):
-    monkeypatch.setattr(elementwise, "random_words", lambda count, *_: torch.arange(65536, dtype=torch.int32).to(torch.uint16))
-    mask = noise.ScaledBernoulli().sample(torch.full((65536,), alpha, dtype=torch.float64))
-    assert mask.mean() == pytest.approx(1, abs=1e-12)
-    assert mask.count_nonzero() / 65536 == pytest.approx(alpha, abs=1 / 65536)
-
-
-def test_words_are_uniform_in_every_place_and_follow_their_generator():
-    drawn = elementwise.random_words(400_002, torch.device("cpu"), torch.Generator().manual_seed(3))
-    assert drawn.shape == (400_002,)
-    for place in range(4):  # the four quarters of a 64-bit draw
-        counts = torch.bincount(drawn[place::4].long() // 4096, minlength=16)
-        assert (counts - 6250).abs().max() < 6 * 6250**0.5
-    generator = torch.Generator().manual_seed(3)
-    first, second = (elementwise.random_words(400_002, torch.device("cpu"), generator) for _ in range(2))
-    assert torch.equal(first, drawn)
-    assert not torch.equal(first, second)

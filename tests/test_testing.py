@@ -1,4 +1,4 @@
-"""The public contract checks accept the catalogue and reject every mutant for the right reason."""
+"""The public contract checks accept all penalties and reject every mutant for the right reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def exported(module: types.ModuleType) -> list[tuple[str, type]]:
 
 
 def missing_lines(package: str, exported: list[str], classes: list[type]) -> list[str]:
-    """The lines that a catalogue's classes still need: an export, or examples."""
+    """Return the missing exports and examples of a catalogue's classes."""
     lines = []
     for cls in classes:
         if cls.__name__ not in exported:
@@ -68,7 +68,7 @@ def test_a_mutant_rule_is_rejected_with_the_reason(rule: MaskRule, reason: str) 
         testing.check_mask_rule(rule)
 
 
-def test_the_checks_refuse_what_is_neither() -> None:
+def test_the_contract_checks_refuse_other_objects() -> None:
     with pytest.raises(TypeError, match="takes a Penalty"):
         testing.check_penalty(mask_rules.Standout())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="takes a MaskRule"):

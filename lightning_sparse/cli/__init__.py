@@ -1,6 +1,6 @@
-"""The ``lightning-sparse`` command: LightningCLI's verbs with packaged recipes, and verbs of its own.
+"""The ``lightning-sparse`` command: LightningCLI's subcommands with packaged recipes, and subcommands of this package.
 
-``main`` imports nothing heavy beyond what a verb needs, so that ``--help``, ``recipes`` and ``plot`` stay quick.
+``main`` imports only what a subcommand needs, because Lightning takes seconds to import.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from lightning_sparse import _checks
 from lightning_sparse._version import __version__
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.failures import RunError
-from lightning_sparse.cli.text import speak_utf8
+from lightning_sparse.cli.text import print_utf8
 
 if TYPE_CHECKING:
     from lightning_sparse.cli.sparse_cli import SparseCLI
@@ -24,14 +25,32 @@ __all__ = ["RunError", "SparseCLI", "UsageError", "main"]
 
 _TRAINING = "lightning_sparse.cli.training"
 _VERBS = {
-    "fit": (_TRAINING, "train a recipe's model and print what it reached"),
+    "fit": (_TRAINING, "train a recipe's model and print its results"),
     "validate": (_TRAINING, "evaluate on the validation split"),
     "test": (_TRAINING, "evaluate on the test split"),
     "predict": (_TRAINING, "run the model on the prediction data"),
-    "recipes": ("lightning_sparse.cli.recipes", "list the packaged recipes with what they reach, or those of a FOLDER"),
-    "check": ("lightning_sparse.cli.check", "validate a recipe without training: check RECIPE [overrides]"),
-    "seeds": ("lightning_sparse.cli.seeds", "mean and spread of a recipe over seeds: seeds RECIPE [--seeds 5] [overrides]"),
-    "reproduce": ("lightning_sparse.cli.reproduce", "rerun the paper's case study: its table and figures beside the published ones"),
+    "recipes": ("lightning_sparse.cli.recipes", "list the packaged recipes with their results, or those of a FOLDER"),
+    "check": ("lightning_sparse.cli.check", "check a recipe's settings, train nothing: check RECIPE [overrides]"),
+    "export": (
+        "lightning_sparse.cli.export",
+        "write files that use the zeros, with what each is worth here: export CKPT --to csr|onnx|compact",
+    ),
+    "shrink": ("lightning_sparse.cli.shrink", "remove zero channels, neurons and heads: shrink CKPT [--out FOLDER]"),
+    "report": (
+        "lightning_sparse.cli.checkpoint_report",
+        "what is zero in a checkpoint, what each export would gain here, and the command: report CKPT",
+    ),
+    "seeds": ("lightning_sparse.cli.seeds", "mean and standard deviation of a recipe over seeds: seeds RECIPE [--seeds 5] [overrides]"),
+    "compare": (
+        "lightning_sparse.cli.compare",
+        "train with several callbacks, targets and seeds; one table, one picture of the metric against the zeros: compare CONFIG",
+    ),
+    "path": (
+        "lightning_sparse.cli.compare",
+        "train for a list of strengths, each run starting from the last: path CONFIG --lams 1e-4 1e-3",
+    ),
+    "sweep": ("lightning_sparse.cli.sweep", "write a W&B sweep file over lam, eps, freeze and callback, for wandb agent"),
+    "reproduce": ("lightning_sparse.cli.reproduce", "rerun the paper's case study: its table and figures with the published results"),
     "plot": ("lightning_sparse.cli.plot", "draw omega, eta_hat, f and alpha of penalties to a PNG"),
 }
 
@@ -45,24 +64,27 @@ def __getattr__(name: str) -> Any:
 
 
 def usage() -> str:
-    """The text of ``lightning-sparse --help``."""
+    """Return the text of ``lightning-sparse --help``."""
     verbs = "\n".join(f"  {verb:9} {text}" for verb, (_, text) in _VERBS.items())
     return (
-        f"lightning-sparse {__version__}: sparse training by adaptive masks or the equivalent reweighted penalties\n\n"
+        f"lightning-sparse {__version__}: train networks to zeros, and make them smaller or faster\n\n"
         f"usage: lightning-sparse VERB ...\n\n{verbs}\n\n"
         "  lightning-sparse fit --config digits                            a packaged recipe, or a YAML file\n"
-        "  lightning-sparse fit --config digits --sparsify AdaptiveMask    the other form, same penalty and lam\n"
+        "  lightning-sparse fit --config digits --sparsify AdaptiveMask    another callback, same penalty and lam\n"
+        "  lightning-sparse report CKPT                                    what the zeros of a checkpoint gain here\n"
         "  lightning-sparse VERB --help                                    the arguments of one verb\n"
     )
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code, one line on stderr with the others than 0.
+    """Run one subcommand and return the exit code. Errors are one line on stderr.
 
-    0: done; 1: the run failed, by a loss that is not finite, say, or a full disk; 2: a mistake in the input.
+    0: success; 1: the run failed (for example a non-finite loss or a full disk); 2: invalid input.
     """
-    speak_utf8()
+    print_utf8()
     words = list(sys.argv[1:] if args is None else args)
+    if args is None:  # because Lightning's own call of a function that this torch deprecates is nothing to a user
+        warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated", FutureWarning)
     if words[:1] == ["--version"]:
         print(__version__)
         return 0
@@ -80,6 +102,6 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb not in _VERBS:
         raise UsageError(f"no verb {verb!r}{_checks.closest(verb, _VERBS)}; one of {', '.join(_VERBS)}")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # so that `class_path: my_file.MyPenalty` finds a file beside the recipe
+        sys.path.append(os.getcwd())  # because `class_path: my_file.MyPenalty` should find a file in the current folder
     code: int = importlib.import_module(_VERBS[verb][0]).run(verb, rest)
     return code

@@ -1,4 +1,4 @@
-"""``python -m lightning_sparse.cli`` is ``lightning-sparse``."""
+"""Run ``lightning-sparse`` as ``python -m lightning_sparse.cli``."""
 
 import sys
 

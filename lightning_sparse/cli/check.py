@@ -1,4 +1,4 @@
-"""``lightning-sparse check RECIPE [overrides]``: everything that ``fit`` does before training, and no training."""
+"""``lightning-sparse check RECIPE [overrides]``: run every check that ``fit`` does before training."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sparse import duality
-from lightning_sparse.callbacks import Sparsifier
+from lightning_sparse.callbacks import Sparsifier, checks
 from lightning_sparse.cli import recipes
 from lightning_sparse.cli.training import RecipeCLI, launch
+from lightning_sparse.structure import Element
 
 _STAND_IN = ["--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
 
 
 class CheckCLI(RecipeCLI):
-    """Parses, instantiates, checks selection and penalty; ``fit`` itself is left out."""
+    """Parse and instantiate a recipe and check selection and penalty, without training."""
 
     def fit(self, **_: Any) -> None:
-        """Nothing is trained."""
+        """Do nothing."""
 
     def after_fit(self) -> None:
         pass
 
 
 def run(verb: str, words: list[str]) -> int:
-    """Print one line a sparsity callback; UsageError for what cannot be trained."""
+    """Print one line per sparsity callback. Raises UsageError for a recipe that cannot be trained."""
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: lightning-sparse {verb} RECIPE [overrides as in fit, e.g. --sparsify.lam 1e-3]")
         return 0 if words else 2
@@ -38,17 +39,21 @@ def run(verb: str, words: list[str]) -> int:
         print(_line(callback, cli, overlay))
     for added, replacing in cli.overruled:
         print(
-            f"note: {replacing} stands after {added}, and its plain 'callbacks:' list replaces what that adds. This command and SparseCLI "
-            "keep both; in a script with LightningCLI give the added file last, or write 'callbacks+:' in both"
+            f"note: {replacing} follows {added}, and its 'callbacks:' list would replace the added callbacks. This command and SparseCLI "
+            f"keep both; with LightningCLI give {added} last, or write 'callbacks+:' in both files"
         )
     print(f"ok: {name}" + ("" if cli.sparsifiers() else ", without a sparsity callback"))
     return 0
 
 
 def _line(callback: Sparsifier, cli: CheckCLI, overlay: bool) -> str:
-    chosen = {name: p for name, p in cli.model.named_parameters() if name in cli.scribe.names}
-    size = f"{len(chosen)} parameters, {sum(p.numel() for p in chosen.values())} weights"
+    chosen = {name: p for name, p in cli.model.named_parameters() if name in cli.recorder.names}
+    kind = "weight matri" + ("x" if len(chosen) == 1 else "ces") if all(p.dim() == 2 for p in chosen.values()) else "tensors"
+    size = f"{len(chosen)} {kind} with {sum(p.numel() for p in chosen.values()):,} weights"
     shape = f"; {duality.fine_print(callback.penalty)}" if callback.penalty.separable else ""
-    where = "no model of its own, tried on a stand-in" if overlay else size
-    aim = "" if callback.target_sparsity is None else f", rising from there until {callback.target_sparsity:.4g} of the weights are zero"
-    return f"{type(callback).__name__} with {callback.given}, lam {callback.lam:g}{aim}: {where}{shape}"
+    if not chosen and checks.is_built_later(cli.model):
+        size = f"{type(cli.model).__name__} builds its layers when training starts, so its weights were not checked"
+    where = "the recipe has no model, checked with a demo model" if overlay else size
+    groups = "" if type(callback.structure) is Element else f", structure {callback.structure}"
+    aim = "" if callback.target_sparsity is None else f", increased until a share of {callback.target_sparsity:.4g} of the weights is zero"
+    return f"{type(callback).__name__} with {callback.given}, lam {callback.lam:g}{aim}{groups}: {where}{shape}"

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint from the command line: undamaged, of this model, resumable. They run before a logger opens its run."""
+"""Check a checkpoint given on the command line, before a logger opens its run: undamaged, of this model, resumable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_sparse import _checks, archive
-from lightning_sparse.callbacks import Sparsifier, _refusals, _states
+from lightning_sparse.callbacks import Sparsifier, checks
+from lightning_sparse.callbacks.checkpointing import callbacks_of
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.failures import in_words
 
@@ -37,11 +38,11 @@ def read(path: Any) -> Any:
         content = _load(path)
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             keys = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"no checkpoint of a LightningModule: it contains {keys}, not 'state_dict'")
+            raise ValueError(f"not a checkpoint of a LightningModule: it contains {keys}, not 'state_dict'")
         if "pytorch-lightning_version" not in content:
-            raise ValueError("no checkpoint that a Trainer wrote: it lacks 'pytorch-lightning_version'")
+            raise ValueError("not a checkpoint written by a Trainer: it lacks 'pytorch-lightning_version'")
         if not isinstance(content.get("hyper_parameters", {}), dict):
-            raise ValueError(f"a damaged checkpoint: its 'hyper_parameters' are no dict but {content['hyper_parameters']!r:.40}")
+            raise ValueError(f"a damaged checkpoint: its 'hyper_parameters' must be a dict, got {content['hyper_parameters']!r:.40}")
     return content
 
 
@@ -60,11 +61,11 @@ def _load(path: Any) -> Any:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archived else []
         content = None if foreign else torch.load(path, map_location="cpu", weights_only=True, mmap=archived)
     except Exception as error:  # unpickling arbitrary bytes may raise any error
-        raise ValueError(f"no checkpoint, or a damaged one: {in_words(error)}") from error
+        raise ValueError(f"not a checkpoint, or a damaged one: {in_words(error)}") from error
     if foreign:
         names = ", ".join(foreign[:3])
         raise ValueError(
-            f"it contains {names}, which may run code when loaded; Trainer.fit(..., weights_only=False) loads a file that you trust"
+            f"it contains {names}, which may run code when loaded; if you trust the file, use Trainer.fit(..., weights_only=False)"
         )
     return content
 
@@ -74,9 +75,9 @@ def check(path: Any, content: Any, model: LightningModule, callbacks: Iterable[S
     with _naming(path):
         if missing := [key for key in _RESUMED if resumed and key not in content]:
             raise ValueError(f"it lacks {missing}, so a run cannot be resumed from it; was it saved with save_weights_only=True?")
-        if model.strict_loading and not _refusals.is_built_later(model):
+        if model.strict_loading and not checks.is_built_later(model):
             _check_weights(content["state_dict"], model.state_dict(keep_vars=True))
-        states = _states.callbacks_of(content)
+        states = callbacks_of(content)
         for callback in callbacks:
             if state := states.get(callback.state_key):
                 callback.check_state(state)
@@ -84,8 +85,8 @@ def check(path: Any, content: Any, model: LightningModule, callbacks: Iterable[S
 
 def _check_weights(saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
     """Raise ValueError naming the first weights that differ in name or shape between file and model."""
-    shapes = [f"{name} {tuple(saved[name].shape)} against {tuple(w.shape)}" for name, w in own.items() if _differs(saved.get(name), w)]
-    lists = {"lacks": [*own.keys() - saved.keys()], "has besides": [*saved.keys() - own.keys()], "has other shapes": shapes}
+    shapes = [f"{name} {tuple(saved[name].shape)} instead of {tuple(w.shape)}" for name, w in own.items() if _differs(saved.get(name), w)]
+    lists = {"lacks": [*own.keys() - saved.keys()], "has extra weights": [*saved.keys() - own.keys()], "has other shapes": shapes}
     differences = [f"it {what} {', '.join(sorted(names)[:3])}" for what, names in lists.items() if names]
     if differences:
         raise ValueError(f"a checkpoint of another model: {'; '.join(differences)}")

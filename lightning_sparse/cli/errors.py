@@ -1,4 +1,4 @@
-"""What the user typed wrong, in one line: the parser's nested reports reduced to their causes, with the closest names."""
+"""Short error messages for invalid input: the causes in the parser's nested reports, with the closest names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {
     "float": "a number (float)",
     "int": "a whole number (int)",
     "bool": "true or false",
-    "str": "a text",
+    "str": "a string",
     "list": "a list",
     "Sequence": "a list",
 }
@@ -28,18 +28,18 @@ _OTHER_KIND = re.compile(r"(?:^|: )(?:must be (?!.*, got )|no class )")
 
 
 class UsageError(Exception):
-    """A mistake in the command line or a recipe; its text is all that the user is shown."""
+    """Invalid input in the command line or a recipe. The user sees only the message."""
 
 
 def explain(text: str, keys: Iterable[str] = ()) -> str:
-    """The causes in a report of jsonargparse, one a line, each with its key and the closest names.
+    """Extract the causes from a report of jsonargparse: one per line, each with its key and the closest names.
 
-    ``keys`` are the dotted keys that the parser knows. A report that is not understood is returned whole.
+    ``keys`` are the dotted keys that the parser accepts. A report in an unknown format is returned unchanged.
     """
     causes = list(dict.fromkeys(_causes(text, list(keys))))
-    clear = [cause for cause in causes if not _OTHER_KIND.search(cause)]  # where one of a union's types says what is wrong
+    clear = [cause for cause in causes if not _OTHER_KIND.search(cause)]  # those of the matching type of a union
     hinted = [unknown[1] for cause in clear if (unknown := re.search(r"takes no ('[^']+'); closest", cause))]
-    clear = [cause for cause in clear if not any(cause.endswith(f"takes no {key}") for key in hinted)]  # a base class's answer
+    clear = [cause for cause in clear if not any(cause.endswith(f"takes no {key}") for key in hinted)]  # reports of a base class
     return "\n".join(clear or causes) or text
 
 
@@ -62,7 +62,7 @@ def _causes(text: str, keys: list[str]) -> Iterator[str]:
 
 
 def _sentence(cause: str, where: str, owner: str, bases: str, keys: list[str]) -> str:
-    """One cause in words; empty for a class that is known and merely not of the second kind in a union."""
+    """Reword one cause; return an empty string if the class exists and only another type of the union rejects it."""
     prefix = f"{where}: " if where else ""
     if option := re.match(r"(?:Option|Key) '([^']+)' is not (?:accepted|expected)", cause):
         return f"{prefix}{owner.rpartition('.')[2]} takes no {option[1]!r}{_checks.closest(option[1], parameters(owner))}"
@@ -78,13 +78,13 @@ def _sentence(cause: str, where: str, owner: str, bases: str, keys: list[str]) -
 
 
 def parameters(class_path: str) -> list[str]:
-    """The names that the class at a dotted path takes; none if it cannot be imported."""
+    """Return the argument names of the class at a dotted path; an empty list if it cannot be imported."""
     found = imported(class_path)
     return [name for name in inspect.signature(found).parameters if name != "self"] if found else []
 
 
 def class_names(text: str) -> set[str]:
-    """Names of all public concrete classes below the dotted class paths that ``text`` mentions."""
+    """Return the names of all public concrete subclasses of the classes whose dotted paths are in ``text``."""
     found: set[str] = set()
     for path in re.findall(r"[A-Za-z_][\w.]*\.[\w]+", text):
         if base := imported(path):
@@ -93,13 +93,13 @@ def class_names(text: str) -> set[str]:
 
 
 def class_of(given: Any) -> type[Any] | None:
-    """The class that a parsed ``class_path`` entry names, if it has one."""
+    """Return the class of a parsed entry with ``class_path``; None without one."""
     path = getattr(given, "class_path", None)
     return imported(path) if isinstance(path, str) else None
 
 
 def imported(path: str) -> type[Any] | None:
-    """The class at a dotted path; None if there is none."""
+    """Import the class at a dotted path; return None if there is none."""
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name, None)
@@ -109,7 +109,7 @@ def imported(path: str) -> type[Any] | None:
 
 
 def below(base: type[Any]) -> Iterator[type[Any]]:
-    """A class and all its imported subclasses."""
+    """Yield a class and all its imported subclasses."""
     yield base
     subclasses: list[type[Any]] = base.__subclasses__()
     for cls in subclasses:
@@ -117,7 +117,7 @@ def below(base: type[Any]) -> Iterator[type[Any]]:
 
 
 def _near_key(key: str, keys: list[str]) -> str:
-    """The closest known keys, compared at the first part of ``key`` that is unknown there."""
+    """Return a hint with the closest known keys, compared at the first unknown part of ``key``."""
     parts = key.split(".")
     for depth, part in enumerate(parts):
         prefix = parts[:depth]

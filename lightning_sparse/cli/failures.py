@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_sparse.cli.errors import UsageError
 
-NO_NAME = "this locale has ASCII file names alone, which do not hold {!r}: set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
+NO_NAME = "this locale supports only ASCII file names, got {!r}: set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
 
 
 class RunError(Exception):

@@ -1,4 +1,4 @@
-"""The packaged recipes: found by name, listed with what they reach."""
+"""Packaged recipes: look up by name, list with results, and merge on the command line."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_sparse.cli.errors import UsageError
 
 
 def folder() -> Path:
-    """The folder that holds the packaged recipes."""
+    """Return the folder of the packaged recipes."""
     return Path(str(files("lightning_sparse.recipes")))
 
 
 def names() -> list[str]:
-    """Every packaged recipe, such as ``digits`` and ``overlay/reweighted_penalty``."""
+    """Return the names of all packaged recipes, such as ``digits`` and ``overlay/reweighted_penalty``."""
     return sorted(path.relative_to(folder()).with_suffix("").as_posix() for path in folder().rglob("*.yaml"))
 
 
 def find(name: str) -> Path:
-    """The file of a recipe: a path that exists, or a packaged name with or without ``.yaml``.
+    """Return the file of a recipe, given an existing path or a packaged name with or without ``.yaml``.
 
     Raises UsageError with the closest names otherwise.
     """
@@ -38,13 +38,13 @@ def find(name: str) -> Path:
 
 
 def content(path: Path) -> dict[str, Any]:
-    """The mapping that a recipe's file holds; UsageError, naming the file and the key, for anything else."""
+    """Read a recipe as a mapping. Raises UsageError, naming the file and the key, for other content."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UsageError(f"{path} must hold keys such as 'trainer' and 'sparsify', it holds {tree!r:.40}")
+        raise UsageError(f"{path} must contain keys such as 'trainer' and 'sparsify', got {tree!r:.40}")
     for key in ("trainer", "report", "sparsify", "model", "data"):
         if not isinstance(tree.get(key), (dict, str, type(None))):
             raise UsageError(f"{path}: {key} must be a mapping of its arguments, got {tree[key]!r:.40}")
@@ -53,7 +53,7 @@ def content(path: Path) -> dict[str, Any]:
 
 
 def _check_classes(path: Path, tree: Any, key: str) -> None:
-    """``init_args``, wherever they stand, are a mapping."""
+    """Raise UsageError unless every ``init_args`` is a mapping."""
     for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
         where = f"{key}.{name}" if key else str(name)
         if name == "init_args" and not isinstance(value, (dict, type(None))):
@@ -62,14 +62,14 @@ def _check_classes(path: Path, tree: Any, key: str) -> None:
 
 
 def about(path: Path) -> dict[str, str]:
-    """The ``key: text`` lines of the comment that opens a recipe (``summary``, ``reaches``, ``command``)."""
+    """Read the ``key: text`` lines of the comment at the top of a recipe (``summary``, ``reaches``, ``command``)."""
     fields: dict[str, list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         text = line.lstrip("#").removeprefix(" ")
         key, colon, rest = text.partition(": ")
-        if colon and key.isidentifier():  # other lines, indented, go on with the text before
+        if colon and key.isidentifier():  # other lines are indented and continue the previous text
             fields[key] = [rest]
         elif fields:
             fields[list(fields)[-1]].append(text)
@@ -77,7 +77,7 @@ def about(path: Path) -> dict[str, str]:
 
 
 def with_paths(words: Sequence[str]) -> list[str]:
-    """The command line with the recipe names after ``--config`` (or ``-c``) replaced by their files, which are looked through."""
+    """Replace recipe names after ``--config`` (or ``-c``) by the paths of their files, and check the files."""
     done: list[str] = []
     for word in words:
         flag, equals, name = word.partition("=")
@@ -89,10 +89,10 @@ def with_paths(words: Sequence[str]) -> list[str]:
 
 
 def with_added(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """The command line, on which callbacks that a file adds by ``callbacks+:`` also outlast a later file's plain ``callbacks:``.
+    """Keep callbacks that a file adds by ``callbacks+:`` when a later file sets ``callbacks:``.
 
-    jsonargparse lets that list replace what was added before, without a word. What a file added is added again after it. The
-    second value names both files of each such pair.
+    jsonargparse silently replaces the added callbacks by that list, so they are added again after it. Returns the new command
+    line and, for each conflict, the pair of files.
     """
     done, added, pairs = list[str](), dict[str, Any](), list[tuple[str, str]]()
     for word, file in zip(words, _files(words), strict=True):
@@ -110,12 +110,12 @@ def with_added(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def files_of(words: Sequence[str]) -> list[str]:
-    """The files after ``--config`` or ``-c`` on a command line, in their order."""
+    """Return the files after ``--config`` or ``-c`` on a command line, in order."""
     return [file for file in _files(words) if file]
 
 
 def _files(words: Sequence[str]) -> list[str]:
-    """The file that each word names, empty for other words."""
+    """Return, for each word, the configuration file that it names, or an empty string."""
     joined = [word.partition("=")[2] if word.startswith(("--config=", "-c=")) else "" for word in words]
     flagged = [False, *(word in ("--config", "-c") for word in words[:-1])] if words else []
     named = [word if flag else name for word, name, flag in zip(words, joined, flagged, strict=True)]
@@ -123,7 +123,7 @@ def _files(words: Sequence[str]) -> list[str]:
 
 
 def _checked(name: str) -> str:
-    if "://" in name or (not Path(name).is_file() and _is_mapping(name)):  # an address, or the configuration itself
+    if "://" in name or (not Path(name).is_file() and _is_mapping(name)):  # a URL, or the configuration itself
         return name
     path = find(name)
     content(path)
@@ -138,9 +138,7 @@ def _is_mapping(word: str) -> bool:
 
 
 def run(verb: str, words: list[str]) -> int:
-    """``lightning-sparse recipes``: print each recipe with what it reaches, ``recipes overlay`` those of one folder;
-    ``recipes NAME``: the path of one, for scripts.
-    """
+    """Print each recipe with its results, those of one folder (``recipes overlay``), or the path of one (``recipes NAME``)."""
     if words[:1] in (["-h"], ["--help"]) or len(words) > 1:
         print(f"usage: lightning-sparse {verb} [FOLDER | NAME]   list the packaged recipes, or those of a folder, or print the path of one")
         return 0 if len(words) == 1 else 2

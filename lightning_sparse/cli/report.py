@@ -1,36 +1,32 @@
-"""What ``fit`` shows at its end: one table, counted and tested from the saved checkpoint file, and two pictures."""
+"""Report at the end of ``fit``: a table of figures measured on the saved checkpoint, and two pictures."""
 
 from __future__ import annotations
 
-import logging
+import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from torch import Tensor
 
 from lightning_sparse import counts
 from lightning_sparse.callbacks import Sparsifier
-from lightning_sparse.cli.table import show
-from lightning_sparse.cli.text import readable
-
-if TYPE_CHECKING:
-    from lightning_sparse.cli.training import RecipeCLI
+from lightning_sparse.cli.saved import Saved, silence_device_messages
+from lightning_sparse.cli.table import Result, Trained, show
+from lightning_sparse.cli.text import decode_names
 
 
-class Scribe(Callback):
-    """Keeps the logged figures of every epoch, and puts the whole configuration into the logger's and beside the checkpoints."""
+class RunRecorder(Callback):
+    """Record the logged figures of every epoch; save the configuration in the loggers and in the run's folder."""
 
     def __init__(self, recipe: str) -> None:
         self.names: list[str] = []
-        self.recipe = readable(recipe)
+        self.recipe = decode_names(recipe)
         self.history: list[dict[str, float]] = []
         self.began = time.perf_counter()
 
@@ -49,7 +45,7 @@ class Scribe(Callback):
             print(_line(self.history[-1], trainer.max_epochs), flush=True)
 
     def _due(self, trainer: Trainer) -> bool:
-        """Ten lines a run stand in for a progress bar that is switched off."""
+        """Return True for about ten epochs per run. Their lines replace a progress bar that is switched off."""
         every = max((trainer.max_epochs or 1) // 10, 1)
         return (trainer.current_epoch + 1) % every == 0
 
@@ -60,83 +56,66 @@ def _line(entry: dict[str, float], epochs: int | None) -> str:
 
 
 def run_folder(checkpoints: Path) -> Path:
-    """The folder of a run, given the one of its checkpoints."""
+    """Return the folder of a run, given the folder of its checkpoints."""
     return checkpoints.parent if checkpoints.name == "checkpoints" else checkpoints
 
 
-@dataclass(frozen=True)
-class Trained:
-    """One trained network as its file tells it: test metrics, and {name: (zeros, size)} of the selected weights."""
+class Reported(Protocol):
+    """The interface that a report needs from the command that trained."""
 
-    file: Path
-    metrics: dict[str, float]
-    zeros: counts.Counts
-    seconds: float
+    trainer: Trainer
+    recorder: RunRecorder
 
-    @property
-    def nonzero(self) -> int:
-        return sum(size - zeros for zeros, size in self.zeros.values())
-
-    @property
-    def size(self) -> int:
-        return sum(size for _, size in self.zeros.values())
-
-
-@dataclass(frozen=True)
-class Result:
-    """The figures of the table; ``dense`` is None unless a dense twin was asked for."""
-
-    sparse: Trained
-    dense: Trained | None
-    files: dict[str, Path] = field(default_factory=dict)
+    def rebuild(self) -> tuple[LightningModule, LightningDataModule | None, Any]:
+        """Return a new model and data module with the run's seed, and new settings of the Trainer."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What ``fit`` does after training.
+    """Settings of the report after ``fit``.
 
     Args:
         dense_twin: train the same model on the same data, with the same seed and length, without ``sparsify``.
         table: print the table.
-        pictures: draw the masks and the sparsity curve as PNG files beside the checkpoints.
+        pictures: draw the masks and the sparsity curve as PNG files in the run's folder.
+        exports: below the table, measure what each export would gain on this machine (seconds); ``lightning-sparse report`` does so later.
     """
 
     dense_twin: bool = False
     pictures: bool = True
     table: bool = True
+    exports: bool = False
 
-    def write(self, cli: RecipeCLI) -> Result | None:
-        """Train the twin if asked for, print the table, save the pictures; None on other ranks than the first."""
-        if not cli.trainer.is_global_zero or not cli.scribe.names:
+    def write(self, cli: Reported) -> Result | None:
+        """Train the dense twin if requested, print the table and save the pictures. Returns None on ranks other than 0."""
+        if not cli.trainer.is_global_zero or not cli.recorder.names:
             return None
         folder, file = _saved(cli.trainer)
-        spent = time.perf_counter() - cli.scribe.began
-        with _hushed():
+        spent = time.perf_counter() - cli.recorder.began
+        with silence_device_messages():
             sparse = _measure(cli, file, spent)
             dense = _twin(cli, folder) if self.dense_twin and cli.trainer.world_size == 1 else None
         result = Result(sparse, dense, _files(cli, folder, sparse, dense, self.pictures))
         if self.table:
             show(result)
+            self._worth(cli, file)
         return result
 
+    def _worth(self, cli: Reported, file: Path) -> None:
+        if not self.exports:
+            print(f"{'exports:':17} lightning-sparse report {shlex.quote(str(file))}")
+            return
+        from lightning_sparse.cli import worth
 
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Without the Trainer's notes on devices, which the first Trainer has printed already."""
-    notes = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = notes.level
-    notes.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        notes.setLevel(level)
+        with silence_device_messages():
+            worth.at_end(_loaded(cli, file))
 
 
-def _twin(cli: RecipeCLI, folder: Path) -> Trained:
-    """The same model on the same data, seed and length, without a Sparsifier and without a logger."""
+def _twin(cli: Reported, folder: Path) -> Trained:
+    """Train the same model on the same data, with the same seed and length, without a Sparsifier and a logger."""
     print("training the dense twin ...", flush=True)
     began = time.perf_counter()
-    model, data, settings = cli.another()
+    model, data, settings = cli.rebuild()
     kept = [c for c in settings["callbacks"] or [] if not isinstance(c, (ProgressBar, ModelSummary, Sparsifier))]
     for callback in kept:
         if isinstance(callback, ModelCheckpoint):
@@ -148,7 +127,7 @@ def _twin(cli: RecipeCLI, folder: Path) -> Trained:
 
 
 def _saved(trainer: Trainer, folder: Path | None = None) -> tuple[Path, Path]:
-    """The folder of the run and its checkpoint; one is written where the Trainer has not."""
+    """Return the folder of the run and its checkpoint. Saves a checkpoint if the Trainer has not."""
     keeper = trainer.checkpoint_callback
     path = getattr(keeper, "best_model_path", "") or getattr(keeper, "last_model_path", "")
     if not path:
@@ -158,25 +137,22 @@ def _saved(trainer: Trainer, folder: Path | None = None) -> tuple[Path, Path]:
     return run_folder(file.parent), file
 
 
-def _measure(cli: RecipeCLI, file: Path, seconds: float) -> Trained:
+def _measure(cli: Reported, file: Path, seconds: float) -> Trained:
     """Load the file into a fresh model, test that model and count the zeros in the file."""
+    saved = _loaded(cli, file)
+    state = saved.module.state_dict()
+    chosen = {name: state[name] for name in cli.recorder.names}
+    return Trained(file, saved.test(), counts.count_zeros(chosen), seconds)
+
+
+def _loaded(cli: Reported, file: Path) -> Saved:
     state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    model, data, _ = cli.another()
+    model, data, _ = cli.rebuild()
     model.load_state_dict(state)
-    chosen = {name: state[name] for name in cli.scribe.names}
-    return Trained(file, _test(model, data), counts.count_zeros(chosen), seconds)
+    return Saved(file, model.eval(), data)
 
 
-def _test(model: LightningModule, data: Any) -> dict[str, float]:
-    """The metrics of ``test_step``, without a logger; none where the model or the data has no test."""
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    if data is None or type(model).test_step is LightningModule.test_step:
-        return {}
-    found = Trainer(accelerator="cpu", devices=1, **quiet).test(model, datamodule=data, verbose=False)
-    return {name: float(value) for metrics in found for name, value in metrics.items()}
-
-
-def _files(cli: RecipeCLI, folder: Path, sparse: Trained, dense: Trained | None, pictures: bool) -> dict[str, Path]:
+def _files(cli: Reported, folder: Path, sparse: Trained, dense: Trained | None, pictures: bool) -> dict[str, Path]:
     files = {"checkpoint": sparse.file} | ({"dense checkpoint": dense.file} if dense else {})
     for logger in cli.trainer.loggers:
         run = getattr(getattr(logger, "experiment", None), "dir", None)
@@ -186,7 +162,7 @@ def _files(cli: RecipeCLI, folder: Path, sparse: Trained, dense: Trained | None,
         from lightning_sparse import plots
 
         state = torch.load(sparse.file, map_location="cpu", weights_only=True)["state_dict"]
-        masks = plots.masks({name: state[name] for name in cli.scribe.names})
+        masks = plots.masks({name: state[name] for name in cli.recorder.names})
         files["masks"] = plots.save(masks, folder / "masks.png")
-        files["sparsity curve"] = plots.save(plots.sparsity_curve(cli.scribe.history, cli.scribe.names), folder / "sparsity.png")
+        files["sparsity curve"] = plots.save(plots.sparsity_curve(cli.recorder.history, cli.recorder.names), folder / "sparsity.png")
     return files

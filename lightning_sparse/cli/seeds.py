@@ -12,7 +12,7 @@ import torch
 
 from lightning_sparse._version import __version__
 from lightning_sparse.cli.errors import UsageError
-from lightning_sparse.cli.report import Result
+from lightning_sparse.cli.table import Result
 from lightning_sparse.cli.training import fit
 
 _PLAIN = ["--trainer.logger", "false", "--report.pictures", "false", "--report.table", "false"]

@@ -1,14 +1,41 @@
-"""The table that ``fit`` prints."""
+"""Table of figures that ``fit`` prints."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from lightning_sparse.cli.report import Result, Trained
+from lightning_sparse import counts
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Figures of one trained network, from its checkpoint: test metrics, and {name: (zeros, size)} of the selected weights."""
+
+    file: Path
+    metrics: dict[str, float]
+    zeros: counts.Counts
+    seconds: float
+
+    @property
+    def nonzero(self) -> int:
+        return sum(size - zeros for zeros, size in self.zeros.values())
+
+    @property
+    def size(self) -> int:
+        return sum(size for _, size in self.zeros.values())
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of the table; ``dense`` is None without ``dense_twin``."""
+
+    sparse: Trained
+    dense: Trained | None
+    files: dict[str, Path] = field(default_factory=dict)
 
 
 def show(result: Result) -> None:

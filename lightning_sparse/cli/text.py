@@ -1,4 +1,4 @@
-"""Files and messages in UTF-8, whatever encoding the locale names."""
+"""UTF-8 for files and messages, independent of the locale."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 @contextmanager
 def utf8() -> Iterator[None]:
-    """Have jsonargparse open text files as UTF-8 meanwhile: it has no setting for it, and takes the locale's encoding."""
+    """Make jsonargparse open text files as UTF-8 inside the context, because it always uses the locale's encoding."""
     from jsonargparse import _core, _paths
 
     modules = [vars(module) for module in (_core, _paths)]
     before = [names.get("open") for names in modules]
     for names in modules:
-        names["open"] = _open  # before the built-in one, in these modules alone
+        names["open"] = _open  # shadows the built-in open in these modules only
     try:
         yield
     finally:
@@ -31,18 +31,18 @@ def _open(file: Any, mode: str = "r", **options: Any) -> Any:
     return open(file, mode, **(options if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"} | options))
 
 
-def speak_utf8() -> None:
-    """Print UTF-8 where the locale is ASCII's: a terminal shows it, and a file name goes out as it came in."""
+def print_utf8() -> None:
+    """Print UTF-8 under an ASCII locale; bytes of file names that are not UTF-8 are kept."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and codecs.lookup(stream.encoding or "utf-8").name == "ascii":
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
-def unnameable(tree: Any, key: str = "") -> str | None:
-    """The first name of a folder or file in a configuration that this locale cannot give to a file; None where there is none."""
+def unencodable_name(tree: Any, key: str = "") -> str | None:
+    """Return the first file or folder name in a configuration that this locale cannot encode, or None."""
     if isinstance(tree, (dict, list)):
         pairs = tree.items() if isinstance(tree, dict) else ((key, one) for one in tree)
-        return next((found for name, value in pairs if (found := unnameable(value, str(name)))), None)
+        return next((found for name, value in pairs if (found := unencodable_name(value, str(name)))), None)
     if not isinstance(tree, str) or not key.endswith(("dir", "path", "root", "file", "folder")):
         return None
     try:
@@ -52,7 +52,7 @@ def unnameable(tree: Any, key: str = "") -> str | None:
     return None
 
 
-def readable(words: str) -> str:
-    """A YAML text in which file names that an ASCII locale could not decode, and YAML escaped, stand as UTF-8 again."""
+def decode_names(words: str) -> str:
+    """Restore file names in a YAML text to UTF-8 that an ASCII locale could not decode and YAML escaped."""
     words = re.sub(r"\\uDC([89A-F][0-9A-F])", lambda byte: chr(0xDC00 + int(byte[1], 16)), words)
     return words.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""RecipeCLI: the front of ``lightning-sparse``, with a report at the end of ``fit``."""
+"""RecipeCLI: the subcommands of ``lightning-sparse`` that run a Trainer, with a report after ``fit``."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_sparse.callbacks import Sparsifier, _refusals
+from lightning_sparse.callbacks import Sparsifier, checks
 from lightning_sparse.cli import checkpoints
 from lightning_sparse.cli.errors import UsageError, class_of, explain
 from lightning_sparse.cli.failures import in_one_line
-from lightning_sparse.cli.report import Report, Result, Scribe
+from lightning_sparse.cli.report import Report, RunRecorder
 from lightning_sparse.cli.sparse_cli import SparseCLI
+from lightning_sparse.cli.table import Result
 
 MISTAKES = (ValueError, TypeError, ImportError, AttributeError, MisconfigurationException)
 Front = TypeVar("Front", bound="RecipeCLI")
 
 
 class RecipeCLI(SparseCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` from a recipe.
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` from a recipe.
 
-    After ``fit`` the figures stand in ``result``. Raises UsageError, naming the closest keys or classes, before anything is
+    ``fit`` stores the figures in ``result``. Raises UsageError, naming the closest keys or classes, before anything is
     trained or written.
     """
 
@@ -37,11 +38,11 @@ class RecipeCLI(SparseCLI):
         super().__init__(save_config_callback=None, seed_everything_default=0, args=list(args))
 
     def refuse(self, error: UsageError) -> NoReturn:
-        """Raise it: ``main`` prints it."""
+        """Raise the error; ``main`` prints it."""
         raise error from None
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The verb that was asked for alone: each takes a tenth of a second to build."""
+        """Return only the requested subcommand, because each parser takes 0.1 s to build."""
         every = LightningCLI.subcommands()
         return {verb: taken for verb, taken in every.items() if verb in self.words[:1]} or every
 
@@ -54,7 +55,7 @@ class RecipeCLI(SparseCLI):
         chosen = self.config.get(self.config.get("subcommand") or "") or {}
         if not _is_seed(chosen.get("seed_everything")):
             raise UsageError(f"seed_everything must be true, false or a whole number from 0 to 2**32 - 1, got {chosen['seed_everything']}")
-        if "weights_only" in chosen:  # Lightning 2.5 loads any object
+        if "weights_only" in chosen:  # not in Lightning 2.5, which loads any object
             self.checkpoint = checkpoints.read(chosen.get("ckpt_path"))
 
     def instantiate_classes(self) -> None:
@@ -70,16 +71,16 @@ class RecipeCLI(SparseCLI):
         return super().instantiate_trainer(**kwargs)
 
     def extra_callbacks(self) -> list[Callback]:
-        self.scribe = Scribe(self.recipe())
-        return [*super().extra_callbacks(), self.scribe]
+        self.recorder = RunRecorder(self.recipe())
+        return [*super().extra_callbacks(), self.recorder]
 
     def before_fit(self) -> None:
-        """Check what can be known before a logger opens a file: selection, strategy, penalty."""
+        """Check selection, strategy, penalty and checkpoint before a logger opens a file."""
         try:
             for callback in self.sparsifiers():
                 callback.setup(self.trainer, self.model, "fit")
-                self.scribe.names += callback.parameters
-                _refusals.check_optimizer(callback, class_of(self.config[self.subcommand].get("optimizer")))
+                self.recorder.names += callback.parameters
+                checks.check_optimizer(callback.options.form, class_of(self.config[self.subcommand].get("optimizer")))
             self._check_checkpoint(self.sparsifiers(), resumed=True)
             for callback in self.sparsifiers():
                 callback.teardown(self.trainer, self.model, "fit")
@@ -97,19 +98,19 @@ class RecipeCLI(SparseCLI):
             self.checkpoint = None
 
     def fit(self, **given: Any) -> None:
-        """The Trainer's, its errors in one line where they are not the user's own code."""
+        """Call the Trainer's method. Errors that do not come from the user's code become one-line messages."""
         self._launch(self.trainer.fit, given)
 
     def validate(self, **given: Any) -> None:
-        """As :meth:`fit`."""
+        """Call the Trainer's method, like :meth:`fit`."""
         self._launch(self.trainer.validate, given)
 
     def test(self, **given: Any) -> None:
-        """As :meth:`fit`."""
+        """Call the Trainer's method, like :meth:`fit`."""
         self._launch(self.trainer.test, given)
 
     def predict(self, **given: Any) -> None:
-        """As :meth:`fit`."""
+        """Call the Trainer's method, like :meth:`fit`."""
         self._launch(self.trainer.predict, given)
 
     def _launch(self, verb: Callable[..., Any], given: dict[str, Any]) -> None:
@@ -120,8 +121,8 @@ class RecipeCLI(SparseCLI):
         with in_one_line():
             self.result = self.settings["report"].write(self) if not self.trainer.fast_dev_run else None
 
-    def another(self) -> tuple[LightningModule, LightningDataModule | None, Any]:
-        """A fresh model and data module with the run's seed, and fresh settings of the Trainer."""
+    def rebuild(self) -> tuple[LightningModule, LightningDataModule | None, Any]:
+        """Build a new model and data module with the run's seed, and new settings of the Trainer."""
         seed = self.config[self.subcommand]["seed_everything"]
         if seed is not False:
             seed_everything(seed, workers=True, verbose=False)
@@ -129,7 +130,7 @@ class RecipeCLI(SparseCLI):
         return fresh["model"], fresh.get("data"), fresh["trainer"]
 
     def recipe(self) -> str:
-        """The whole configuration of the run as YAML."""
+        """Return the run's whole configuration as YAML."""
         words: str = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         return words
 
@@ -139,7 +140,7 @@ def _is_seed(given: Any) -> bool:
 
 
 def fit(words: Sequence[str]) -> RecipeCLI:
-    """``lightning-sparse fit`` in this process; the figures stand in the returned object's ``result``.
+    """Run ``lightning-sparse fit`` in this process; the returned object has the figures in ``result``.
 
     Raises UsageError for a mistake in the arguments or the recipe.
     """
@@ -147,7 +148,7 @@ def fit(words: Sequence[str]) -> RecipeCLI:
 
 
 def launch(front: type[Front], words: Sequence[str]) -> Front:
-    """Run a front with its words; LightningCLI warns where both its own arguments and sys.argv hold some."""
+    """Run a CLI class with the given words. Hides sys.argv, because LightningCLI warns if both are given."""
     hidden, sys.argv = sys.argv, sys.argv[:1]
     try:
         return front(words)
@@ -156,6 +157,6 @@ def launch(front: type[Front], words: Sequence[str]) -> Front:
 
 
 def run(verb: str, words: list[str]) -> int:
-    """Run a verb of LightningCLI."""
+    """Run a subcommand of LightningCLI."""
     launch(RecipeCLI, [verb, *words])
     return 0

@@ -89,7 +89,7 @@ class Computed(nn.Module):
         return out
 
 
-class Wave(nn.Module):
+class ComplexLayer(nn.Module):
     """A complex layer between two real layers."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Wave(nn.Module):
         return out
 
 
-class Looked(nn.Module):
+class SparseEmbedding(nn.Module):
     """An embedding with sparse gradients and a plain head; needs an optimiser that supports sparse gradients."""
 
     def __init__(self) -> None:

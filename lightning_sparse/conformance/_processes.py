@@ -73,12 +73,12 @@ def _run(writer: Any, function: Callable[..., Any], args: Sequence[Any]) -> None
 
 def _answer(child: Any, reader: Any) -> Any:
     if not reader.poll(_TIMEOUT):
-        raise TimeoutError(f"a process gave no answer in {_TIMEOUT:.0f} s")
+        raise TimeoutError(f"a child process gave no answer within {_TIMEOUT:.0f} s")
     try:
         done, value = pickle.loads(reader.recv_bytes())
     except EOFError:
         child.join(10)
         raise Died(child.exitcode) from None
     if not done:
-        raise RuntimeError(f"in a process of its own:\n{value}")
+        raise RuntimeError(f"in a child process:\n{value}")
     return value

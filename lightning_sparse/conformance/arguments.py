@@ -18,7 +18,7 @@ from lightning_sparse.conformance._registry import NotApplicable, Subject, check
 GROUP = "files"
 
 
-@check("a run whose arguments were numbers of numpy writes files that load with weights_only=True, and resumes", GROUP)
+@check("arguments given as numpy numbers: files load with weights_only=True, and the run resumes", GROUP)
 def numbers_of_numpy_are_no_matter(subject: Subject, folder: Path) -> None:
     with_numpy = Subject(subject.name, _with_numpy(subject.callbacks), subject.optimizer)
     trainer = with_numpy.fit(with_numpy.model())
@@ -32,11 +32,11 @@ def _with_numpy(make: Callable[[], Sequence[Callback]]) -> Callable[[], list[Cal
     """Return a function that makes the same callbacks, with numpy numbers in their arguments."""
     kinds = {type(callback) for callback in make()}
     if not kinds:
-        raise NotApplicable("there is no callback that takes arguments")
+        raise NotApplicable("no callback takes arguments")
     with _recorded(kinds) as made:
         callbacks = [*make()]
     if any(id(callback) not in made for callback in callbacks):
-        raise NotApplicable("a callback was copied, so its arguments are not seen; give check_callback a function that makes it")
+        raise NotApplicable("a callback was copied, so its arguments cannot be replaced; pass check_callback a function that makes it")
     calls = [(type(callback), *made[id(callback)]) for callback in callbacks]
     return lambda: [kind(*numpy(args), **numpy(options)) for kind, args, options in calls]
 

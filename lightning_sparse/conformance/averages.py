@@ -20,7 +20,7 @@ ORDERS = ((True, "before the averaging callback"), (False, "after the averaging 
 
 def _ema() -> Callback:
     if not hasattr(callbacks, "EMAWeightAveraging"):
-        raise NotApplicable("this Lightning has no EMAWeightAveraging")
+        raise NotApplicable("this version of Lightning has no EMAWeightAveraging")
     made: Callback = callbacks.EMAWeightAveraging(decay=DECAY)
     return made
 
@@ -58,13 +58,13 @@ class _Reference(Callback):
 def _thresholded(evaluated: dict[str, Tensor], average: dict[str, Tensor], where: str) -> None:
     """Check that ``evaluated`` equals ``average`` except for some zeros."""
     zeros = sum(int((w == 0).sum()) for w in evaluated.values())
-    require(0 < zeros < 176, f"{where}: {zeros} of 176 weights are zero; some, not all, should be")
+    require(0 < zeros < 176, f"{where}: {zeros} of 176 weights are zero; some but not all should be zero")
     for name, w in evaluated.items():
         wrong = int((~torch.isclose(w, average[name], rtol=1e-4, atol=1e-6) & (w != 0)).sum())
         require(not wrong, f"{where}: {wrong} weights of {name} are neither the average's nor zero")
 
 
-@check("EMAWeightAveraging, in either order: the average is sparse in validation, in the file and after fit", GROUP)
+@check("EMAWeightAveraging, before or after the callback: the average is sparse in validation, in the file and after fit", GROUP)
 def ema_is_sparse(subject: Subject, folder: Path) -> None:
     for first, order in ORDERS:
         reference, module = _Reference(), subject.model()
@@ -76,11 +76,11 @@ def ema_is_sparse(subject: Subject, folder: Path) -> None:
         file = torch.load(folder / order / f"epoch={EPOCHS - 1}.ckpt", weights_only=True)["state_dict"]
         for name, w in evaluated.items():
             require(name in file, f"the file, {order}, has no {name}; it has {sorted(file)}")
-            require(torch.equal(file[name], w), f"the file, {order}: {name} is not what was evaluated")
+            require(torch.equal(file[name], w), f"the file, {order}: {name} differs from the evaluated weights")
         _thresholded(matrices(module), reference.ema, f"after fit, {order}")
 
 
-@check("StochasticWeightAveraging, in either order: the average that ends the fit is sparse", GROUP)
+@check("StochasticWeightAveraging, before or after the callback: the final average is sparse", GROUP)
 def swa_is_sparse(subject: Subject, folder: Path) -> None:
     for first, order in ORDERS:
         reference, module = _Reference(), subject.model()
@@ -90,7 +90,7 @@ def swa_is_sparse(subject: Subject, folder: Path) -> None:
         _thresholded(matrices(module), average, f"after fit, {order}")
 
 
-@check("StochasticWeightAveraging renews batch norm's statistics with the sparse average", GROUP)
+@check("StochasticWeightAveraging updates batch norm statistics with the sparse average", GROUP)
 def swa_renews_statistics(subject: Subject, folder: Path) -> None:
     for first, order in ORDERS:
         torch.manual_seed(0)
@@ -100,7 +100,7 @@ def swa_renews_statistics(subject: Subject, folder: Path) -> None:
         require((layer.weight == 0).any(), f"no weight of the first layer is zero after fit, {order}")
         mean = torch.stack([layer(x).mean(0) for x, _ in toys.data()]).mean(0).detach()
         deviation = float((norm.state_dict()["running_mean"] - mean).abs().max())
-        require(deviation < 1e-4, f"the running mean, {order}, is {deviation:.2g} off that of the weights that fit ends with")
+        require(deviation < 1e-4, f"the running mean, {order}, differs by {deviation:.2g} from that of the final weights")
 
 
 def _ends(one: Subject, average: Callback, seed: int, **options: Any) -> dict[str, Any]:
@@ -129,14 +129,14 @@ def _resumes(subject: Subject, folder: Path, make: Any) -> None:
     for first, order in ORDERS:
         own = _differences(subject, folder / order, make, first)
         for file in (file for file, difference in control.items() if not difference):
-            require(not own[file], f"resumed from {file}, {order}, the run ends elsewhere: {own[file]}")
+            require(not own[file], f"resumed from {file}, {order}, the final state differs at {own[file]}")
 
 
-@check("a run beside EMAWeightAveraging, resumed, ends as the uninterrupted one, the average too, bit for bit", GROUP, slow=True)
+@check("EMAWeightAveraging: a resumed run equals the uninterrupted one bit for bit, and so does its average", GROUP, slow=True)
 def ema_resumes(subject: Subject, folder: Path) -> None:
     _resumes(subject, folder, _ema)
 
 
-@check("the same beside StochasticWeightAveraging", GROUP, slow=True)
+@check("StochasticWeightAveraging: a resumed run equals the uninterrupted one bit for bit, and so does its average", GROUP, slow=True)
 def swa_resumes(subject: Subject, folder: Path) -> None:
     _resumes(subject, folder, _swa)

@@ -46,7 +46,7 @@ def _pickled(module: nn.Module) -> Any:
     return torch.load(file, weights_only=False)
 
 
-@check("a copy or a pickle of the module in mid-run is a plain module with the original's weights, and the run goes on", GROUP)
+@check("a copy or pickle of the module during a run is a plain module with the same weights, and the run is not affected", GROUP)
 def copies_in_mid_run_are_plain(subject: Subject, folder: Path) -> None:
     copies: list[tuple[str, Any, dict[str, Tensor]]] = []
 
@@ -58,7 +58,7 @@ def copies_in_mid_run_are_plain(subject: Subject, folder: Path) -> None:
     subject.trainer(toys.Spy(look)).fit(disturbed, toys.data())
     subject.trainer().fit(alone, toys.data())
     for name, w in toys.weights(alone).items():
-        require(torch.equal(w, disturbed.get_parameter(name)), f"with copies made on the way, {name} ends elsewhere")
+        require(torch.equal(w, disturbed.get_parameter(name)), f"with copies made during the run, the final {name} differs")
     keys = list(Portable().state_dict())
     for where, made, before in copies:
         require(list(made.state_dict()) == keys, f"the {where} has the keys {list(made.state_dict())}")
@@ -70,7 +70,7 @@ def _is_plain(where: str, made: Any, before: dict[str, Tensor]) -> None:
     twin, x = _networks.plain(), torch.randn(4, _networks.FEATURES)
     twin.load_state_dict({name.removeprefix("network."): w for name, w in before.items()})
     made.train()
-    require(torch.equal(made(x), twin(x)), f"the {where} computes something else than a plain network with its weights")
+    require(torch.equal(made(x), twin(x)), f"the {where} has other outputs than a plain network with the same weights")
     made(x).square().sum().backward()
     twin(x).square().sum().backward()
     for name, parameter in twin.named_parameters():
@@ -92,7 +92,7 @@ class Widening(toys.Toy):
         super().validation_step((batch[0].to(next(self.parameters()).dtype), batch[1]), index)
 
 
-@check("the module may go to another dtype in mid-run", GROUP)
+@check("the module may be cast to another dtype during a run", GROUP)
 def a_change_of_dtype_is_followed(subject: Subject, folder: Path) -> None:
     own_steps(subject)
     module = Widening(optimizer=LOOSE)
@@ -101,7 +101,7 @@ def a_change_of_dtype_is_followed(subject: Subject, folder: Path) -> None:
     require(all(p.dtype == torch.float64 for p in module.parameters()), "the weights are not all float64 after fit")
     require({name: id(p) for name, p in module.named_parameters()} == before, "a parameter was replaced")
     size = sum(w.numel() for w in matrices(module).values())
-    require(0 < zeros(module) < size, f"{zeros(module)} of {size} weights are zero after fit; some, not all, should be")
+    require(0 < zeros(module) < size, f"{zeros(module)} of {size} weights are zero after fit; some but not all should be zero")
 
 
 def graphs() -> int:
@@ -116,15 +116,15 @@ def _count_graphs(made: list[int], moment: str, _: Any) -> None:
         made.append(graphs())
 
 
-@check("a compiled model ends with true zeros, and nothing is compiled anew from step to step", GROUP, slow=True)
+@check("torch.compile: the model ends with exact zeros, and steps do not recompile it", GROUP, slow=True)
 def compiled_models_end_sparse(subject: Subject, folder: Path) -> None:
     for name, compile_ in COMPILED.items():
         torch._dynamo.reset()
         module = subject.model()
         made: list[int] = []
         subject.trainer(toys.Spy(partial(_count_graphs, made)), epochs=4).fit(compile_(module), toys.data(), toys.data(seed=1))
-        require(0 < zeros(module) < 176, f"{name}: {zeros(module)} of 176 weights are zero; some, not all, should be")
-        require(made[-1] == made[7] > 0, f"{name}: graphs made by the end of each batch: {made}")
+        require(0 < zeros(module) < 176, f"{name}: {zeros(module)} of 176 weights are zero; some but not all should be zero")
+        require(made[-1] == made[7] > 0, f"{name}: graphs compiled by the end of each batch: {made}")
 
 
 def _inside(module: toys.Toy) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +13,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.conformance._lightning import CSVLogger, Logger, ModelCheckpoint, TensorBoardLogger, WandbLogger
+from lightning_sparse.conformance import toys
+from lightning_sparse.conformance._lightning import Callback, CSVLogger, Logger, ModelCheckpoint, TensorBoardLogger, WandbLogger
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
 
 GROUP = "counts"
@@ -75,12 +77,12 @@ def _logged(subject: Subject, folder: Path, logger: Logger, read: Any) -> None:
     _compare(rows[max(rows)], module.state_dict(), f"the last of {where}")
 
 
-@check("CSV: logged figures, total and by parameter, equal a count of the file, at every epoch and at the end", GROUP)
+@check("CSVLogger: logged figures, total and per parameter, equal a count of the checkpoint at every epoch and at the end", GROUP)
 def csv_figures_equal_the_file(subject: Subject, folder: Path) -> None:
     _logged(subject, folder, CSVLogger(folder / "log"), _by_csv)
 
 
-@check("TensorBoard: the same", GROUP)
+@check("TensorBoardLogger: logged figures equal a count of the checkpoint", GROUP)
 def tensorboard_figures_equal_the_file(subject: Subject, folder: Path) -> None:
     try:
         logger = TensorBoardLogger(folder / "log")
@@ -89,7 +91,7 @@ def tensorboard_figures_equal_the_file(subject: Subject, folder: Path) -> None:
     _logged(subject, folder, logger, _by_tensorboard)
 
 
-@check("W&B, offline: the same, read back from the run's file", GROUP, slow=True)
+@check("WandbLogger, offline: logged figures, read from the run's file, equal a count of the checkpoint", GROUP, slow=True)
 def wandb_figures_equal_the_file(subject: Subject, folder: Path) -> None:
     quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
     with patch.dict(os.environ, quiet):
@@ -98,6 +100,61 @@ def wandb_figures_equal_the_file(subject: Subject, folder: Path) -> None:
         except ModuleNotFoundError:
             raise NotApplicable("wandb is not installed") from None
         _logged(subject, folder, logger, _by_wandb)
+
+
+class _Stop(Callback):
+    """Stop the run at the end of an epoch, or raise an error there."""
+
+    def __init__(self, epoch: int, error: bool = False) -> None:
+        self.epoch, self.error = epoch, error
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == self.epoch and self.error:
+            raise InterruptedError
+        trainer.should_stop = trainer.should_stop or trainer.current_epoch == self.epoch
+
+
+def _volume(subject: Subject, folder: Path, *stop: Callback, **options: Any) -> tuple[list[int], int]:
+    """Fit with an offline W&B run. Return the steps of its rows with histograms, and the number of its table files."""
+    from lightning_sparse.conformance._wandb_file import read_run
+
+    logger = WandbLogger(save_dir=folder, offline=True)
+    with suppress(InterruptedError):
+        subject.fit(subject.model(), *stop, logger=logger, limit_val_batches=0, **options)
+    logger.experiment.finish()
+    rows = read_run(folder).history
+    kinds = [(row, {value.get("_type") for value in row.values() if isinstance(value, dict)}) for row in rows]
+    tables = {*folder.rglob("*.table.json")}
+    return [int(row["trainer/global_step"]) for row, found in kinds if "histogram" in found], len(tables)
+
+
+@check("WandbLogger, offline: at most one table file and about 50 histograms for any run length, the last at its end", GROUP, slow=True)
+def wandb_runs_stay_small(subject: Subject, folder: Path) -> None:
+    keep: dict[str, Any] = {"default_root_dir": folder, "enable_checkpointing": True}
+    saved = ModelCheckpoint(folder / "files", filename="kept", every_n_epochs=10)
+    # by name: the fewest histograms, the step of the last ones, how to fit
+    runs: dict[str, tuple[int, int | None, tuple[Callback, ...], dict[str, Any]]] = {
+        "of 60 epochs": (20, 240, (), {"epochs": 60}),
+        "of 240 steps": (20, 240, (), {"epochs": -1, "max_steps": 240}),
+        "of 10,000 epochs that stops after 40": (15, 160, (_Stop(39),), {"epochs": 10_000}),
+        "of one epoch of 300 steps": (4, 300, (), {"epochs": 1, "loader": toys.data(16 * 300)}),
+        "of 60 epochs that is interrupted after 30": (10, None, (saved, _Stop(29, error=True)), {"epochs": 60, **keep}),
+        "that resumes it": (10, 240, (), {"epochs": 60, "ckpt_path": folder / "files" / "kept.ckpt"}),
+    }
+    quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    silent = True
+    with patch.dict(os.environ, quiet):
+        for index, (name, (least, last, stop, options)) in enumerate(runs.items()):
+            try:
+                at, tables = _volume(subject, folder / str(index), *stop, **options)
+            except ModuleNotFoundError:
+                raise NotApplicable("wandb is not installed") from None
+            silent = silent and not at and not tables
+            require(tables <= 1, f"a run {name} wrote {tables} table files")
+            require(not at or least <= len(at) <= 60, f"a run {name} logged histograms {len(at)} times, not about {least} to 60")
+            require(not at or last in (None, at[-1]), f"a run {name} logged its last histograms at step {at[-1:]}, not at step {last}")
+    if silent:
+        raise NotApplicable("logs neither histograms nor tables")
 
 
 class Tied(nn.Module):
@@ -117,7 +174,7 @@ class Tied(nn.Module):
 def tied_weights_are_counted_once(subject: Subject, folder: Path) -> None:
     module = subject.model(Tied())
     trainer = subject.fit(module)
-    require(module.network.first.weight is module.network.second.weight, "the tie is broken")  # type: ignore[union-attr]
+    require(module.network.first.weight is module.network.second.weight, "the weights are no longer tied")  # type: ignore[union-attr]
     figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(PREFIX)}
     matrices = [p for p in module.parameters() if p.dim() > 1]
     require(TOTAL in figures, "nothing is logged as sparsity/total")

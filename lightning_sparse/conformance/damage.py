@@ -13,7 +13,7 @@ from lightning_sparse.conformance import toys
 from lightning_sparse.conformance._lightning import Callback, ModelCheckpoint
 from lightning_sparse.conformance._processes import call
 from lightning_sparse.conformance._registry import Subject, check, require
-from lightning_sparse.conformance.faults import EPOCHS, GROUP, STEP, Accident, Unlucky, fails, is_as_before, unlucky
+from lightning_sparse.conformance.faults import EPOCHS, GROUP, STEP, Faulty, InjectedError, check_unchanged, faulty, raising
 from lightning_sparse.conformance.resume import first_difference
 
 
@@ -32,19 +32,19 @@ def _limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def _fill_the_disk(subject: Subject, folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def _save_on_full_disk(subject: Subject, folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Return the problem after a failed save (empty if none), and the final weights without and with the failure and a resume."""
-    uninterrupted = unlucky(subject)
+    uninterrupted = faulty(subject)
     subject.fit(uninterrupted, epochs=EPOCHS)
-    module, path = unlucky(subject), folder / "one.ckpt"
+    module, path = faulty(subject), folder / "one.ckpt"
     keeper = ModelCheckpoint(folder, filename="one", enable_version_counter=False, every_n_epochs=1, save_on_train_epoch_end=True)
     problem = _failed_save(subject, module, keeper)
-    resumed = unlucky(subject, seed=1)
+    resumed = faulty(subject, seed=1)
     subject.fit(resumed, epochs=EPOCHS, ckpt_path=path)
     return problem, toys.weights(uninterrupted), toys.weights(resumed)
 
 
-def _failed_save(subject: Subject, module: Unlucky, keeper: Callback) -> str:
+def _failed_save(subject: Subject, module: Faulty, keeper: Callback) -> str:
     import resource
 
     try:
@@ -56,20 +56,20 @@ def _failed_save(subject: Subject, module: Unlucky, keeper: Callback) -> str:
     else:
         return "the save did not fail"
     try:
-        is_as_before(module, "after a failed save")
+        check_unchanged(module, "after a failed save")
     except AssertionError as error:
         return str(error)
     return ""
 
 
-@check("a full disk while saving leaves the module, and the file of before whole: the run resumes from it", GROUP, slow=True)
+@check("a full disk during a save leaves the module and the previous checkpoint intact, and the run resumes from it", GROUP, slow=True)
 def a_full_disk_while_saving(subject: Subject, folder: Path) -> None:
-    ((problem, uninterrupted, resumed),) = call(_fill_the_disk, (subject, folder))
+    ((problem, uninterrupted, resumed),) = call(_save_on_full_disk, (subject, folder))
     require(not problem, problem)
     step = torch.load(folder / "one.ckpt", weights_only=True)["global_step"]
-    require(step == 4, f"the file on disk is of step {step}, not the whole one of step 4")
+    require(step == 4, f"the file on disk is from step {step}, expected the intact one from step 4")
     difference = first_difference(uninterrupted, resumed)
-    require(not difference, f"resumed from the file of before, the run ends elsewhere than without the fault: {difference}")
+    require(not difference, f"resumed from the previous file, the final state differs from an uninterrupted run's at {difference}")
 
 
 def _saved(subject: Subject, folder: Path) -> Path:
@@ -78,26 +78,26 @@ def _saved(subject: Subject, folder: Path) -> Path:
     return folder / "whole.ckpt"
 
 
-def _is_refused(subject: Subject, path: Path, what: str, loaded: bool = False) -> None:
+def _check_refused(subject: Subject, path: Path, what: str, loaded: bool = False) -> None:
     """Check that resuming raises before the first step and leaves the module unchanged, except for weights ``loaded`` by then."""
-    module = unlucky(subject, seed=1)
-    module.prepare("training_step", fails(Accident()), step=0)
+    module = faulty(subject, seed=1)
+    module.prepare("training_step", raising(InjectedError()), step=0)
     try:
         subject.fit(module, epochs=EPOCHS, ckpt_path=path, num_sanity_val_steps=0)
-    except Accident:
-        require(False, f"{what} was resumed as if nothing were wrong")
+    except InjectedError:
+        require(False, f"{what} was resumed without an error")
     except Exception:
         if loaded:
             module.before["weights"] = toys.weights(module)
-        is_as_before(module, f"after {what} was refused")
+        check_unchanged(module, f"after {what} was refused")
 
 
-@check("a truncated checkpoint is refused before training, wherever it was cut", GROUP)
+@check("a checkpoint truncated at any point is refused before training", GROUP)
 def truncated_files_are_refused(subject: Subject, folder: Path) -> None:
     raw = _saved(subject, folder).read_bytes()
     for share in (0.0, 0.01, 0.3, 0.7, 0.99):
         (folder / "cut.ckpt").write_bytes(raw[: int(share * len(raw))])
-        _is_refused(subject, folder / "cut.ckpt", f"a file cut after {share:.0%}")
+        _check_refused(subject, folder / "cut.ckpt", f"a file cut after {share:.0%}")
 
 
 @check("a checkpoint with a flipped bit in a weight is refused before training", GROUP)
@@ -114,18 +114,18 @@ def flipped_bits_are_refused(subject: Subject, folder: Path) -> None:
         flipped = bytearray(raw)
         flipped[place + 4 * index + bit // 8] ^= 1 << bit % 8
         (folder / "flipped.ckpt").write_bytes(bytes(flipped))
-        _is_refused(subject, folder / "flipped.ckpt", "a file with a flipped bit", loaded=True)
+        _check_refused(subject, folder / "flipped.ckpt", "a file with a flipped bit", loaded=True)
 
 
-@check("torch.load(weights_only=True) reads every file: at epochs' ends, within them, at the end, after an exception", GROUP)
+@check("torch.load(weights_only=True) reads every file: saved during and after an epoch, after fit, after an exception", GROUP)
 def files_load_safely(subject: Subject, folder: Path) -> None:
-    module = unlucky(subject)
-    module.prepare("training_step", fails(Accident()), step=10)
+    module = faulty(subject)
+    module.prepare("training_step", raising(InjectedError()), step=10)
     keeper = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=3)
     trainer = subject.trainer(keeper, epochs=EPOCHS, enable_checkpointing=True)
     try:
         trainer.fit(module, toys.data(), toys.data(seed=1))
-    except Accident:
+    except InjectedError:
         trainer.save_checkpoint(folder / "after.ckpt")
     _saved(subject, folder)
     for path in sorted(folder.glob("*.ckpt")):

@@ -32,11 +32,11 @@ MOMENTS = (
 )
 
 
-class Accident(Exception):
+class InjectedError(Exception):
     """An error raised by the checks in the user's code."""
 
 
-class Unlucky(toys.Toy):
+class Faulty(toys.Toy):
     """Record the module's state at the end of each batch, and call ``fault`` in a hook from a step on."""
 
     before: dict[str, Any]
@@ -60,37 +60,37 @@ def state_of(module: torch.nn.Module) -> dict[str, Any]:
     return {"keys": list(module.state_dict()), "parameters": parameters, "hooks": toys.hooks(module), "weights": toys.weights(module)}
 
 
-def unlucky(subject: Subject, **options: Any) -> Unlucky:
-    module = Unlucky(**(options | ({"optimizer": subject.optimizer} if subject.optimizer else {})))
+def faulty(subject: Subject, **options: Any) -> Faulty:
+    module = Faulty(**(options | ({"optimizer": subject.optimizer} if subject.optimizer else {})))
     module.before = state_of(module)
     return module
 
 
-def is_as_before(module: Unlucky, when: str) -> None:
+def check_unchanged(module: Faulty, when: str) -> None:
     """Check that keys, parameter objects, hooks and weights equal those at the end of the previous batch."""
     now = state_of(module)
     for what in ("keys", "parameters", "hooks"):
         require(now[what] == module.before[what], f"{when}, the {what} are {now[what]}; before {module.before[what]}")
     changed = [name for name, w in module.before["weights"].items() if not torch.equal(w, now["weights"][name])]
-    require(not changed, f"{when}, {changed} are not those at the end of the batch before")
+    require(not changed, f"{when}, {changed} differ from their values at the end of the previous batch")
 
 
-def fails(error: BaseException) -> Callable[[Any], Any]:
+def raising(error: BaseException) -> Callable[[Any], Any]:
     def fault(result: Any) -> Any:
         raise error
 
     return fault
 
 
-@check("an exception in the user's code, at any hook, leaves weights as before the batch, plain keys and no hook", GROUP)
+@check("an exception in the user's code, in any hook, restores the weights before the batch and plain keys, and removes all hooks", GROUP)
 def an_exception_leaves_the_module(subject: Subject, folder: Path) -> None:
     for moment in MOMENTS:
-        module = unlucky(subject)
-        module.prepare(moment, fails(Accident()))
+        module = faulty(subject)
+        module.prepare(moment, raising(InjectedError()))
         try:
             subject.fit(module, ModelCheckpoint(folder / moment), enable_checkpointing=True, num_sanity_val_steps=0)
-        except Accident:
-            is_as_before(module, f"after an exception in {moment}")
+        except InjectedError:
+            check_unchanged(module, f"after an exception in {moment}")
         else:
             raise NotApplicable(f"an exception in {moment} does not reach the caller")
 
@@ -106,41 +106,41 @@ def _interruptible() -> Any:
 
 
 def _after_ctrl_c(subject: Subject) -> str:
-    module = unlucky(subject)
-    module.prepare("on_after_backward", fails(KeyboardInterrupt()))
+    module = faulty(subject)
+    module.prepare("on_after_backward", raising(KeyboardInterrupt()))
     with _interruptible(), suppress(SystemExit):
         subject.fit(module)
     try:
-        is_as_before(module, "after Ctrl-C")
+        check_unchanged(module, "after Ctrl-C")
     except AssertionError as error:
         return str(error)
     return ""
 
 
-@check("so does Ctrl-C", GROUP, slow=True)
+@check("Ctrl-C restores the weights before the batch and plain keys, and removes all hooks", GROUP, slow=True)
 def ctrl_c_leaves_the_module(subject: Subject, folder: Path) -> None:
     (problem,) = call(_after_ctrl_c, (subject,))
     require(not problem, problem)
 
 
-def _stops(subject: Subject, module: Unlucky, what: str) -> None:
+def _check_stops(subject: Subject, module: Faulty, what: str) -> None:
     """Check that the run raises FloatingPointError or ValueError, with the weights of the previous batch."""
     try:
         subject.fit(module)
     except (FloatingPointError, ValueError) as error:
-        require("nan" in str(error).lower() or "inf" in str(error).lower(), f"{what}: the error does not say so: {error}")
+        require("nan" in str(error).lower() or "inf" in str(error).lower(), f"{what}: the error names neither NaN nor inf: {error}")
     else:
         nonfinite = [name for name, w in toys.weights(module).items() if not bool(w.isfinite().all())]
-        require(False, f"{what} went unnoticed to the end of the run; not finite in the end: {nonfinite}")
-    is_as_before(module, f"after {what}")
+        require(False, f"{what} was not detected; not finite after fit: {nonfinite}")
+    check_unchanged(module, f"after {what}")
 
 
-@check("a loss that is not finite ends the run, with the weights of before that batch and no hook left", GROUP)
+@check("a non-finite loss ends the run, restores the weights before the batch and removes all hooks", GROUP)
 def a_loss_that_is_not_finite(subject: Subject, folder: Path) -> None:
     for value in (torch.nan, torch.inf):
-        module = unlucky(subject)
+        module = faulty(subject)
         module.prepare("training_step", partial(torch.mul, value))
-        _stops(subject, module, f"a loss of {value}")
+        _check_stops(subject, module, f"a loss of {value}")
 
 
 class _Steep(torch.autograd.Function):
@@ -160,18 +160,18 @@ def steep(slope: float, loss: Tensor) -> Any:
     return _Steep.apply(loss, slope)
 
 
-@check("gradients that are not finite, of a loss that is, end the run before they reach a weight", GROUP)
+@check("non-finite gradients of a finite loss end the run before they change a weight", GROUP)
 def gradients_that_are_not_finite(subject: Subject, folder: Path) -> None:
     for value in (torch.nan, torch.inf):
-        module = unlucky(subject)
+        module = faulty(subject)
         module.prepare("training_step", partial(steep, value))
-        _stops(subject, module, f"a gradient of {value}")
+        _check_stops(subject, module, f"a gradient of {value}")
 
 
-@check("weights that are not finite before training are refused, and left as they are", GROUP)
+@check("non-finite weights before training are refused and left unchanged", GROUP)
 def weights_that_are_not_finite(subject: Subject, folder: Path) -> None:
     for value in (torch.nan, -torch.inf):
-        module = unlucky(subject)
+        module = faulty(subject)
         with torch.no_grad():
             module.get_parameter("network.0.weight")[1, 2] = value
         before = toys.weights(module)
@@ -180,6 +180,6 @@ def weights_that_are_not_finite(subject: Subject, folder: Path) -> None:
         except (ValueError, FloatingPointError) as error:
             require("network.0.weight" in str(error), f"the error does not name network.0.weight: {error}")
         else:
-            require(False, f"a weight of {value} went unnoticed to the end of the run")
+            require(False, f"a weight of {value} was not detected")
         for name, w in toys.weights(module).items():
             require(torch.equal(w.view(torch.int32), before[name].view(torch.int32)), f"{name} was changed")

@@ -37,7 +37,7 @@ MOMENTS = (
 Look = Callable[[str, Any, toys.Toy], None]  # moment, trainer, module
 
 
-class Everywhere(Callback):
+class AtEveryHook(Callback):
     """Call ``look`` at every hook. :class:`Watched` calls ``look`` in training_step."""
 
     def __init__(self, look: Look) -> None:
@@ -63,7 +63,7 @@ class Watched(toys.Toy):
         if self.look is not None:
             self.look("training_step", self.trainer, self)
         if self.trainer.global_step == self.fails_at:
-            raise InterruptedError("the power went")
+            raise InterruptedError("simulated power failure")
         return loss
 
 
@@ -71,7 +71,7 @@ def _watch(subject: Subject, look: Look, first: bool, fails_at: int = -1, **opti
     """Fit two epochs and call ``look`` at every hook, after (``first``) or before the subject's callbacks."""
     module = Watched(**options)
     module.look, module.fails_at = look, fails_at
-    trainer = subject.trainer(Everywhere(look), first=first)
+    trainer = subject.trainer(AtEveryHook(look), first=first)
     try:
         trainer.fit(module, toys.data(), toys.data(seed=1))
     except InterruptedError:
@@ -79,7 +79,7 @@ def _watch(subject: Subject, look: Look, first: bool, fails_at: int = -1, **opti
     return module
 
 
-@check("keys, parameter objects and the module's class are the user's own at every moment", GROUP)
+@check("state_dict keys, parameter objects and the module's class are unchanged at every hook", GROUP)
 def plain_at_every_moment(subject: Subject, folder: Path) -> None:
     for first, fails_at in ((True, -1), (False, -1), (True, 5)):
         seen: dict[str, Any] = {}
@@ -92,7 +92,7 @@ def plain_at_every_moment(subject: Subject, folder: Path) -> None:
         module = Watched(optimizer=subject.optimizer) if subject.optimizer else Watched()
         look("construction", None, module)
         module.look, module.fails_at = look, fails_at
-        trainer = subject.trainer(Everywhere(look), first=first)
+        trainer = subject.trainer(AtEveryHook(look), first=first)
         with suppress(InterruptedError):
             trainer.fit(module, toys.data(), toys.data(seed=1))
         look("the end", None, module)
@@ -130,19 +130,19 @@ def _no_noise(subject: Subject, folder: Path, first: bool, fails_at: int = -1) -
 
     module = _watch(subject, look, first, fails_at, optimizer=_rate_zero)
     _clean(toys.weights(module), before, "the module after fit")
-    require(count > 40, f"only {count} moments were seen")
+    require(count > 40, f"only {count} hooks were called")
 
 
-@check("state_dict() and files hold live or thresholded weights at every moment, never noisy ones", GROUP)
+@check("state_dict() and files contain live or thresholded weights at every hook, never noisy weights", GROUP)
 def no_noise_at_any_moment(subject: Subject, folder: Path) -> None:
     if subject.optimizer:
-        raise NotApplicable("the optimiser itself makes the zeros; a rate of 0 would switch it off")
+        raise NotApplicable("the optimiser itself makes the zeros; a learning rate of 0 would switch it off")
     _no_noise(subject, folder, True)
     _no_noise(subject, folder, False)
     _no_noise(subject, folder, True, fails_at=7)
 
 
-@check("what validation evaluates is what the file of that moment holds", GROUP)
+@check("validation evaluates the same weights that a checkpoint saved at that time contains", GROUP)
 def validation_evaluates_the_file(subject: Subject, folder: Path) -> None:
     evaluated: list[dict[str, Tensor]] = []
     files: list[dict[str, Tensor]] = []
@@ -154,7 +154,7 @@ def validation_evaluates_the_file(subject: Subject, folder: Path) -> None:
             trainer.save_checkpoint(folder / "now.ckpt")
             files.append(torch.load(folder / "now.ckpt", weights_only=True)["state_dict"])
 
-    subject.fit(subject.model(), Everywhere(look), num_sanity_val_steps=0)
+    subject.fit(subject.model(), AtEveryHook(look), num_sanity_val_steps=0)
     for file in files[:5]:
         for name, w in evaluated[0].items():
             require(name in file, f"the file has no {name}; it has {_short(list(file))}")
@@ -171,7 +171,7 @@ def _equal_its_file(trainer: Any, module: toys.Toy, path: Path, where: str) -> N
         require(not different, f"the file written {where}: {name} differs from the module's in {different} of {w.numel()} weights")
 
 
-@check("a file written after fit, or after it failed, holds what the module holds, whatever was loaded into that since", GROUP)
+@check("a file saved after fit, or after a failed fit, contains the module's weights, even if other weights were loaded since", GROUP)
 def files_after_fit_hold_the_module(subject: Subject, folder: Path) -> None:
     module, keeper = subject.model(), ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     trainer = subject.fit(module, keeper, epochs=4, enable_checkpointing=True)
@@ -206,7 +206,7 @@ print(sum(int((w == 0).sum()) for w in network.parameters() if w.dim() > 1))
 """
 
 
-@check("the file loads into the plain module where neither the package nor Lightning is installed", GROUP, slow=True)
+@check("the file loads into the plain module without this package and without Lightning", GROUP, slow=True)
 def file_loads_without_the_package(subject: Subject, folder: Path) -> None:
     module = subject.model()
     trainer = subject.fit(module)

@@ -35,7 +35,7 @@ class _ByKeyword(_ByPosition):
         return out
 
 
-@check("layers whose input is given by keyword train as others do", GROUP)
+@check("layers with keyword inputs train like others", GROUP)
 def layers_called_by_keyword(subject: Subject, folder: Path) -> None:
     ends = []
     for network in (_ByPosition, _ByKeyword):
@@ -59,7 +59,7 @@ class _Experts(nn.Module):
         return out
 
 
-@check("a layer that gets no rows, such as an expert without tokens", GROUP)
+@check("a layer with an empty input, such as an expert without tokens", GROUP)
 def layers_without_rows(subject: Subject, folder: Path) -> None:
     module = subject.model(_Experts())
     subject.fit(module, epochs=4)
@@ -93,7 +93,7 @@ class _Moved(Callback):
         self.names |= {name for name, w in self.before.items() if name in now and not torch.equal(w, now[name])}
 
 
-@check("a layer that some batches do not use is treated as one that each batch uses", GROUP)
+@check("a layer that some batches do not use is treated like a layer used in every batch", GROUP)
 def layers_not_used_in_each_batch(subject: Subject, folder: Path) -> None:
     moved = []
     for together in (True, False):
@@ -105,7 +105,7 @@ def layers_not_used_in_each_batch(subject: Subject, folder: Path) -> None:
         moved.append(seen.names)
     require(
         moved[0] == moved[1],
-        f"in the forward, other values than the batch before left are in {sorted(moved[1])}; used in each batch: {sorted(moved[0])}",
+        f"weights changed between the previous batch and the forward: {sorted(moved[1])}; if used in each batch: {sorted(moved[0])}",
     )
 
 
@@ -138,7 +138,7 @@ class _Own(Callback):
         self.outputs.append(module(module.x).detach().clone())
 
 
-@check("in a training step, a forward in evaluation without gradients has no noise", GROUP)
+@check("a forward in evaluation mode without gradients, inside a training step, has no noise", GROUP)
 def no_noise_in_evaluation_within_a_step(subject: Subject, folder: Path) -> None:
     module, own = _Looks(optimizer=subject.model().make), _Own()
     module.seen, module.x = [], torch.randn(5, 8)
@@ -147,7 +147,7 @@ def no_noise_in_evaluation_within_a_step(subject: Subject, folder: Path) -> None
     for i, expected in enumerate(own.outputs[:-1]):
         if (i + 1) % per_epoch:  # not after the last batch of an epoch, because epoch hooks may change weights
             for output in module.seen[2 * i + 2 : 2 * i + 4]:
-                require(torch.equal(output, expected), f"batch {i + 1}: the output is not that of the weights that the batch before left")
+                require(torch.equal(output, expected), f"batch {i + 1}: the output differs from that of the live weights")
 
 
 class _Export(Callback):
@@ -184,7 +184,7 @@ class _Export(Callback):
         self.export(module, "an epoch's end")
 
 
-@check("the module is scripted, traced and exported in the middle of a run", GROUP)
+@check("the module can be scripted, traced and exported during a run", GROUP)
 def exported_in_mid_run(subject: Subject, folder: Path) -> None:
     exports = _Export()
     subject.fit(subject.model(), exports, epochs=1, num_sanity_val_steps=0)

@@ -37,7 +37,7 @@ class _First(Callback):
         self.zeros = zeros(pl_module) if self.zeros is None else self.zeros
 
 
-@check("a loader without length: refused before training, naming max_steps, or no whole schedule at once", GROUP)
+@check("a loader without length: refused before training with a message that names max_steps, or the schedule does not end at once", GROUP)
 def unknown_length_is_refused_or_works(subject: Subject, folder: Path) -> None:
     module = subject.model()
     before, first = toys.weights(module), _First()
@@ -45,14 +45,14 @@ def unknown_length_is_refused_or_works(subject: Subject, folder: Path) -> None:
         subject.fit(module, first, loader=stream(), epochs=4)
     except Exception as error:
         touched = [name for name, w in toys.weights(module).items() if not torch.equal(w, before[name])]
-        require(first.zeros is None and not touched, f"it failed in mid-run, with {touched} changed: {error}")
+        require(first.zeros is None and not touched, f"it failed during the run, with {touched} changed: {error}")
         require("max_steps" in str(error), f"the refusal does not name max_steps: {error}")
         limited = subject.model()
         subject.fit(limited, loader=stream(), epochs=-1, max_steps=16)
         some_zeros(limited, "with max_steps")
     else:
         end = zeros(module)
-        require(first.zeros is not None and 2 * first.zeros <= end, f"{first.zeros} of {end} zeros were there after the first batch")
+        require(first.zeros is not None and 2 * first.zeros <= end, f"{first.zeros} of the final {end} zeros appeared in the first batch")
 
 
 class Shrinking(toys.Toy):
@@ -71,7 +71,7 @@ class Even(Shrinking):
     lengths = (3, 3, 3, 3)
 
 
-@check("epochs that change their length end with the zeros of as many batches in equal ones", GROUP)
+@check("epochs of changing length end with as many zeros as equal epochs with the same number of batches", GROUP)
 def changing_lengths_keep_the_zeros(subject: Subject, folder: Path) -> None:
     counts = []
     for kind in (Shrinking, Even):

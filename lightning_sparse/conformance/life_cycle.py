@@ -24,15 +24,15 @@ def zeros(module: torch.nn.Module) -> int:
     return sum(int((w == 0).sum()) for w in module.parameters() if w.dim() > 1)
 
 
-@check("fit ends with true zeros among the weights, and with others", GROUP)
+@check("after fit some weights are exactly zero, and some are not", GROUP)
 def fit_ends_with_true_zeros(subject: Subject, folder: Path) -> None:
     module = subject.model()
     subject.fit(module, epochs=4)
     require(all(bool(torch.isfinite(p).all()) for p in module.parameters()), "a weight is not finite after fit")
-    require(0 < zeros(module) < SIZE, f"{zeros(module)} of {SIZE} weights are zero after fit; some, not all, should be")
+    require(0 < zeros(module) < SIZE, f"{zeros(module)} of {SIZE} weights are zero after fit; some but not all should be zero")
 
 
-@check("after fit the module has its own class, parameters, keys and no hook, and can be fitted again", GROUP)
+@check("after fit the module has its own class, parameters and keys and no hooks, and can be fitted again", GROUP)
 def the_module_is_its_own_again(subject: Subject, folder: Path) -> None:
     module, own = subject.model(), [*subject.callbacks()]
     before = _identity(module)
@@ -48,7 +48,7 @@ def _identity(module: torch.nn.Module) -> dict[str, Any]:
     return {"class": type(module), "parameters": parameters, "keys": list(module.state_dict()), "hooks": toys.hooks(module)}
 
 
-@check("a callback serves another model after the first, and a copy of a used one works", GROUP)
+@check("a callback works on a second model, and a copy of a used callback works", GROUP)
 def a_callback_is_reusable(subject: Subject, folder: Path) -> None:
     own = [*subject.callbacks()]
     ends = []
@@ -57,8 +57,8 @@ def a_callback_is_reusable(subject: Subject, folder: Path) -> None:
         toys.trainer(*callbacks).fit(module, toys.data(), toys.data(seed=1))
         ends.append(toys.weights(module))
     for name, w in ends[0].items():
-        require(torch.equal(w, ends[1][name]), f"the second model ends with another {name} than the first, from equal starts")
-        require(torch.equal(w, ends[2][name]), f"a copy of the used callback ends with another {name}")
+        require(torch.equal(w, ends[1][name]), f"the second model's final {name} differs from the first's, from equal starts")
+        require(torch.equal(w, ends[2][name]), f"with a copy of the used callback, the final {name} differs")
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def storages() -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in plain}
 
 
-@check("ten fits in one process do not grow memory", GROUP)
+@check("memory does not grow over ten fits in one process", GROUP)
 def ten_fits_do_not_grow(subject: Subject, folder: Path) -> None:
     module, own, sizes = subject.model(), [*subject.callbacks()], []
     with only_new():

@@ -36,7 +36,7 @@ class TwoOptimizers(toys.Toy):
             optimizer.step()
 
 
-@check("several optimisers under manual optimisation: zeros in the weights of each", GROUP)
+@check("manual optimisation with several optimisers: zeros in the weights of each", GROUP)
 def several_optimizers_end_sparse(subject: Subject, folder: Path) -> None:
     module = TwoOptimizers(**({"optimizer": subject.optimizer} if subject.optimizer else {}))
     subject.fit(module, epochs=4)
@@ -86,12 +86,12 @@ def _layers(*sizes: int) -> nn.Module:
     return nn.Sequential(nn.Linear(sizes[0], sizes[1]), nn.LeakyReLU(0.2), nn.Linear(sizes[1], sizes[2]))
 
 
-@check("a GAN by manual optimisation, two backwards before a step: zeros in both networks", GROUP)
+@check("manual optimisation of a GAN, two backward passes before a step: zeros in both networks", GROUP)
 def a_gan_ends_sparse(subject: Subject, folder: Path) -> None:
     torch.manual_seed(0)
     module = Gan(_layers(4, 16, 8), _layers(8, 16, 1), (4,), subject.optimizer)
     subject.trainer(epochs=4).fit(module, toys.data())
     for part in (module.generator, module.discriminator):
         count, size = zeros(part), sum(w.numel() for w in matrices(part).values())
-        require(0 < count < size, f"{count} of {size} weights of a network are zero; some, not all, should be")
+        require(0 < count < size, f"{count} of {size} weights of a network are zero; some but not all should be zero")
     require(all(bool(torch.isfinite(p).all()) for p in module.parameters()), "a weight is not finite")

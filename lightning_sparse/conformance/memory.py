@@ -65,8 +65,9 @@ def extra_bytes(subject: Subject, steps: int = 7) -> dict[str, list[float]]:
     return {name: [(a - b) / WIDTH**2 for a, b in zip(mine, without, strict=True)] for name, mine, without in pairs}
 
 
-@check("the memory that the callback holds does not grow from step to step", GROUP)
+@check("the callback's memory does not grow from step to step", GROUP)
 def memory_is_steady_over_steps(subject: Subject, folder: Path) -> None:
     for moment, sizes in extra_bytes(subject).items():
         late = sizes[len(sizes) // 2 :]
-        require(max(late) - min(late) < 0.1, f"extra bytes per weight {moment} batches: {[round(size, 2) for size in sizes]}")
+        growth = max(size - min(late[: number + 1]) for number, size in enumerate(late))  # it may fall, where a support is frozen
+        require(growth < 0.1, f"extra bytes per weight {moment} batches: {[round(size, 2) for size in sizes]}")

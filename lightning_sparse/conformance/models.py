@@ -114,7 +114,7 @@ def vision_transformer_ends_sparse(subject: Subject, folder: Path) -> None:
     _trains(subject, folder, build, "images")
 
 
-@check("a DCGAN by manual optimisation with two optimisers", GROUP)
+@check("a DCGAN, manual optimisation with two optimisers", GROUP)
 def dcgan_ends_sparse(subject: Subject, folder: Path) -> None:
     torch.manual_seed(0)
     build = partial(Gan, _networks.generator(), _networks.discriminator(), (4, 1, 1), subject.optimizer)
@@ -126,42 +126,43 @@ def dcgan_ends_sparse(subject: Subject, folder: Path) -> None:
     plain.load_state_dict(torch.load(folder / "end.ckpt", weights_only=True)["state_dict"], strict=True)
     for name in ("generator", "discriminator"):
         count, size = zeros(getattr(plain, name)), sum(w.numel() for w in matrices(getattr(plain, name)).values())
-        require(0 < count < size, f"{count} of {size} weights of the file's {name} are zero; some, not all, should be")
+        require(0 < count < size, f"{count} of {size} weights of the file's {name} are zero; some but not all should be zero")
 
 
-@check("nn.MultiheadAttention and nn.TransformerEncoderLayer, whose evaluation takes another path", GROUP)
+@check("nn.MultiheadAttention and nn.TransformerEncoderLayer, which have a fused path in evaluation", GROUP)
 def attention_ends_sparse(subject: Subject, folder: Path) -> None:
     _trains(subject, folder, _networks.Attention, "tokens")
 
 
-@check("nn.LSTM and nn.GRU, whose weights have a second list of names", GROUP)
+@check("nn.LSTM and nn.GRU, which keep a second list of their weights", GROUP)
 def recurrent_ends_sparse(subject: Subject, folder: Path) -> None:
     network: Any = _trains(subject, folder, _networks.Recurrent, "tokens").network
     for layer in (network.lstm, network.gru):
         for name, flat in zip(layer._flat_weights_names, layer._flat_weights, strict=True):
-            require(flat is getattr(layer, name), f"{name} is another tensor in the layer's flat list than in its attributes")
+            require(flat is getattr(layer, name), f"the layer's flat list and its attribute {name} hold different tensors")
 
 
-@check("tied embeddings stay tied, see the same weights at both uses, and count once", GROUP)
+@check("tied embeddings stay tied, have the same values at both uses and are counted once", GROUP)
 def tied_weights_are_one(subject: Subject, folder: Path) -> None:
     module, data = _module(subject, _networks.Tied), batches("tokens")
     trainer = _fit(subject, module, data, epochs=3)
     network: Any = module.network
-    require(network.head.weight is network.embedding.weight, "the two weights are no longer one")
+    require(network.head.weight is network.embedding.weight, "the weights are no longer tied")
     require(len(network.seen) == 6, f"{len(network.seen)} training forwards were seen")
     require(all(torch.equal(first, second) for first, second in network.seen), "a forward used different values of the tied weight")
     _ends_well(trainer, module, _networks.Tied, data, folder)
     logged = trainer.callback_metrics.get("sparsity/total")
     if logged is not None:
         shares = [_share(network.head.weight, network.body.weight), _share(network.head.weight), _share(network.body.weight)]
-        require(any(abs(float(logged) - share) < 1e-6 for share in shares), f"sparsity/total is {float(logged):.6f}, the shares {shares}")
+        same = any(abs(float(logged) - share) < 1e-6 for share in shares)
+        require(same, f"sparsity/total is {float(logged):.6f}, the counted shares are {shares}")
 
 
 def _share(*weights: Tensor) -> float:
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
 
-@check("weights computed by weight_norm or spectral_norm: refused, left out, or truly zero where their sources are", GROUP)
+@check("weights computed by weight_norm or spectral_norm: refused, left out, or exactly zero where their source parameters are", GROUP)
 def computed_weights_are_true(subject: Subject, folder: Path) -> None:
     for old in (False, True):
         module = _trains_or_refuses(subject, folder, partial(_networks.Computed, old), "vectors")
@@ -173,7 +174,7 @@ def computed_weights_are_true(subject: Subject, folder: Path) -> None:
                 require(not nonzero, f"{nonzero} weights are not zero where {name} is")
 
 
-@check("frozen weights stay as they are", GROUP)
+@check("frozen weights do not change", GROUP)
 def frozen_weights_stay(subject: Subject, folder: Path) -> None:
     def build() -> nn.Module:
         network = _networks.plain()
@@ -187,10 +188,12 @@ def frozen_weights_stay(subject: Subject, folder: Path) -> None:
     require((module.get_parameter("network.2.weight") == 0).any(), "no weight of the other layer is zero")
 
 
-@check("a lazy layer without a shape, complex, quantised and sparsely updated weights: trained or refused before training", GROUP)
+@check("lazy layers without a shape, complex and quantised weights, sparse gradients: trained or refused before training", GROUP)
 def odd_weights_are_trained_or_refused(subject: Subject, folder: Path) -> None:
     lazy = lambda: nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, CLASSES))  # noqa: E731
     _trains_or_refuses(subject, folder, lazy, "vectors")
-    _trains_or_refuses(subject, folder, _networks.Wave, "vectors")
+    _trains_or_refuses(subject, folder, _networks.ComplexLayer, "vectors")
     _trains_or_refuses(subject, folder, _networks.Quantised, "vectors")
-    _trains_or_refuses(subject, folder, _networks.Looked, "tokens", epochs=8, **({} if subject.optimizer else {"optimizer": LOOSE}))
+    _trains_or_refuses(
+        subject, folder, _networks.SparseEmbedding, "tokens", epochs=8, **({} if subject.optimizer else {"optimizer": LOOSE})
+    )

@@ -36,7 +36,7 @@ def _nothing(subject: Subject) -> Subject:
     return Subject("nothing", tuple, subject.optimizer)
 
 
-@check("the best checkpoint's score is that of its file, loaded into the plain module and validated anew", GROUP)
+@check("the best checkpoint's score equals that of its file, loaded into the plain module and validated again", GROUP)
 def the_best_score_is_that_of_its_file(subject: Subject, folder: Path) -> None:
     for first, order in ORDERS:
         keeper = ModelCheckpoint(folder / order, monitor="val/loss", save_top_k=2)
@@ -45,11 +45,11 @@ def the_best_score_is_that_of_its_file(subject: Subject, folder: Path) -> None:
             plain = toys.Toy(seed=1)
             plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
             (again,) = toys.trainer().validate(plain, toys.data(seed=1), verbose=False)
-            where = f"{Path(path).stem} (the callback stood {order})"
+            where = f"{Path(path).stem} (with the callback {order})"
             require(abs(again["val/loss"] - float(score)) < 1e-6, f"{where}: recorded {float(score):.6f}, loaded {again['val/loss']:.6f}")
 
 
-@check("EarlyStopping ends the run with true zeros", GROUP)
+@check("EarlyStopping ends the run with exact zeros", GROUP)
 def early_stopping_ends_sparse(subject: Subject, folder: Path) -> None:
     for first, order in ORDERS:
         module = subject.model()
@@ -88,15 +88,15 @@ def _tune(subject: Subject, folder: Path, make: Any) -> None:
     plain = _tuned(subject, folder)
     for first, order in ORDERS:
         difference = first_difference(plain, _tuned(subject, folder, make(), first=first))
-        require(not difference, f"beside the tuner, with the callback {order}, the run ends elsewhere: {difference}")
+        require(not difference, f"with the tuner, and with the callback {order}, the final state differs at {difference}")
 
 
-@check("LearningRateFinder's trial leaves no trace in the run", GROUP, slow=True)
+@check("LearningRateFinder's trial does not affect the run", GROUP, slow=True)
 def learning_rate_finder_leaves_no_trace(subject: Subject, folder: Path) -> None:
     _tune(subject, folder, lambda: LearningRateFinder(num_training_steps=6, update_attr=False))
 
 
-@check("BatchSizeFinder's trials leave no trace in the run", GROUP, slow=True)
+@check("BatchSizeFinder's trials do not affect the run", GROUP, slow=True)
 def batch_size_finder_leaves_no_trace(subject: Subject, folder: Path) -> None:
     bounded = "max_val" in inspect.signature(BatchSizeFinder).parameters  # both options below end at the toy's own batch size, 16
     options: dict[str, Any] = {"init_val": 16, "max_val": 16} if bounded else {"init_val": 8}
@@ -132,7 +132,7 @@ def mask_buffers_are_the_users_own(subject: Subject, folder: Path) -> None:
     for name, buffer in uninterrupted.named_buffers():
         require(name in file and torch.equal(file[name], buffer), f"the file does not hold the buffer {name}")
     difference = first_difference(dict(uninterrupted.state_dict()), dict(run(1, ckpt_path=folder / "epoch=1.ckpt").state_dict()))
-    require(not difference, f"the resumed run ends elsewhere: {difference}")
+    require(not difference, f"the resumed run's final state differs at {difference}")
 
 
 def _accumulated(subject: Subject, seed: int, *more: Callback, **options: Any) -> tuple[int, dict[str, Tensor]]:
@@ -141,16 +141,16 @@ def _accumulated(subject: Subject, seed: int, *more: Callback, **options: Any) -
     return trainer.global_step, dict(module.state_dict())
 
 
-@check("GradientAccumulationScheduler: the run takes its steps, ends sparse, and resumes exactly", GROUP)
+@check("GradientAccumulationScheduler: the run takes the expected steps, ends sparse and resumes exactly", GROUP)
 def accumulation_may_change(subject: Subject, folder: Path) -> None:
     for first, order in ORDERS:
         keeper = ModelCheckpoint(folder / order, filename="{epoch}", save_top_k=-1)
         steps, uninterrupted = _accumulated(subject, 0, keeper, first=first, enable_checkpointing=True)
-        require(steps == 12, f"{steps} optimiser steps, with the callback {order}; 2 epochs of 4 and 2 of 2 were due")
+        require(steps == 12, f"{steps} optimiser steps, with the callback {order}; expected 2 epochs of 4 and 2 of 2")
         require(any((w == 0).any() for w in uninterrupted.values()), f"no weight is zero after fit, with the callback {order}")
         _, resumed = _accumulated(subject, 1, first=first, ckpt_path=folder / order / "epoch=1.ckpt")
         difference = first_difference(uninterrupted, resumed)
-        require(not difference, f"resumed where accumulation changes, with the callback {order}, the run ends elsewhere: {difference}")
+        require(not difference, f"resumed where accumulation changes, with the callback {order}, the final state differs at {difference}")
 
 
 class Backboned(toys.Toy):
@@ -168,7 +168,7 @@ class Backboned(toys.Toy):
         return self.make([parameter for parameter in self.parameters() if parameter.requires_grad])
 
 
-@check("BackboneFinetuning: what is unfrozen later becomes sparse too, in files and after fit", GROUP)
+@check("BackboneFinetuning: parameters unfrozen later become sparse too, in files and after fit", GROUP)
 def what_is_unfrozen_becomes_sparse(subject: Subject, folder: Path) -> None:
     for first, order in ORDERS:
         module = Backboned(**({"optimizer": subject.optimizer} if subject.optimizer else {}))

@@ -17,14 +17,14 @@ from lightning_sparse.conformance.life_cycle import zeros
 from lightning_sparse.conformance.steps import GROUP, Scheduled, own_steps, some_zeros
 
 
-class Super(torch.optim.Adam):
+class SuperStep(torch.optim.Adam):
     """Adam with an overridden ``step`` that calls ``super().step()``."""
 
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
 
 
-class Holding(torch.optim.Optimizer):
+class Wrapper(torch.optim.Optimizer):
     """A wrapper around another optimiser, like Lookahead. It never calls ``Optimizer.__init__``."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
@@ -38,14 +38,14 @@ class Holding(torch.optim.Optimizer):
 
 
 def super_step(parameters: Any) -> torch.optim.Optimizer:
-    """Make :class:`Super` after a plain Adam, because torch then calls the step hooks for both classes."""
+    """Make :class:`SuperStep` after a plain Adam, because torch then calls the step hooks for both classes."""
     torch.optim.Adam([torch.zeros(1, requires_grad=True)])
-    return Super(parameters, 1e-2)
+    return SuperStep(parameters, 1e-2)
 
 
-def held_step(parameters: Any) -> torch.optim.Optimizer:
-    """Make :class:`Holding` around Adam."""
-    return Holding(torch.optim.Adam(parameters, 1e-2))
+def wrapped_step(parameters: Any) -> torch.optim.Optimizer:
+    """Make :class:`Wrapper` around Adam."""
+    return Wrapper(torch.optim.Adam(parameters, 1e-2))
 
 
 def _end(subject: Subject, make: Any) -> dict[str, Tensor]:
@@ -55,14 +55,15 @@ def _end(subject: Subject, make: Any) -> dict[str, Tensor]:
     return toys.weights(module)
 
 
-@check("an optimiser that calls super().step(), or holds another, ends as the plain one", GROUP)
+@check("an optimiser that calls super().step() or wraps another optimiser ends like the plain one", GROUP)
 def a_step_counts_once(subject: Subject, folder: Path) -> None:
     own_steps(subject)
     plain = _end(subject, lambda parameters: torch.optim.Adam(parameters, 1e-2))
-    for name, make in {"super().step()": super_step, "an optimiser that it holds": held_step}.items():
+    for name, make in {"super().step()": super_step, "a wrapped optimiser": wrapped_step}.items():
         for key, w in _end(subject, make).items():
             deviation = float((w - plain[key]).abs().max())
-            require(deviation == 0, f"{key} ends up to {deviation:.2g} from the plain run's where the optimiser steps by {name}")
+            where = f"from the plain run's with an optimiser that steps by {name}"
+            require(deviation == 0, f"the final {key} differs by up to {deviation:.2g} {where}")
 
 
 class EverySecond(toys.Toy):
@@ -79,7 +80,7 @@ class EverySecond(toys.Toy):
             optimizer.zero_grad()
 
 
-@check("a module whose optimizer_step steps every second batch ends with the zeros of one that accumulates", GROUP)
+@check("a module whose optimizer_step steps every second batch ends about as sparse as with accumulate_grad_batches=2", GROUP)
 def every_second_batch_steps(subject: Subject, folder: Path) -> None:
     options: Any = {"optimizer": subject.optimizer} if subject.optimizer else {}
     counts = []
@@ -88,10 +89,10 @@ def every_second_batch_steps(subject: Subject, folder: Path) -> None:
         subject.fit(module, epochs=8, accumulate_grad_batches=accumulate)
         some_zeros(module, "where every second batch steps" if accumulate == 1 else "where two batches are accumulated")
         counts.append(zeros(module))
-    require(counts[0] * 2 > counts[1], f"{counts[0]} weights are zero, {counts[1]} where Lightning accumulates two batches")
+    require(counts[0] * 2 > counts[1], f"{counts[0]} weights are zero, {counts[1]} with accumulate_grad_batches=2")
 
 
-class Warm(LRScheduler):
+class WarmUp(LRScheduler):
     """A linear warm-up followed by an inner scheduler, as in warm-up schedulers of other packages."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, steps: int = 4) -> None:
@@ -119,14 +120,14 @@ class _Rates(Callback):
         self.seen.append([group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups])
 
 
-@check("a scheduler that holds another finds the optimiser as the module made it, and its rates are kept", GROUP)
+@check("a scheduler that wraps another sees the module's own optimiser, and its learning rates apply", GROUP)
 def a_scheduler_within_a_scheduler(subject: Subject, folder: Path) -> None:
     options: Any = {"optimizer": subject.optimizer} if subject.optimizer else {}
     module, rates = Scheduled(**options), _Rates()
-    module.scheduler = Warm
+    module.scheduler = WarmUp
     subject.fit(module, rates, epochs=4)
     some_zeros(module, "after a warm-up that hands over")
     plain, alone = Scheduled(**options), _Rates()
-    plain.scheduler = Warm
+    plain.scheduler = WarmUp
     toys.trainer(alone, epochs=4).fit(plain, toys.data(), toys.data(seed=1))
-    require(rates.seen == alone.seen, f"the rates of the optimiser's groups are {rates.seen}; without the callback {alone.seen}")
+    require(rates.seen == alone.seen, f"the learning rates of the optimiser's groups are {rates.seen}; without the callback {alone.seen}")

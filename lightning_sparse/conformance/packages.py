@@ -52,7 +52,7 @@ def _trained(subject: Subject, package: Any, folder: Path) -> tuple[nn.Module, d
     return module, state
 
 
-@check("a Trainer, module, logger and checkpoints of Lightning's other package, in one process: the same weights and files", GROUP)
+@check("classes of Lightning's other package in the same process: the same weights and files", GROUP)
 def both_packages_train_alike(subject: Subject, folder: Path) -> None:
     other = _lightning.other()
     if other is None:
@@ -61,7 +61,7 @@ def both_packages_train_alike(subject: Subject, folder: Path) -> None:
     module, file = _trained(subject, other, folder / "other")
     require(zeros(module) > 0, f"no weight is zero after fit under {other.__name__}")
     for name, w in own.named_parameters():
-        require(torch.equal(w, module.get_parameter(name)), f"{name} ends elsewhere under {other.__name__}")
+        require(torch.equal(w, module.get_parameter(name)), f"the final {name} differs under {other.__name__}")
     require(file.keys() == own_file.keys(), f"the file's keys under {other.__name__} are {sorted(file)}")
     different = [name for name, w in own_file.items() if not torch.equal(w, file[name])]
-    require(not different, f"the file under {other.__name__} holds other values of {different[:5]}")
+    require(not different, f"the file under {other.__name__} contains other values of {different[:5]}")

@@ -15,7 +15,7 @@ from lightning_sparse.conformance._registry import Subject, check, require
 from lightning_sparse.conformance.steps import GROUP, Make, close, own_steps, some_zeros
 
 
-@check("bf16-mixed ends with true zeros in float32 weights", GROUP)
+@check("bf16-mixed ends with exact zeros in float32 weights", GROUP)
 def bf16_ends_sparse(subject: Subject, folder: Path) -> None:
     module = subject.model()
     subject.fit(module, epochs=4, precision="bf16-mixed")
@@ -60,7 +60,7 @@ FUSED: dict[str, Make] = {
 }
 
 
-@check("under 16-mixed a step that overflows leaves the weights untouched, fused optimisers' too", GROUP)
+@check("16-mixed: a step skipped because of overflow does not change the weights, also with fused optimisers", GROUP)
 def skipped_steps_touch_nothing(subject: Subject, folder: Path) -> None:
     for name, make in {"its own": subject.optimizer}.items() if subject.optimizer else FUSED.items():
         seen = _fp16_run(subject, make)
@@ -71,14 +71,14 @@ def skipped_steps_touch_nothing(subject: Subject, folder: Path) -> None:
             require(not changed, f"{name}: the skipped step {i} changed {changed}")
 
 
-@check("under 16-mixed a fused optimiser ends where the plain one does", GROUP)
+@check("16-mixed: a fused optimiser ends like the plain one, up to rounding", GROUP)
 def fused_fp16_equals_plain(subject: Subject, folder: Path) -> None:
     own_steps(subject)
     plain, fused = (_fp16_run(subject, FUSED[name])[-1][0] for name in ("Adam", "fused Adam"))
     close(plain, fused, "of the fused optimiser")
 
 
-@check("for-loop, foreach and fused optimisers end alike", GROUP)
+@check("for-loop, foreach and fused optimisers end with the same weights up to rounding", GROUP)
 def kinds_of_steps_agree(subject: Subject, folder: Path) -> None:
     own_steps(subject)
     ends = {}

@@ -23,7 +23,7 @@ GROUP = "ranks"
 DDP = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
 
 
-def as_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def on_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Call ``function(rank, *arguments)`` in two processes, the ranks of one Lightning run, and return both results.
 
     Raises RuntimeError with the tracebacks of all ranks that raised.
@@ -52,7 +52,7 @@ def _rank(rank: int, port: int, function: Callable[..., Any], arguments: tuple[A
             torch.distributed.destroy_process_group()
 
 
-class _Diary(Callback):
+class _EpochRecorder(Callback):
     """Record the module's state_dict at the end of each epoch and the Trainer's metrics at the start of each epoch."""
 
     def __init__(self) -> None:
@@ -68,16 +68,16 @@ class _Diary(Callback):
 
 def _ddp(rank: int, subject: Subject) -> dict[str, Any]:
     """Fit under DDP with a different model, seed and data on each rank."""
-    module, diary = subject.model(seed=rank), _Diary()
+    module, recorder = subject.model(seed=rank), _EpochRecorder()
     torch.manual_seed(1000 + rank)
-    trainer = subject.fit(module, diary, loader=toys.data(seed=2 * rank), epochs=3, **DDP)
-    figures = [*diary.figures, {name: float(value) for name, value in trainer.callback_metrics.items()}]
-    return {"states": [*diary.states, dict(module.state_dict())], "figures": figures}
+    trainer = subject.fit(module, recorder, loader=toys.data(seed=2 * rank), epochs=3, **DDP)
+    figures = [*recorder.figures, {name: float(value) for name, value in trainer.callback_metrics.items()}]
+    return {"states": [*recorder.states, dict(module.state_dict())], "figures": figures}
 
 
-@check("two DDP processes with different seeds and data hold the same weights and zeros after every epoch", GROUP, slow=True)
+@check("two DDP processes with different seeds and data have the same weights and zeros after every epoch", GROUP, slow=True)
 def ranks_hold_the_same_zeros(subject: Subject, folder: Path) -> None:
-    first, second = (answer["states"] for answer in as_ranks(_ddp, subject))
+    first, second = (answer["states"] for answer in on_ranks(_ddp, subject))
     difference = first_difference([_zeros(state) for state in first], [_zeros(state) for state in second])
     require(not difference, f"the ranks' zeros differ at {difference}")
     difference = first_difference(first, second)
@@ -89,13 +89,13 @@ def _zeros(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value == 0 for name, value in state.items()}
 
 
-@check("the figures that a callback logs are the same on two DDP processes", GROUP, slow=True)
+@check("a callback logs the same figures on two DDP processes", GROUP, slow=True)
 def ranks_log_the_same_figures(subject: Subject, folder: Path) -> None:
-    first, second = (answer["figures"] for answer in as_ranks(_ddp, subject))
+    first, second = (answer["figures"] for answer in on_ranks(_ddp, subject))
     # without the toy's val/loss, because each rank has its own data
     own = [name for name in sorted(first[-1].keys() | second[-1].keys()) if not name.startswith("val")]
     if not own:
-        raise NotApplicable("it logs no figure")
+        raise NotApplicable("the callback logs no figures")
     for epoch, (a, b) in enumerate(zip(first, second, strict=True)):
         for name in own:
             require(a.get(name) == b.get(name), f"before epoch {epoch} {name!r} is {a.get(name)} on rank 0 and {b.get(name)} on rank 1")
@@ -110,7 +110,7 @@ def _resumable(rank: int, subject: Subject, folder: Path, path: Path | None) -> 
     return dict(module.state_dict())
 
 
-@check("a run of two DDP processes, resumed with other seeds, ends as the uninterrupted one, bit for bit", GROUP, slow=True)
+@check("a run of two DDP processes, resumed with other seeds, equals the uninterrupted one bit for bit", GROUP, slow=True)
 def ranks_resume_exactly(subject: Subject, folder: Path) -> None:
     difference = _difference(subject, folder / "own")
     if difference and _difference(Subject("nothing", tuple, subject.optimizer), folder / "control"):
@@ -119,12 +119,12 @@ def ranks_resume_exactly(subject: Subject, folder: Path) -> None:
 
 
 def _difference(subject: Subject, folder: Path) -> str:
-    uninterrupted = as_ranks(_resumable, subject, folder / "uninterrupted", None)
-    resumed = as_ranks(_resumable, subject, folder / "resumed", folder / "uninterrupted" / "epoch=0.ckpt")
+    uninterrupted = on_ranks(_resumable, subject, folder / "uninterrupted", None)
+    resumed = on_ranks(_resumable, subject, folder / "resumed", folder / "uninterrupted" / "epoch=0.ckpt")
     return first_difference(uninterrupted, resumed)
 
 
-class SplitToy(toys.Toy):
+class ShardedToy(toys.Toy):
     """A :class:`toys.Toy` sharded by FSDP2 in two groups: the first layer, and the rest of the network."""
 
     def configure_model(self) -> None:
@@ -145,7 +145,7 @@ def split(**options: Any) -> dict[str, Any]:
 def obstacle() -> str:
     """Return why FSDP2 does not run on this CPU without any callback (as in torch 2.6), or an empty string. Call it on both ranks."""
     try:
-        toys.trainer(epochs=1, **split()).fit(SplitToy(), toys.data())
+        toys.trainer(epochs=1, **split()).fit(ShardedToy(), toys.data())
     except Exception as error:
         return f"FSDP2 on the CPU ends with {type(error).__name__}: {error}, also without a callback"
     return ""
@@ -156,7 +156,7 @@ def _both(rank: int, subject: Subject, folder: Path) -> dict[str, Any]:
     plain = subject.model()
     subject.fit(plain, loader=toys.data(seed=2 * rank), epochs=3, **DDP)
     options: dict[str, Any] = {"optimizer": subject.optimizer} if subject.optimizer else {}
-    module = SplitToy(**options)
+    module = ShardedToy(**options)
     trainer = subject.trainer(epochs=3, **split(save_distributed_checkpoint=False))
     try:
         trainer.fit(module, toys.data(seed=2 * rank), toys.data(seed=1))
@@ -168,10 +168,10 @@ def _both(rank: int, subject: Subject, folder: Path) -> dict[str, Any]:
     return {"ddp": dict(plain.state_dict())}
 
 
-@check("FSDP2 on two processes ends as DDP does and writes a plain file, or is refused with a reason before training", GROUP, slow=True)
+@check("FSDP2 on two processes ends like DDP and writes a plain file, or is refused with a reason before training", GROUP, slow=True)
 def fsdp2_equals_ddp(subject: Subject, folder: Path) -> None:
-    first, second = as_ranks(_both, subject, folder)
-    require("error" not in first, f"a run under FSDP2 ends with {first.get('error')}")
+    first, second = on_ranks(_both, subject, folder)
+    require("error" not in first, f"under FSDP2 the run raises {first.get('error')}")
     if "refusal" in first or "refusal" in second:
         require("refusal" in first and "refusal" in second, "one rank alone refuses ModelParallelStrategy")
         raise NotApplicable(first["refusal"])

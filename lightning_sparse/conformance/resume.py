@@ -63,19 +63,19 @@ def _same(own: bool, path: Path, uninterrupted: dict[str, Any], resumed: dict[st
     if difference and not own:
         raise NotApplicable(f"Lightning's own run, resumed from {path.stem}, differs at {difference}")
     counts = f"zeros {_zeros(uninterrupted)} and {_zeros(resumed)}"
-    require(not difference, f"resumed from {path.stem}, the run ends elsewhere: {difference}; {counts}")
+    require(not difference, f"resumed from {path.stem}, the final state differs at {difference}; {counts}")
 
 
 def _zeros(run: dict[str, Any]) -> int:
     return sum(int((w == 0).sum()) for w in run["weights"].values() if w.dim() > 1)
 
 
-@check("a run resumed at an epoch's end ends as the uninterrupted one, bit for bit", GROUP)
+@check("a run resumed at the end of an epoch equals the uninterrupted one bit for bit", GROUP)
 def resume_at_an_epochs_end(subject: Subject, folder: Path) -> None:
     _compare(subject, folder, mid=False, every_n_epochs=1)
 
 
-@check("the same in the middle of an epoch, with a loader that remembers its place", GROUP)
+@check("a run resumed within an epoch, with a stateful loader, equals the uninterrupted one bit for bit", GROUP)
 def resume_within_an_epoch(subject: Subject, folder: Path) -> None:
     _compare(subject, folder, mid=True, every_n_train_steps=3, save_on_train_epoch_end=False)
 
@@ -95,12 +95,12 @@ def _until_killed(subject: Subject, folder: Path, step: int) -> None:
     _run(subject, _Killer(step), _keeper(folder, every_n_epochs=1), enable_checkpointing=True)
 
 
-@check("the same after kill -9 in training", GROUP, slow=True)
+@check("a run resumed after kill -9 equals the uninterrupted one bit for bit", GROUP, slow=True)
 def resume_after_a_kill(subject: Subject, folder: Path) -> None:
     try:
         call(_until_killed, (subject, folder, 10))
     except Died as died:
-        require(died.code == -signal.SIGKILL, f"the run ended by itself: {died}")
+        require(died.code == -signal.SIGKILL, f"the run was not killed: {died}")
     newest = max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     _same(True, newest, _run(subject), _run(subject, seed=1, ckpt_path=newest))
 
@@ -126,23 +126,23 @@ def _until_writing(subject: Subject, folder: Path) -> None:
     _run(subject, _Smaller(6, folder), keeper, enable_checkpointing=True)
 
 
-@check("a kill while a checkpoint is being written leaves the one before whole, and the run resumes from it", GROUP, slow=True)
+@check("a kill during a save leaves the previous checkpoint intact, and the run resumes from it", GROUP, slow=True)
 def resume_after_a_kill_while_writing(subject: Subject, folder: Path) -> None:
     try:
         call(_until_writing, (subject, folder))
     except Died as died:
-        require(died.code == -signal.SIGXFSZ, f"the run ended by itself: {died}")
+        require(died.code == -signal.SIGXFSZ, f"the run was not killed: {died}")
     path = folder / "one.ckpt"
     step = torch.load(path, weights_only=True)["global_step"]
-    require(step == 4, f"the file on disk is of step {step}, not the whole one of step 4")
+    require(step == 4, f"the file on disk is from step {step}, expected the intact one from step 4")
     _same(True, path, _run(subject), _run(subject, seed=1, ckpt_path=path))
 
 
-@check("a sparse run's checkpoint is continued by a dense run, and a dense run's by a sparse one", GROUP)
+@check("a dense run continues from a sparse run's checkpoint, and a sparse run from a dense run's", GROUP)
 def dense_and_sparse_files_are_exchanged(subject: Subject, folder: Path) -> None:
     other = _without(subject)
     for first, second, name in ((subject, other, "sparse"), (other, subject, "dense")):
         trainer = first.fit(first.model(), epochs=2)
         trainer.save_checkpoint(folder / f"{name}.ckpt")
         resumed = second.fit(second.model(seed=1), epochs=4, ckpt_path=folder / f"{name}.ckpt")
-        require(resumed.global_step == STEPS, f"from a {name} file the run went on to step {resumed.global_step} of {STEPS}")
+        require(resumed.global_step == STEPS, f"continued from a {name} checkpoint, the run ended at step {resumed.global_step} of {STEPS}")

@@ -163,7 +163,7 @@ FOREIGN: dict[str, Make] = {
 }
 
 
-@check("optimisers that keep step, betas, rate or moments elsewhere run, with zeros within a factor of 2 of Adam's", GROUP)
+@check("optimisers that store step, betas, learning rate or moments elsewhere end with zeros within a factor of 2 of Adam's", GROUP)
 def foreign_optimizers_work(subject: Subject, folder: Path) -> None:
     own_steps(subject)
     expected = _zeros(subject, lambda parameters: torch.optim.Adam(parameters, 1e-2))

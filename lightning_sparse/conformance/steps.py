@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_sparse.conformance import toys
 from lightning_sparse.conformance._lightning import Callback
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
-from lightning_sparse.conformance.files import Everywhere
+from lightning_sparse.conformance.files import AtEveryHook
 from lightning_sparse.conformance.life_cycle import SIZE, zeros
 
 GROUP = "precision and steps"
@@ -36,7 +36,7 @@ def own_steps(subject: Subject) -> None:
 def some_zeros(module: nn.Module, where: str) -> None:
     """Check that some but not all weights are exactly zero, and that all are finite."""
     require(all(bool(torch.isfinite(p).all()) for p in module.parameters()), f"a weight is not finite {where}")
-    require(0 < zeros(module) < SIZE, f"{zeros(module)} of {SIZE} weights are zero {where}; some, not all, should be")
+    require(0 < zeros(module) < SIZE, f"{zeros(module)} of {SIZE} weights are zero {where}; some but not all should be zero")
 
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ def _revived(states: list[dict[str, Tensor]]) -> int:
     return sum(int((state[name] & ~later[name]).sum()) for state in states[:1] for later in states[1:] for name in state)
 
 
-@check("zeros stay zero through momentum, Adam and weight decay once the support is frozen", GROUP)
+@check("zeros of a frozen support stay zero under momentum, Adam and weight decay", GROUP)
 def frozen_zeros_stay(subject: Subject, folder: Path) -> None:
     for name, make in MOMENTA.items() if subject.optimizer is None else [("its own optimiser", subject.optimizer)]:
         own, steps = [*subject.callbacks()], _Steps()
@@ -79,13 +79,13 @@ def frozen_zeros_stay(subject: Subject, folder: Path) -> None:
         late = steps.batches[13:] if freezing else steps.epochs[-2:]
         count = sum(int(zero.sum()) for zero in late[0].values())
         require(count > 0 or not freezing, f"no weight is zero {len(late)} batches before the end, with the support frozen under {name}")
-        require(not (count := _revived(late)), f"{count} times a zero of the frozen support came back under {name}")
+        require(not (count := _revived(late)), f"{count} times a zero of the frozen support became non-zero under {name}")
 
 
 def close(expected: dict[str, Tensor], actual: dict[str, Tensor], where: str) -> None:
     for name, w in expected.items():
         deviation = float((w - actual[name]).abs().max())
-        require(deviation < 1e-3, f"{name} {where} ends up to {deviation:.2g} from the plain run's")
+        require(deviation < 1e-3, f"{name} {where} differs by up to {deviation:.2g} from the plain run's")
 
 
 # -- accumulation and clipping --------------------------------------------------------------------------------------------
@@ -109,18 +109,18 @@ def _accumulated(subject: Subject, times: int, seed: int = 0) -> dict[str, Tenso
     torch.manual_seed(seed)
     trainer = subject.trainer(epochs=4, accumulate_grad_batches=times)
     trainer.fit(module, _Copies(times), toys.data(seed=1))
-    some_zeros(module, f"with {times} batches a step")
+    some_zeros(module, f"with {times} batches per step")
     return toys.weights(module)
 
 
-@check("lam means the same with gradients accumulated over 1, 2 or 4 batches", GROUP)
+@check("lam has the same meaning with gradients accumulated over 1, 2 or 4 batches", GROUP)
 def accumulation_keeps_lam(subject: Subject, folder: Path) -> None:
     once = _accumulated(subject, 1)
     others = {times: _accumulated(subject, times) for times in (2, 4)}
     if any(not torch.equal(w, once[name]) for name, w in _accumulated(subject, 1, seed=1).items()):
         return  # a random method draws more numbers for more batches, so only sparsity can be checked, as above
     for times, end in others.items():
-        close(once, end, f"with each batch {times} times and {times} batches a step")
+        close(once, end, f"with each batch repeated {times} times and {times} batches per step")
 
 
 class _Norms(Callback):
@@ -143,14 +143,14 @@ class _Norms(Callback):
             self.size = max(self.size, max(float(g.abs().max()) for g in gradients))
 
 
-@check("gradient clipping by norm and by value holds for what the optimiser gets", GROUP)
+@check("gradient clipping by norm and by value limits the gradients that the optimiser uses", GROUP)
 def clipping_holds(subject: Subject, folder: Path) -> None:
     for algorithm, limit in (("norm", 0.3), ("value", 0.2)):
         module, norms = subject.model(), _Norms()
         subject.fit(module, norms, epochs=4, gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
         some_zeros(module, f"with gradients clipped by {algorithm}")
         largest = norms.norm if algorithm == "norm" else norms.size
-        require(0 < largest < limit * 1.001, f"clipped by {algorithm} to {limit}, a step got {largest:.4g}")
+        require(0 < largest < limit * 1.001, f"clipped by {algorithm} to {limit}, the largest of a step is {largest:.4g}")
 
 
 # -- rates and closures -----------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 }
 
 
-@check("learning rate schedules end with true zeros: to zero, with restarts, one cycle", GROUP)
+@check("learning rate schedules (decay to zero, restarts, one cycle) end with exact zeros", GROUP)
 def schedules_end_sparse(subject: Subject, folder: Path) -> None:
     for name, make in SCHEDULERS.items():
         own: Any = {"optimizer": subject.optimizer} if subject.optimizer else {}
@@ -183,12 +183,12 @@ def schedules_end_sparse(subject: Subject, folder: Path) -> None:
         some_zeros(module, f"after the schedule {name}")
 
 
-@check("LBFGS is refused before it changes a weight, or ends with true zeros", GROUP)
+@check("LBFGS is refused before it changes a weight, or ends with exact zeros", GROUP)
 def lbfgs_is_refused_or_works(subject: Subject, folder: Path) -> None:
     own_steps(subject)
     module = toys.Toy(optimizer=partial(torch.optim.LBFGS, lr=0.1))
     before, steps = toys.weights(module), []
-    watch = Everywhere(lambda moment, trainer, module: steps.append(moment) if moment == "on_train_batch_end" else None)
+    watch = AtEveryHook(lambda moment, trainer, module: steps.append(moment) if moment == "on_train_batch_end" else None)
     try:
         subject.fit(module, watch)
     except Exception as error:

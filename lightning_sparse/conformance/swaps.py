@@ -82,23 +82,23 @@ def _same(ends: tuple[Any, Any], expected: tuple[Any, Any], where: str) -> None:
     for what, now, before in zip(("weights", "mean"), ends, expected, strict=True):
         values, others = (list(one.values()) if isinstance(one, dict) else one for one in (now, before))
         deviation = max(float((one - other).abs().max()) for one, other in zip(values, others, strict=True))
-        require(deviation == 0, f"{where}: the {what} differ by {deviation:.3g} from those of the run in which nothing is exchanged")
+        require(deviation == 0, f"{where}: the {what} differ by {deviation:.3g} from those of the run without swaps")
 
 
-@check("an average of one's own, put in for validation by any hooks and in either order, changes nothing of the run", GROUP)
+@check("a custom average, swapped in for validation by any hooks and in either order, does not affect the run", GROUP)
 def own_average_changes_nothing(subject: Subject, folder: Path) -> None:
     for first, order in ORDERS:
         expected = _run(subject, Average("none", "none"), _module(subject), first)
         for (into, out), exchanges in [(pair, exchanges) for pair in PAIRS for exchanges in (False, True)]:
             ends = _run(subject, Average(into, out, exchanges), _module(subject), first)
-            _same(ends, expected, f"put in by {into}, taken out by {out}, with the callback {order}")
+            _same(ends, expected, f"swapped in by {into}, out by {out}, with the callback {order}")
         into, out = PAIRS[0]
         average = Average("none", "none")
         ends = _run(subject, average, _module(subject).take(average, into, out), first)
-        _same(ends, expected, f"put in and taken out by the module's own hooks, with the callback {order}")
+        _same(ends, expected, f"swapped by the module's own hooks, with the callback {order}")
 
 
-@check("the average that validation evaluates has zeros, and is the average where it has none", GROUP)
+@check("a custom average is sparse in validation, and its non-zero weights are unchanged", GROUP)
 def own_average_is_sparse(subject: Subject, folder: Path) -> None:
     for first, order in ORDERS:
         average, module = Average(*PAIRS[0]), _module(subject)
@@ -106,7 +106,8 @@ def own_average_is_sparse(subject: Subject, folder: Path) -> None:
         names = [name for name, _ in module.named_parameters()]
         mean = dict(zip(names, average.mean, strict=False))
         zeros = sum(int((w == 0).sum()) for w in average.evaluated.values())
-        require(0 < zeros < 176, f"{zeros} of 176 weights were zero in validation, with the callback {order}; some, not all, should be")
+        count = f"{zeros} of 176 weights were zero in validation, with the callback {order}"
+        require(0 < zeros < 176, f"{count}; some but not all should be zero")
         for name, w in average.evaluated.items():
             require(name in mean, f"the module has no {name}; it has {names}")
             wrong = int(((w != mean[name]) & (w != 0)).sum())
@@ -165,7 +166,7 @@ class _Modes(toys.Toy):
 
 
 WAYS: dict[str, dict[str, str]] = {
-    "never": {"on_train_start": "train"},
+    "only at the start": {"on_train_start": "train"},
     "around validation": {"on_train_epoch_start": "train", "on_validation_start": "eval", "on_validation_end": "train"},
     "around its epoch": {"on_train_start": "train", "on_validation_epoch_start": "eval", "on_validation_epoch_end": "train"},
     "with the module": {"on_fit_start": "train", "on_validation_model_eval": "eval", "on_validation_model_train": "train"},
@@ -173,7 +174,7 @@ WAYS: dict[str, dict[str, str]] = {
 }
 
 
-@check("an optimiser with train() and eval() modes: switched around validation it trains as without, and ends as sparse as logged", GROUP)
+@check("an optimiser with train() and eval() modes, switched around validation: the same weights, and the logged sparsity", GROUP)
 def optimiser_modes_are_kept(subject: Subject, folder: Path) -> None:
     if subject.optimizer:
         raise NotApplicable("the subject brings its own optimiser")
@@ -183,10 +184,10 @@ def optimiser_modes_are_kept(subject: Subject, folder: Path) -> None:
             module = _Modes(optimizer=partial(ScheduleFree, lr=0.05)).switch(**hooks, **{end: "eval"})
             trainer = subject.fit(module, epochs=EPOCHS, val_check_interval=2)
             zeros = sum(int((w == 0).sum()) for w in matrices(module).values())
-            require(0 < zeros < 176, f"{zeros} of 176 weights are zero after fit, switched {way}, at last in {end}")
+            require(0 < zeros < 176, f"{zeros} of 176 weights are zero after fit, modes switched {way}, last in {end}")
             logged = trainer.callback_metrics.get("sparsity/total")
             same = logged is None or abs(float(logged) - zeros / 176) < 1e-6
-            require(same, f"{logged} is logged and {zeros / 176:.4f} is zero, switched {way}, at last in {end}")
+            require(same, f"the logged share of zeros is {logged}, the counted one {zeros / 176:.4f}, modes switched {way}, last in {end}")
             for name, w in matrices(module).items():
                 deviation = float((w - reference.setdefault(name, w)).abs().max())
-                require(deviation < 1e-4, f"{name} differs by {deviation:.3g} after fit, switched {way}, at last in {end}")
+                require(deviation < 1e-4, f"{name} differs by {deviation:.3g} after fit, modes switched {way}, last in {end}")

@@ -1,20 +1,18 @@
 """Run elementwise functions over many tensors: :class:`Engine`; over one tensor: :func:`map_chunks`.
 
-The other functions draw random numbers, look for values that are not finite, and gather or cut tensors that FSDP2 splits over
-processes. Only this part of the package knows chunks, buckets, kernels, random words, buffers and shards: import from here, not
-from the modules inside.
+The other functions draw random numbers, find values that are not finite, and gather or split tensors that FSDP2 shards over
+processes. Only this subpackage handles chunks, buckets, kernels, random words, buffers and shards: import from here, not from the
+modules inside.
 """
 
-from lightning_sparse.elementwise.buffers import raise_malloc_thresholds
-from lightning_sparse.elementwise.chunks import map_chunks
 from lightning_sparse.elementwise.engine import Drawn, Engine
 from lightning_sparse.elementwise.finite import count_nonfinite, maybe_nonfinite
 from lightning_sparse.elementwise.kernels import is_frozen_config
+from lightning_sparse.elementwise.pieces import map_chunks, raise_malloc_thresholds
 from lightning_sparse.elementwise.rng import generator_for, in_order, normal_like, random_words
 from lightning_sparse.elementwise.shards import (
     apply_mask_,
     apply_masks_,
-    copy_shards_,
     cut_like,
     fsdp_modules,
     full_tensor,
@@ -33,7 +31,6 @@ __all__ = [
     "Engine",
     "apply_mask_",
     "apply_masks_",
-    "copy_shards_",
     "count_nonfinite",
     "cut_like",
     "fsdp_modules",

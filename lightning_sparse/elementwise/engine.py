@@ -1,4 +1,4 @@
-"""Run elementwise functions over many tensors, by four verbs: ``add_``, ``update_``, ``map`` and ``draw``."""
+"""Run elementwise functions over many tensors, by ``add_``, ``update_``, ``map`` and ``draw``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_sparse.elementwise import buckets, chunks, shards
-from lightning_sparse.elementwise.buffers import BufferPool
+from lightning_sparse.elementwise import pieces, shards
 from lightning_sparse.elementwise.kernels import Kernel, is_frozen_config
+from lightning_sparse.elementwise.pieces import BufferPool
 from lightning_sparse.elementwise.rng import as_int32, counter_keys, counter_words
 
 DRAWN = 1 << 19  # elements of a mask that are drawn at a time, whatever the number of threads, because draws must not depend on it
@@ -21,7 +21,7 @@ Scalars = Sequence[float]
 
 
 class Distribution(Protocol):
-    """What :meth:`Engine.draw` needs of a mask's distribution (see :class:`lightning_sparse.noise.Noise`)."""
+    """The part of a mask's distribution that :meth:`Engine.draw` needs (see :class:`lightning_sparse.noise.Noise`)."""
 
     def sample(self, alpha: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
 
@@ -44,10 +44,10 @@ class Engine:
     """
 
     def __init__(self) -> None:
-        self._buckets, self._buffers = buckets.Buckets(), BufferPool()
+        self._buckets, self._buffers = pieces.Buckets(), BufferPool()
         self._kernels: dict[Hashable, Kernel] = {}
 
-    # -- verbs ------------------------------------------------------------------------------------------------------------
+    # -- functions over many tensors --------------------------------------------------------------------------------------
 
     def add_(self, targets: Sequence[Tensor], sources: Sequence[Tensor], function: Function, scale: float, separable: bool = True) -> None:
         """Compute ``target += scale * function(source)`` for each pair, in place."""
@@ -62,9 +62,7 @@ class Engine:
             for row in self._buckets.rows((targets, sources), whole=True):
                 kernel(row, (float(scale),))
 
-    def update_(
-        self, columns: buckets.Columns, function: Function, scalars: Scalars = (), written: int = 1, separable: bool = True
-    ) -> None:
+    def update_(self, columns: pieces.Columns, function: Function, scalars: Scalars = (), written: int = 1, separable: bool = True) -> None:
         """Call ``function(*row, *scalars)``, which writes into the first ``written`` tensors of each row."""
         local = [*map(shards.local_parts, columns)]
         kernel = self._kernels.get(("update", _key(function)))
@@ -75,29 +73,29 @@ class Engine:
             else:
                 kernel(row, [*map(float, scalars)])
 
-    def map(self, columns: buckets.Columns, function: Function, scalars: Scalars = (), separable: bool = True) -> list[Tensor]:
+    def map(self, columns: pieces.Columns, function: Function, scalars: Scalars = (), separable: bool = True) -> list[Tensor]:
         """Return ``function(*row, *scalars)`` of each row, a tensor of the row's shape (and split over processes as it is)."""
         whole = columns[0]
         rows = list(zip(*map(shards.local_parts, columns), strict=True))
         kernel = self._kernels.get(("map", _key(function)))
         made: list[Tensor] = [torch.empty(0)] * len(rows)
-        for numbers in buckets.bucket_rows(rows) if separable else [[number] for number in range(len(rows))]:
+        for numbers in pieces.bucket_rows(rows) if separable else [[number] for number in range(len(rows))]:
             found = [rows[number] for number in numbers]
-            row = buckets.merge(found)
+            row = pieces.merge(found)
             if kernel is not None:
                 value = torch.empty_like(row[0])
                 kernel((value, *row), [*map(float, scalars)])
             elif separable:
-                value = chunks.map_chunks(lambda *tensors: function(*tensors, *scalars), *row)
+                value = pieces.map_chunks(lambda *tensors: function(*tensors, *scalars), *row)
             else:
                 value = function(*row, *scalars)
-            for number, part in zip(numbers, buckets.split(value, found), strict=True):
+            for number, part in zip(numbers, pieces.split(value, found), strict=True):
                 made[number] = shards.shard_like(part, whole[number])
         return made
 
     def draw(
         self,
-        rows: Sequence[buckets.Row],
+        rows: Sequence[pieces.Row],
         keep_probability: Function,
         noise: Distribution,
         generator: torch.Generator,
@@ -116,7 +114,7 @@ class Engine:
             return
 
         def draw(*row: Tensor) -> Tensor:
-            alpha = chunks.map_chunks(lambda *part: keep_probability(*part, *scalars), *row)
+            alpha = pieces.map_chunks(lambda *part: keep_probability(*part, *scalars), *row)
             return noise.sample(alpha, generator)
 
         if not separable:
@@ -124,14 +122,14 @@ class Engine:
                 mask = noise.sample(keep_probability(*row, *scalars), generator)
                 yield Drawn(number, mask, row[0] * mask)
             return
-        for numbers in buckets.bucket_rows(rows, DRAWN, small=DRAWN // 2, few=2):
+        for numbers in pieces.bucket_rows(rows, DRAWN, small=DRAWN // 2, few=2):
             found = [rows[number] for number in numbers]
             if len(numbers) == 1:
                 yield Drawn(numbers[0], *_drawn(draw, found[0], pool, numbers[0]))
                 continue
-            terms = buckets.merge(found)
+            terms = pieces.merge(found)
             mask = draw(*terms)
-            masks, products = buckets.split(mask, found), buckets.split(terms[0].mul_(mask), found)
+            masks, products = pieces.split(mask, found), pieces.split(terms[0].mul_(mask), found)
             yield from (Drawn(*row) for row in zip(numbers, masks, products, strict=True))
 
     def clear(self) -> None:
@@ -194,37 +192,37 @@ def _key(function: Any) -> Hashable:
 
 
 def _is_shared(key: Any) -> bool:
-    """True if kernels of equal ``key`` compute the same: it holds frozen values and plain functions of modules alone."""
+    """Return True if kernels of equal ``key`` compute the same, because it holds only frozen values and plain module functions."""
     if isinstance(key, tuple):
         return all(map(_is_shared, key))
     return isinstance(key, str) or is_frozen_config(key) or getattr(key, "__closure__", key) is None
 
 
-def _drawn(draw: Function, row: buckets.Row, pool: BufferPool, number: int) -> tuple[Tensor, Tensor]:
+def _drawn(draw: Function, row: pieces.Row, pool: BufferPool, number: int) -> tuple[Tensor, Tensor]:
     """Draw one row: at once, or DRAWN elements at a time into buffers."""
     if row[0].numel() <= DRAWN or not row[0].is_cpu:
         mask = draw(*row)
         return mask, row[0] * mask
     mask, product = (pool.empty_like(row[0], (number, what)) for what in ("mask", "product"))
-    for into, multiplied, *terms in chunks.chunks(mask, product, *row, size=DRAWN):
+    for into, multiplied, *terms in pieces.chunks(mask, product, *row, size=DRAWN):
         torch.mul(terms[0], into.copy_(draw(*terms)), out=multiplied)
     return mask, product
 
 
 def _draw_by_kernel(
-    kernel: Kernel, rows: Sequence[buckets.Row], noise: Any, generator: torch.Generator, scalars: Scalars, pool: BufferPool
+    kernel: Kernel, rows: Sequence[pieces.Row], noise: Any, generator: torch.Generator, scalars: Scalars, pool: BufferPool
 ) -> Iterator[Drawn]:
     start, numbers_of = 0, [*map(float, scalars)]
-    for numbers in buckets.bucket_rows(rows, DRAWN):
+    for numbers in pieces.bucket_rows(rows, DRAWN):
         found = [rows[number] for number in numbers]
-        row = buckets.merge(found)
+        row = pieces.merge(found)
         mask, product = (pool.empty_like(row[0], (numbers[0], what)) for what in ("mask", "product"))
         # random numbers that are drawn before the kernel take memory: DRAWN of them at a time
-        for part in chunks.chunks(mask, product, *row, size=_LONGEST if noise.from_words else DRAWN):
+        for part in pieces.chunks(mask, product, *row, size=_LONGEST if noise.from_words else DRAWN):
             if noise.from_words:
                 kernel(part, (*numbers_of, as_int32(start), *counter_keys(generator)))
             else:
                 kernel((*part[:2], noise.numbers(part[2], generator), *part[2:]), numbers_of)
             start += part[0].numel()
-        masks, products = buckets.split(mask, found), buckets.split(product, found)
+        masks, products = pieces.split(mask, found), pieces.split(product, found)
         yield from (Drawn(*drawn) for drawn in zip(numbers, masks, products, strict=True))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.elementwise import shards
-from lightning_sparse.elementwise.buckets import bucket_rows, flatten
+from lightning_sparse.elementwise.pieces import PLAIN, bucket_rows, flatten
 
 _LARGE = 1 << 20  # elements: a sum, which only reads them, is faster than the call for many
 
@@ -19,7 +19,7 @@ _LARGE = 1 << 20  # elements: a sum, which only reads them, is faster than the c
 def count_nonfinite(tensors: Mapping[str, Tensor], nan_only: bool = False) -> dict[str, tuple[int, int]]:
     """Return {name: (NaN, inf)} of the tensors that hold such values; a collective for split ones.
 
-    One sum decides in the usual case: a value that is not finite cannot vanish in a sum, only seem to appear by overflow.
+    One sum is enough in the usual case, because a value that is not finite cannot vanish in a sum; it can only appear by overflow.
     """
     parts = {name: _values(tensor) for name, tensor in tensors.items()}
     sums = _sums(list(parts.values()))
@@ -32,10 +32,10 @@ def count_nonfinite(tensors: Mapping[str, Tensor], nan_only: bool = False) -> di
 def maybe_nonfinite(gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return the gradients that may contain NaN or inf. The check is collective: one bad gradient returns all of them.
 
-    One call, the one that GradScalers use, checks all that are dense, on the CPU, and small; it writes to each of them what is
-    there.
+    One call, the one that GradScalers use, checks all gradients that are dense, small and on the CPU; it rewrites them with equal
+    values.
     """
-    easy = [grad for grad in gradients.values() if type(grad) in shards.PLAIN and _is_easy(grad)]
+    easy = [grad for grad in gradients.values() if type(grad) in PLAIN and _is_easy(grad)]
     if not _are_finite(easy):
         return gradients
     if len(easy) == len(gradients):
@@ -52,7 +52,7 @@ def _are_finite(tensors: list[Tensor]) -> bool:
     found, one = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
     try:
         torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, one)
-    except RuntimeError:  # elements that share memory, or a type it does not know
+    except RuntimeError:  # elements share memory, or the type is not supported
         return False
     return found.item() == 0
 
@@ -67,7 +67,7 @@ def _sums(parts: list[Tensor]) -> list[Tensor]:
 def _any_nonfinite(sums: list[Tensor], tensors: Mapping[str, Tensor]) -> bool:
     """Return whether one of ``sums`` is not finite, here or, where a tensor is split, on another process."""
     split = next((tensor for tensor in tensors.values() if shards.is_sharded(tensor)), None)
-    if split is None and all(total.is_cpu for total in sums):  # an operation on them costs more than reading them
+    if split is None and all(total.is_cpu for total in sums):  # because an operation on them costs more than reading them
         return not all(math.isfinite(float(total)) for total in sums)
     stacked = torch.stack([total.to(sums[0]) for total in sums])
     if split is None:

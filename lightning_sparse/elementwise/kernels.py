@@ -1,6 +1,6 @@
 """Compile an elementwise function into one kernel, ahead of time: torch.export and AOTInductor, which need a compiler.
 
-torch.compile makes the same code, but spends 70 us at each call on guards and wrappers; a kernel made ahead takes 2.
+torch.compile generates the same code, but spends 70 us at each call on guards and wrappers; a precompiled kernel takes 2.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.elementwise.chunks import flat_view, same_layout
+from lightning_sparse.elementwise.pieces import flat_view, same_layout
 
 _EXAMPLE = 1 << 18  # elements: for much fewer the compiler makes a single-threaded kernel
 Run = Callable[[list[Tensor]], Any]
-_COMPILED: dict[Hashable, dict[Any, Run]] = {}  # kernels of this process, by what they are made of
+_COMPILED: dict[Hashable, dict[Any, Run]] = {}  # kernels of this process, by the key of their function
 
 
 def is_frozen_config(value: Any) -> bool:
@@ -39,8 +39,8 @@ class Kernel:
     """Runs ``function(*tensors, *scalars)``, which writes into some of the tensors element by element, as a compiled kernel.
 
     The tensors have one shape, any size, and no graph; the scalars are floats and 32-bit ints that may change from call to call.
-    It is compiled once for each combination of types, device and number of threads; kernels with an equal ``key`` share the
-    result. Tensors whose elements do not lie alike in memory are processed without it.
+    The kernel is compiled once for each combination of types, device and number of threads; kernels with an equal ``key`` share the
+    result. Tensors of different memory layout are processed without it.
     Raises RuntimeError, naming ``what`` is compiled, if compilation fails.
     """
 
@@ -72,10 +72,10 @@ class Kernel:
             try:
                 self._compiled[key] = _compile(self._function, tensors, scalars)
             except Exception as error:
-                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise RuntimeError(
-                    f"compile=True, but torch could not compile {self._what}: {said:.200}. It needs a compiler (on the CPU a C++ one), "
-                    "and a penalty made of torch's operations alone; leave compile=True out to go on without"
+                    f"compile=True, but torch could not compile {self._what}: {reason:.200}. It needs a compiler (on the CPU a C++ one), "
+                    "and a penalty made of torch operations only; omit compile=True to continue without it"
                 ) from error
         return self._compiled[key]
 

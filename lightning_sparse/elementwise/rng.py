@@ -39,7 +39,7 @@ def in_order(flat: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_row_major(tensor: Tensor) -> bool:
-    """True also for tensors without an order that could be followed."""
+    """Return True for a row-major tensor, and for tensors without an order that could be followed."""
     if tensor.is_contiguous() or type(tensor) not in (Tensor, nn.Parameter):
         return True
     return not torch.ops.aten.is_non_overlapping_and_dense(tensor)

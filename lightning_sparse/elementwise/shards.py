@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.elementwise.chunks import chunks
+from lightning_sparse.elementwise.pieces import PLAIN, chunks
 
-PLAIN = (Tensor, nn.Parameter)
 _CHUNK = 1 << 20  # weights whose mask is applied at a time
 
 
 def is_sharded(tensor: Any) -> bool:
     """Return whether ``tensor`` is a DTensor, split or repeated over a mesh of processes."""
-    module = sys.modules.get("torch.distributed.tensor")  # a DTensor exists only where somebody has imported it
+    module = sys.modules.get("torch.distributed.tensor")  # because DTensors exist only once it is imported
     return module is not None and isinstance(tensor, module.DTensor)
 
 
@@ -36,13 +35,18 @@ def local_parts(tensors: Sequence[Any]) -> list[Tensor]:
     return [tensor if type(tensor) in PLAIN else local_part(tensor.detach()) for tensor in tensors]
 
 
-def shard_like(part: Tensor, whole: Any) -> Tensor:
-    """Wrap ``part``, one value for each in the local part of ``whole``, as a tensor that is split as ``whole`` is."""
+def shard_like(part: Tensor, whole: Any, shape: torch.Size | None = None) -> Tensor:
+    """Wrap ``part``, one value for each in the local part of ``whole``, as a tensor that is split as ``whole`` is.
+
+    ``shape`` is that of all parts together, if it is not that of ``whole``.
+    """
     if not is_sharded(whole):
         return part
     from torch.distributed.tensor import DTensor
 
     layout = {"shape": whole.shape, "stride": whole.stride()}
+    if shape is not None:
+        layout = {"shape": shape, "stride": torch.empty(shape, device="meta").stride()}
     split: Tensor = DTensor.from_local(part, whole.device_mesh, whole.placements, run_check=False, **layout)
     return split
 
@@ -51,12 +55,6 @@ def shard_like(part: Tensor, whole: Any) -> Tensor:
 def map_shards(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Apply ``function`` to the local parts of ``tensors``, which are split alike; the result is split as they are."""
     return shard_like(function(*(local_part(tensor.detach()) for tensor in tensors)), tensors[0])
-
-
-@torch.no_grad()
-def copy_shards_(target: Tensor, source: Tensor) -> None:
-    """Copy the values of ``source`` into ``target``, which is split alike; no gradient is recorded."""
-    local_part(target.detach()).copy_(local_part(source.detach()))
 
 
 @torch.no_grad()

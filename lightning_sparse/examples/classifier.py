@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_sparse import _checks, _docstrings
 
+OPTIMIZERS = ("sgd", "adamw")
 _DECAYS = ("cosine", "linear")
 
 
@@ -84,8 +86,11 @@ class Classifier(LightningModule):
         self.log(f"{stage}/loss", nn.functional.cross_entropy(scores, y), batch_size=len(y))
         self.log(f"{stage}/accuracy", (scores.argmax(1) == y).float().mean(), batch_size=len(y))
 
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.lr, fused=self.fused or None)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, fused=self.fused or None)
+        optimizer = self._optimizer()
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError(
@@ -108,3 +113,12 @@ def cosines(step: int, total: int, restart: float) -> float:
     turn = round(restart * total)
     begin, end = (0, turn) if step < turn or turn == total else (turn, total)
     return (1 + math.cos(math.pi * min((step - begin) / max(end - begin, 1), 1.0))) / 2
+
+
+def sgd_or_adamw(
+    parameters: Iterable[nn.Parameter], name: str, lr: float, momentum: float, weight_decay: float, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov's momentum (plain without momentum), or AdamW, which has its own momentum, for the ``name`` "adamw"."""
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused or None)
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=fused or None)

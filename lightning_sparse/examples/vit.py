@@ -73,25 +73,28 @@ class Tokens(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(width / heads)) v in each head, then a Linear layer; shapes (batch, tokens, width)."""
+    """softmax(q k^T / sqrt(width / heads)) v in each head, then a Linear layer; shapes (batch, tokens, width).
 
-    def __init__(self, width: int, heads: int) -> None:
+    A ``causal`` one gives each token only those up to itself.
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        mixed: Tensor = self.o(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        mixed: Tensor = self.o(functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
         return mixed
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + perceptron(norm(x))."""
 
-    def __init__(self, width: int, heads: int, ratio: int) -> None:
+    def __init__(self, width: int, heads: int, ratio: int, causal: bool = False) -> None:
         super().__init__()
-        self.attention = nn.Sequential(nn.LayerNorm(width), Attention(width, heads))
+        self.attention = nn.Sequential(nn.LayerNorm(width), Attention(width, heads, causal))
         inner = ratio * width
         self.perceptron = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
 

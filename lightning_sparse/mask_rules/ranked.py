@@ -13,12 +13,12 @@ from lightning_sparse import _checks
 from lightning_sparse.duality import Examples, MaskRule, Penalty
 
 
-def largest(w: Tensor, count: int) -> Tensor:
+def topk_mask(w: Tensor, count: int) -> Tensor:
     """Return the boolean mask of the ``count`` largest |w|, plus every NaN. Ties: the first in memory order are selected."""
-    return _highest(w.detach().abs().reshape(-1), count).reshape(w.shape)
+    return _topk(w.detach().abs().reshape(-1), count).reshape(w.shape)
 
 
-def shrunk(
+def prune_smallest(
     weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], share: float, ties: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Prune the boolean masks ``kept`` until round(share * n) of all n weights are pruned, and return the new masks.
@@ -31,7 +31,7 @@ def shrunk(
         return {}
     flat = torch.cat([size.to(sizes[0].device) for size in sizes])
     flat_ties = None if ties is None else torch.cat([ties[name].detach().to(sizes[0].device).reshape(-1) for name in weights])
-    remaining = _highest(flat, max(1, len(flat) - round(share * len(flat))), flat_ties).split([len(size) for size in sizes])
+    remaining = _topk(flat, max(1, len(flat) - round(share * len(flat))), flat_ties).split([len(size) for size in sizes])
     return {name: part.reshape(kept[name].shape).to(kept[name].device) & kept[name] for name, part in zip(weights, remaining, strict=True)}
 
 
@@ -40,13 +40,15 @@ def lamp(w: Tensor) -> Tensor:
 
     Source: Lee et al., arXiv 2010.07611.
     """
-    square, order = w.detach().reshape(-1).float().square().sort(stable=True)
+    flat = w.detach().reshape(-1)
+    (alive,) = flat.nonzero(as_tuple=True)  # zeros score 0, and need not be sorted
+    square, order = flat[alive].float().square().sort(stable=True)
     larger = square.flip(0).cumsum(0).flip(0)
-    score = torch.empty_like(square).scatter_(0, order, square / larger.clamp(min=torch.finfo(square.dtype).tiny))
-    return score.reshape(w.shape)
+    score = flat.new_zeros(flat.shape, dtype=square.dtype)
+    return score.index_copy_(0, alive[order], square / larger.clamp(min=torch.finfo(square.dtype).tiny)).reshape(w.shape)
 
 
-def _highest(size: Tensor, count: int, ties: Tensor | None = None) -> Tensor:
+def _topk(size: Tensor, count: int, ties: Tensor | None = None) -> Tensor:
     """Return the boolean mask of the ``count`` highest entries of a vector, plus every NaN.
 
     Ties: those with the highest ``ties`` are selected, then the first.
@@ -58,7 +60,7 @@ def _highest(size: Tensor, count: int, ties: Tensor | None = None) -> Tensor:
     above, tied = without_nan > bound, without_nan == bound
     remaining = count - above.sum()
     if ties is not None:
-        tied = _highest(ties.masked_fill(~tied, -1.0), int(remaining)) & tied
+        tied = _topk(ties.masked_fill(~tied, -torch.inf), int(remaining)) & tied
     return above | (tied & (tied.cumsum(0) <= remaining)) | size.isnan()
 
 
@@ -82,7 +84,7 @@ class TopK(MaskRule):
 
     def kept(self, w: Tensor) -> Tensor:
         """Return the boolean mask of the weights to keep."""
-        return largest(w, max(1, round(self.density * w.numel())))
+        return topk_mask(w, max(1, round(self.density * w.numel())))
 
     def keep_probability(self, w: Tensor) -> Tensor:
         return self.kept(w).to(w.dtype)
@@ -143,7 +145,7 @@ class TargetedDropout(MaskRule):
 
     def targeted(self, w: Tensor) -> Tensor:
         """Return the boolean mask of the smallest weights, dropped with probability ``rate``."""
-        return ~largest(w, w.numel() - round(self.fraction * w.numel()))
+        return ~topk_mask(w, w.numel() - round(self.fraction * w.numel()))
 
     def keep_probability(self, w: Tensor) -> Tensor:
         return torch.ones_like(w).masked_fill(self.targeted(w), 1 - self.rate)

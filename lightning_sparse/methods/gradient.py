@@ -14,12 +14,12 @@ from lightning_sparse.methods.base import Member, Method, Step
 
 
 class ReweightedGradient(Method):
-    """``grad += lam * w / eta_hat(w)`` before each optimiser step (AdaTikhonov; the penalty's own gradient)."""
+    """Adds ``lam * w / eta_hat(w)`` to the gradient before each optimiser step (AdaTikhonov; the penalty's own gradient)."""
 
-    compiles = True
+    compiles, requires_hook = True, True
 
     def gradient(self, w: Tensor) -> Tensor:
-        """Return what ``lam`` multiplies."""
+        """Return the gradient that ``lam`` multiplies."""
         return self.penalty.gradient(w)
 
     def compile(self, engine: Engine, optimizers: Iterable[tuple[Optimizer, list[Member]]]) -> None:
@@ -28,7 +28,7 @@ class ReweightedGradient(Method):
 
     @property
     def _formula(self) -> Callable[[Tensor], Tensor]:
-        """A subclass's own gradient, else the penalty's, by which equal penalties share a kernel."""
+        """Return a subclass's own gradient, else the penalty's, so that equal penalties share a kernel."""
         return self.penalty.gradient if type(self).gradient is ReweightedGradient.gradient else self.gradient
 
     @torch.no_grad()
@@ -43,7 +43,7 @@ class ReweightedGradient(Method):
 
 
 class LossTerm(ReweightedGradient):
-    """``grad += lam * d Omega(w) / dw``, by autograd from ``omega`` alone: the gradient of a term in the loss (the paper's LogSum row)."""
+    """Adds ``lam * d Omega(w) / dw`` to the gradient, by autograd from ``omega`` alone: a loss term (the paper's LogSum row)."""
 
     compiles = False
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_sparse import _checks, proximal, step_sizes
 from lightning_sparse import optimizer as steps
-from lightning_sparse import proximal, step_sizes
 from lightning_sparse.duality import Penalty
 from lightning_sparse.elementwise import Engine
 from lightning_sparse.methods.base import Member, Method, Step
@@ -21,7 +21,7 @@ Metric = Literal["auto", "adam", "plain"]
 
 @dataclass(frozen=True)
 class ProximalStep:
-    """w <- w / (1 + step / eta_hat(w)), or the exact prox of step * omega; ``step`` is lam times the step size."""
+    """Computes w <- w / (1 + step / eta_hat(w)), or the exact prox of step * omega; ``step`` is lam times the step size."""
 
     penalty: Penalty
     exact: bool
@@ -32,23 +32,45 @@ class ProximalStep:
 
 
 class Proximal(Method):
-    """``w <- w / (1 + rho lam / eta_hat(w))`` after each optimiser step (AdaProx), or the exact prox of rho lam omega.
+    """Applies ``w <- w / (1 + rho lam / eta_hat(w))`` after each optimiser step (AdaProx), or the exact prox of rho lam omega.
 
     ``metric`` says what rho is: the learning rate ("plain"), Adam's lr / (sqrt(v_hat) + eps) ("adam"), or the optimiser's own
-    step size ("auto").
+    step size ("auto"). ``bounded`` adds lam to eps there, as if the penalty's gradient were in v_hat: a weight whose gradients are tiny,
+    as in the first steps, then moves by at most lr in a step (for slopes of at most 1).
     """
 
     compiles = True
+    adds_gradients = False
 
-    def __init__(self, penalty: Penalty, metric: Metric = "auto", exact: bool = False) -> None:
+    def __init__(self, penalty: Penalty, metric: Metric = "auto", exact: bool = False, bounded: bool = False) -> None:
         super().__init__(penalty)
-        self.metric, self.exact = metric, exact
+        _checks.one_of("metric", metric, ("auto", "adam", "plain"))
+        self.metric, self.exact, self.bounded = metric, exact, bounded
         self._shrink = ProximalStep(penalty, exact)
 
     @property
     def oscillates(self) -> bool:
-        """True for the reweighted step; the exact prox lands on its zeros by itself."""
+        """Return True for the reweighted step, False for the exact prox, which reaches zero by itself."""
         return not self.exact
+
+    @property
+    def needs_step_sizes(self) -> bool:
+        return self.metric == "auto"
+
+    def check(self, optimizer: Optimizer, members: list[Member]) -> str:
+        for _, parameter, group in members:
+            self._check_metric(optimizer, parameter, group)
+        return ""
+
+    def _check_metric(self, optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> None:
+        name = type(optimizer).__name__
+        if self.metric == "adam" and not step_sizes.has_second_moments(optimizer, parameter, group):
+            raise ValueError(
+                f"metric='adam' needs an optimiser with second moments, got {name}: one of torch's, such as AdamW, whose state is read. "
+                "Use metric='auto', which measures the step size of others, or metric='plain'"
+            )
+        if self.metric == "plain" and not isinstance(group.get("lr"), (int, float, Tensor)):
+            raise ValueError(f"metric='plain' is the learning rate, but {name} has lr={group.get('lr')!r}; use metric='auto'")
 
     def compile(self, engine: Engine, optimizers: Iterable[tuple[Optimizer, list[Member]]]) -> None:
         what = f"{'the prox of ' if self.exact else ''}{self.penalty!r}"
@@ -63,6 +85,8 @@ class Proximal(Method):
         rows = []
         for _, parameter, group in step.trained():
             state, own = self._step_size(step, parameter, group)
+            if self.bounded and "eps" in own:
+                own = {**own, "eps": own["eps"] + step.lam}
             rows.append((state, own, step.lam_on_prox(own), parameter))
         for columns, scalars in steps.by_step_size(rows, self.metric):
             step.engine.update_(columns, self._shrink, scalars, separable=self.penalty.separable)

@@ -44,7 +44,7 @@ class ARD(Penalty):
 
     @property
     def width(self) -> int:
-        """Required number of weights in ``w``."""
+        """Return the required number of weights in ``w``."""
         return self.X.shape[1]
 
     def _vector(self, w: Tensor) -> Tensor:

@@ -17,19 +17,19 @@ _HEAD = (
     "method",
     "test error %",
     "published",
-    "apart, points",
+    "difference, points",
     "non-zero %",
     "published",
-    "apart, relative",
+    "difference, relative",
     "non-zero in the file %",
     "seeds",
     "epochs",
     "minutes a run",
 )
 _READING = (
-    "Mean (standard deviation) over the seeds; the published figures are one run each. A weight counts as non-zero where its "
-    "alpha is at least the form's `tol` (0.05), as in the paper; the file's share counts what is not 0 in the checkpoint, and "
-    "the test error is that checkpoint's."
+    "Mean (standard deviation) over the seeds; the published figures are one run each. A weight counts as non-zero if its "
+    "alpha is at least the callback's `tol` (0.05), as in the paper; the file's share counts the non-zero weights of the checkpoint, "
+    "and the test error is that of the checkpoint."
 )
 
 
@@ -81,7 +81,7 @@ def _cells(row: Row, runs: Runs, notes: list[str]) -> list[str]:
 def _note(row: Row, notes: list[str]) -> str:
     if not row.slip:
         return ""
-    notes.append(f"The published run of {row.title} differs from what its method is: {row.slip}. Ours does not.")
+    notes.append(f"The published run of {row.title} deviates from the method: {row.slip}. Ours does not.")
     return f" ({len(notes)})"
 
 

@@ -1,4 +1,4 @@
-"""The way through one warm training step: which of the package's files it enters, and how often it changes from one to another.
+"""Count the package's files that one warm training step enters, and the changes from one file to another.
 
     python tests/benchmarks/walk.py
 
@@ -76,7 +76,7 @@ class Net(LightningModule):
 
 
 def walk(callback: Callback, step: int = 13) -> Walk:
-    """The walk of the batch number ``step`` of a fit."""
+    """Return the walk of batch ``step`` of a fit."""
     x = torch.randn(128, 8, generator=torch.Generator().manual_seed(0))
     loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=8)
     trainer = Trainer(
@@ -111,14 +111,14 @@ def walk(callback: Callback, step: int = 13) -> Walk:
 
 
 def own(path: str) -> str:
-    """A file's name inside of the package; empty for any other."""
+    """Return a file's name inside the package; an empty string for other files."""
     at = Path(path)
     found = next((folder for folder in FOLDERS if folder in at.parents), None)
     return "" if found is None else f"{FOLDERS[found]}/{at.relative_to(found).as_posix()}"
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package, by its name."""
+    """Return every module of the package by name."""
     found = {}
     for folder, name in FOLDERS.items():
         package = "lightning_sparse" if name == "lightning_sparse" else f"lightning_sparse.{name}"
@@ -130,7 +130,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path, known: set[str]) -> set[str]:
-    """The package's modules that a file imports anywhere in it."""
+    """Return the package's modules that a file imports anywhere."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -141,7 +141,7 @@ def imported(path: Path, known: set[str]) -> set[str]:
 
 
 def cycles() -> list[list[str]]:
-    """Groups of modules that import each other, each group's names in order."""
+    """Return groups of modules that import each other, with sorted names."""
     paths = modules()
     needs = {name: imported(path, set(paths)) - {name} for name, path in paths.items()}
     reached = {name: set(_reached(name, needs)) for name in needs}

@@ -1,4 +1,4 @@
-"""Forms that learn parameters, and runs of them, for the tests of what they leave in optimisers and files."""
+"""Callbacks with learned parameters, and short runs of them, for tests of optimisers and files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 
 
 class Scheduled(Toy):
-    """Adam at 0.01 with weight decay under a schedule."""
+    """A toy with Adam at 0.01, weight decay and a learning rate schedule."""
 
     def __init__(self, schedule=None, interval="step", make=ADAMW, seed=0):
         super().__init__(optimizer=make, seed=seed)
@@ -43,7 +43,7 @@ class Scheduled(Toy):
 
 
 def fit(callback, module, path=None, keep=None, epochs=2, **options):
-    """A run of four epochs' schedule; its trainer."""
+    """Fit with the schedule of four epochs and return the Trainer."""
     keepers = [] if keep is None else [ModelCheckpoint(keep, filename="{step}", save_top_k=-1, every_n_train_steps=1)]
     callbacks = ([] if callback is None else [callback]) + keepers
     run = trainer(*callbacks, epochs=epochs, enable_checkpointing=bool(keepers), **options)

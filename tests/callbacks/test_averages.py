@@ -1,6 +1,6 @@
-"""Beside WeightAveraging and StochasticWeightAveraging: figures, files, resumes and the order of callbacks.
+"""With WeightAveraging and StochasticWeightAveraging: figures, files, resumes and the order of callbacks.
 
-That the average is sparse where it is evaluated, saved and handed over is in the conformance suite.
+The conformance suite checks that the average is sparse in validation, in files and after fit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 LOG_SUM = penalties.LogSum(eps=2.0)
 slow = pytest.mark.slow
-needs_ema = pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="this Lightning has no EMAWeightAveraging")
+needs_ema = pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="this version of Lightning has no EMAWeightAveraging")
 both_orders = pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 
 
@@ -68,7 +68,7 @@ def test_the_final_figures_count_what_the_module_holds(average, first):
 @pytest.mark.parametrize("average", AVERAGES)
 def test_the_final_total_of_two_callbacks_beside_an_average_is_their_joint_count(average):
     module = Toy()
-    own = [ReweightedPenalty(LOG_SUM, 0.5, ["network.0.*"]), AdaptiveProx(LOG_SUM, 0.1, ["network.2.*"])]
+    own = [ReweightedPenalty(LOG_SUM, 0.5, select=["network.0.*"]), AdaptiveProx(LOG_SUM, 0.1, select=["network.2.*"])]
     run = trainer(own[0], average(), own[1], epochs=4)
     run.fit(module, data())
     assert float(run.callback_metrics["sparsity/total"]) == pytest.approx(share(module.parameters()), abs=1e-7)
@@ -85,7 +85,7 @@ def test_a_monitor_alone_counts_the_average_that_ends_the_fit():
     module = Dying()
     run = trainer(callbacks.EMAWeightAveraging(decay=0.5), SparsityMonitor(), epochs=2)
     run.fit(module, data())
-    assert share(module.parameters()) == 0  # the average still remembers
+    assert share(module.parameters()) == 0  # because the average still contains earlier values
     assert float(run.callback_metrics["sparsity/total"]) == 0
 
 
@@ -106,7 +106,7 @@ def test_each_epochs_total_is_a_count_of_its_file(first, tmp_path):
 
 
 class Kept(Toy):
-    """Notes its weights when training starts."""
+    """Record the weights when training starts."""
 
     started = None
 
@@ -116,7 +116,7 @@ class Kept(Toy):
 
 @pytest.fixture
 def files(tmp_path):
-    """Files beside EMA, dense and sparse, of the second of four epochs, with the raw average of the sparse run."""
+    """Save files of a dense and a sparse run with EMA in the second of four epochs; also return the sparse run's raw average."""
     averages = []
 
     class Noting(Toy):
@@ -131,7 +131,7 @@ def files(tmp_path):
 
 @slow
 @needs_ema
-def test_a_file_that_holds_an_average_is_continued_from_it_where_no_one_averages(files):
+def test_a_run_without_averaging_continues_from_the_average_in_the_file(files):
     folder, average = files
     module, callback = Kept(seed=1), ReweightedPenalty(LOG_SUM, 0.5)
     trainer(callback, epochs=4).fit(module, data(), ckpt_path=folder / "sparse.ckpt")
@@ -216,7 +216,7 @@ def test_shares_of_a_run_do_not_count_the_epoch_that_renews_batch_norm(first):
     callback = ReweightedPenalty(LOG_SUM, LinearWarmup(0.5, 0.5), freeze=0.25)
     trainer(*ordered(first, callback, swa()), epochs=4).fit(Looking(network), data())
     assert len(seen) > 16
-    assert [frozen for _, frozen in seen[:16]] == [False] * 11 + [True] * 5  # a batch ends after its step
+    assert [frozen for _, frozen in seen[:16]] == [False] * 11 + [True] * 5  # because a batch ends after its step
     assert [lam for lam, _ in seen[:8]] == pytest.approx([0.5 * step / 8 for step in range(1, 9)])
 
 
@@ -233,8 +233,9 @@ def test_no_noise_is_drawn_where_batch_norm_is_renewed():
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_our_callbacks_stand_first_and_keep_their_order(average):
-    one, two, monitor = ReweightedPenalty(LOG_SUM, 0.5, ["network.0.*"]), AdaptiveProx(LOG_SUM, 0.1, ["network.2.*"]), SparsityMonitor()
+def test_sparsity_callbacks_come_first_and_keep_their_order(average):
+    one, monitor = ReweightedPenalty(LOG_SUM, 0.5, select=["network.0.*"]), SparsityMonitor()
+    two = AdaptiveProx(LOG_SUM, 0.1, select=["network.2.*"])
     averaging = average()
     run = trainer(monitor, averaging, one, two, epochs=1)
     run.fit(Toy(), data())
@@ -244,8 +245,8 @@ def test_our_callbacks_stand_first_and_keep_their_order(average):
 @slow
 @needs_ema
 @pytest.mark.parametrize("form", [ReweightedPenalty, AdaptiveMask])
-def test_the_average_goes_on_in_full_after_validation(form):
-    """Validation in the middle of epochs, and several times, changes nothing of the run and its average."""
+def test_validation_does_not_affect_the_average(form):
+    """Repeated validation within epochs changes neither the run nor its average."""
     ends = []
     for often in (2, 4):
         average, module = ema(), Toy()

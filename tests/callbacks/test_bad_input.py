@@ -1,4 +1,4 @@
-"""Tables of bad input: arguments, models and states of a checkpoint, each with its error and the module as it was."""
+"""Invalid arguments, models and checkpoint states: the error, and the module left unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from torch import nn
 from toys import Toy, data, hooks, trainer, weights
 
 from lightning_sparse import curvature, mask_rules, noise, penalties, schedules
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, Sparsifier
+from lightning_sparse.callbacks import (
+    AdaptiveMask,
+    AdaptiveProx,
+    BestAfterTarget,
+    MagnitudePruning,
+    ReweightedPenalty,
+    SparseCheckpoint,
+    Sparsifier,
+)
 from lightning_sparse.duality import MaskRule
 
 NAN, INF = float("nan"), float("inf")
@@ -69,6 +77,12 @@ ARGUMENTS = {
     "large alpha_min": (lambda: mask(1.0, alpha_min=1.0), ValueError, r"alpha_min must lie in \(0, 1\), got 1.0"),
     "metric": (lambda: prox(1.0, metric=None), ValueError, "metric must be 'auto', 'adam' or 'plain', got None"),
     "a number as penalty": (lambda: AdaptiveProx(3, 1.0), TypeError, "AdaptiveProx takes a Penalty or a MaskRule, got 3"),
+    "per cent": (lambda: penalty(target_sparsity=90), ValueError, r"target_sparsity must lie in \(0, 1\), got 90; did you mean 0.9\?"),
+    "per cent to prune": (lambda: MagnitudePruning(97.5), ValueError, r"sparsity must lie in \(0, 1\), got 97.5; did you mean 0.975\?"),
+    "per cent in files": (lambda: SparseCheckpoint(target=99), ValueError, r"target must lie in \[0, 1\], got 99; did you mean 0.99\?"),
+    "per cent, then best": (lambda: BestAfterTarget(80), ValueError, r"got 80; did you mean 0.8\?"),
+    "per cent to freeze": (lambda: penalty(1.0, freeze=25), ValueError, r"freeze must lie in \[0, 1\), got 25; did you mean 0.25\?"),
+    "a thousand": (lambda: penalty(target_sparsity=1000), ValueError, r"got 1000$"),
     "another form's argument": (lambda: penalty(1.0).to_prox(ceiling=1.0), TypeError, "ceiling"),
 }  # fmt: skip
 
@@ -81,7 +95,7 @@ def test_arguments(case):
 
 
 class Holding(nn.Module):
-    """A layer that also holds one odd parameter."""
+    """A layer with an additional unsupported parameter."""
 
     def __init__(self, odd):
         super().__init__()
@@ -129,6 +143,7 @@ def test_models(case):
 W = "network.0.weight"
 STATES = {
     "a list": ([1], "it must be a dict, got [1]"),
+    "a later version": ({"version": 99}, "'version' must be a whole number up to 1, or the file is of a later release, got 99"),
     "no step": ({"step": None}, "'step' must be a whole number >= 0, got None"),
     "a negative step": ({"step": -1}, "'step' must be a whole number >= 0, got -1"),
     "a true step": ({"step": True}, "'step' must be a whole number >= 0, got True"),
@@ -169,7 +184,7 @@ def saved(tmp_path_factory):
 
 
 def resumed(content, path):
-    """The error of a run that goes on from ``content``; nothing may be trained, and hooks are gone."""
+    """Return the error of a run resumed from ``content``; check that nothing was trained and all hooks are removed."""
     torch.save(content, path)
     raw, module = path.read_bytes(), Toy(seed=1)
     own, count = weights(module), hooks(module)
@@ -201,7 +216,7 @@ def test_a_state_that_lacks_an_entry(name, saved, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
-def test_another_callbacks_garbage_is_none_of_ours(saved, tmp_path):
+def test_invalid_states_of_other_callbacks_are_ignored(saved, tmp_path):
     content = saved[0] | {"callbacks": {"elsewhere": [1, 2], "there": {"taken": 3}}}
     torch.save(content, tmp_path / "odd.ckpt")
     own = mask(0.5)

@@ -1,4 +1,4 @@
-"""BestAfterTarget: scores of other callbacks count from the target sparsity on; and what is said without it."""
+"""BestAfterTarget: scores of other callbacks count after the target is reached; the warning without it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from toys import Toy, data, trainer
+from toys import Toy, data, several, trainer
 
 from lightning_sparse import penalties
 from lightning_sparse.callbacks import BestAfterTarget, MagnitudePruning, ReweightedPenalty, SparseCheckpoint
-from lightning_sparse.conformance.ranks import DDP, as_ranks
+from lightning_sparse.conformance.ranks import DDP, on_ranks
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 
 
 class Rising(Toy):
-    """Validation's score gets worse from epoch to epoch: the first epoch is the best."""
+    """A toy whose validation score gets worse in every epoch, so the first epoch is the best."""
 
     def validation_step(self, batch, index):
         self.log("score", float(self.current_epoch))
@@ -39,7 +39,7 @@ def pruning():
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["listed last", "listed first"])
-@pytest.mark.parametrize("top", [1, 2, -1])
+@pytest.mark.parametrize("top", several({"1": 1, "2": 2, "all": -1}, "2"))
 def test_the_best_file_is_the_best_of_those_that_meet_the_target(last, top, tmp_path):
     keeper, waiting = ModelCheckpoint(tmp_path, filename="{epoch}-{score:.0f}", monitor="score", save_top_k=top), BestAfterTarget()
     fit(*([pruning(), keeper, waiting] if last else [waiting, keeper, pruning()]))
@@ -51,7 +51,7 @@ def test_the_best_file_is_the_best_of_those_that_meet_the_target(last, top, tmp_
     assert len([*tmp_path.iterdir()]) == (8 if top == -1 else top)
 
 
-def test_without_it_the_first_epoch_wins_and_that_is_said_before_training(tmp_path):
+def test_without_it_the_first_epoch_is_best_with_a_warning_before_training(tmp_path):
     keeper = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="score")
     with pytest.warns(UserWarning, match=r"ModelCheckpoint\(monitor='score'\) compares all epochs(.|\n)*BestAfterTarget\(\)") as said:
         fit(pruning(), keeper)
@@ -61,12 +61,12 @@ def test_without_it_the_first_epoch_wins_and_that_is_said_before_training(tmp_pa
 
 
 @pytest.mark.parametrize("others", [[], [ModelCheckpoint()], [SparseCheckpoint(0.4, monitor="score")], [BestAfterTarget()]])
-def test_nothing_is_said_where_no_score_decides_or_a_target_does(others, tmp_path):
+def test_no_warning_without_a_score_or_with_best_after_target(others, tmp_path):
     run = fit(pruning(), *others, default_root_dir=tmp_path, epochs=4)
     assert run.current_epoch == 4
 
 
-def test_nothing_is_said_of_a_strength_without_a_target(tmp_path):
+def test_no_warning_about_a_strength_without_a_target(tmp_path):
     run = fit(ReweightedPenalty(LOG_SUM, 0.5), ModelCheckpoint(tmp_path, monitor="score"), epochs=2)
     assert run.current_epoch == 2
 
@@ -78,16 +78,16 @@ def test_patience_runs_from_the_target_on(tmp_path):
     assert stopping.stopped_epoch == run.current_epoch - 1
 
 
-def test_a_share_of_ones_own_may_be_waited_for(tmp_path):
+def test_a_custom_share_can_be_the_target(tmp_path):
     keeper, waiting = ModelCheckpoint(tmp_path, monitor="score"), BestAfterTarget(target_sparsity=0.3)
     fit(ReweightedPenalty(LOG_SUM, 0.3), keeper, waiting)
     assert waiting.held
     assert share(keeper.best_model_path) >= 0.3 - 0.01
 
 
-def test_where_the_target_never_holds_the_latest_file_is_kept_and_that_is_said(tmp_path):
+def test_without_the_target_the_latest_file_is_kept_with_a_warning(tmp_path):
     keeper = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="score")
-    with pytest.warns(UserWarning, match="the target sparsity never held"):
+    with pytest.warns(UserWarning, match="the target sparsity was never met"):
         fit(ReweightedPenalty(LOG_SUM, 0.3), keeper, BestAfterTarget(0.999), epochs=3)
     assert [path.name for path in tmp_path.iterdir()] == ["epoch=2.ckpt"]
     assert float(keeper.best_model_score) == 2
@@ -99,7 +99,7 @@ def test_steps_between_validations_keep_the_latest_file_too(tmp_path):
     assert share(keeper.best_model_path) == pytest.approx(0.5, abs=0.02)
 
 
-def test_what_it_cannot_wait_for_is_refused():
+def test_unsupported_targets_are_refused():
     with pytest.raises(ValueError, match="the Trainer has none"):
         fit(BestAfterTarget())
     with pytest.raises(ValueError, match=r"ReweightedPenalty has no target sparsity to wait for.*BestAfterTarget\(target_sparsity=0.9\)"):
@@ -126,7 +126,7 @@ def _two_ranks(rank, folder):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
 def test_two_ranks_wait_for_the_same_epoch(tmp_path):
-    one, two = as_ranks(_two_ranks, tmp_path)
+    one, two = on_ranks(_two_ranks, tmp_path)
     assert one == two
     assert one[0]
     assert share(tmp_path / one[1]) == pytest.approx(0.5, abs=0.01)

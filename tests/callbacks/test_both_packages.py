@@ -14,7 +14,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-from every_form import every_form
+from every_form import each_kind
 from torch import nn
 from toys import data
 
@@ -27,7 +27,7 @@ PACKAGES = {"lightning.pytorch": lightning.pytorch, "pytorch_lightning": pytorch
 
 
 class Steps:
-    """The toy's network and steps, for a LightningModule of either package."""
+    """A mixin with the toy's network and steps, for a LightningModule of either package."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ def package(request):
     return request.param
 
 
-@every_form
+@each_kind
 def test_both_packages_train_the_same_weights(form):
     runs = [fit(package, [form()]) for package in PACKAGES.values()]
     assert zeros(runs[0].weights) > 0
@@ -78,7 +78,7 @@ def test_both_packages_train_the_same_weights(form):
 
 
 @pytest.mark.parametrize("make", [SparsityMonitor, lambda: ReweightedPenalty(LOG_SUM, 0.5), lambda: MagnitudePruning(0.5)])
-def test_a_callback_may_be_handed_alone(package, make):
+def test_a_single_callback_is_accepted(package, make):
     assert "sparsity/total" in fit(package, make()).trainer.callback_metrics
 
 
@@ -128,19 +128,25 @@ def test_csv_figures_are_those_of_the_module(package, tmp_path):
 
 
 def test_wandb_loggers_of_either_package_are_found(package, tmp_path):
-    logger = object.__new__(package.loggers.WandbLogger)
-    assert ours._wandb.wandb_loggers([package.loggers.CSVLogger(tmp_path), logger]) == [logger]
+    config = {}
+    run = SimpleNamespace(config=SimpleNamespace(update=lambda values, **_: config.update(values)), summary={})
+    silent = {name: lambda *_, **__: None for name in ("__init__", "log_metrics", "log_hyperparams", "finalize", "after_save_checkpoint")}
+    names = {"name": "run", "version": "1", "save_dir": str(tmp_path), "experiment": run, "_prefix": ""}
+    logger = type("Kept", (package.loggers.WandbLogger,), silent | names)()
+    found = fit(package, [ReweightedPenalty(LOG_SUM, 0.5)], logger=[package.loggers.CSVLogger(tmp_path), logger])
+    assert config["sparsify"]["class_path"] == "ReweightedPenalty"
+    assert run.summary["sparsity/total"] == zeros(found.weights) / 176
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_strategies_of_either_package_are_refused(package, name):
-    strategy = object.__new__(getattr(package.strategies, name))
-    trainer = SimpleNamespace(strategy=strategy, lightning_module=None)
-    with pytest.raises(ValueError, match=f"ReweightedPenalty does not support {name}"):
-        ours._refusals.check_run(ReweightedPenalty(LOG_SUM, 0.5), trainer)
+    run = package.Trainer(callbacks=[ReweightedPenalty(LOG_SUM, 0.5)], **QUIET)
+    run.strategy.__class__ = type("Posed", (getattr(package.strategies, name),), {})
+    with pytest.raises(ValueError, match="ReweightedPenalty does not support Posed"):
+        run.callbacks[0].setup(run, module(package), "fit")
 
 
-def test_hooks_of_ones_own_are_seen_in_either_package(package):
+def test_users_hooks_are_detected_in_either_package(package):
     plain, own = module(package), module(package, setup=lambda self, stage: None)
     patched = module(package)
     patched.configure_gradient_clipping = lambda *_, **__: None
@@ -186,7 +192,7 @@ def test_a_class_derived_later_is_of_both_packages():
 
 
 def test_no_callback_asks_isinstance_of_one_package_alone():
-    """``isinstance`` and ``issubclass`` with a class of ``lightning.pytorch``, and its ``is_overridden``: all know one package only."""
+    """``isinstance``, ``issubclass`` and ``is_overridden`` of ``lightning.pytorch`` support only one package."""
     odd = []
     for path in Path(ours.__file__).parent.glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Files between runs: dense ones continued sparse, another form's, and those written when a run fails."""
+"""Checkpoints between runs: from dense runs, from other callbacks, and from failed runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_dense_checkpoint_is_continued_sparse_and_freezes_in_time(form, tmp_pa
     callback = form(LOG_SUM, LinearWarmup(0.5, 0.6), freeze=0.25)
     spy = Spy(lambda moment, module: seen.append((callback.lam, callback.frozen)) if moment == "batch end" else None)
     trainer(callback, spy, epochs=4).fit(Toy(), data(), ckpt_path=tmp_path / "dense.ckpt")
-    assert [frozen for _, frozen in seen] == [False] * 5 + [True] * 3  # the shares are of the 8 steps that are left
+    assert [frozen for _, frozen in seen] == [False] * 5 + [True] * 3  # shares of the 8 remaining steps
     assert [lam for lam, _ in seen] == pytest.approx([0.5 * min(1, step / 4.8) for step in range(1, 9)])
 
 

@@ -1,4 +1,4 @@
-"""A callback's steps are Lightning's: one for each, whatever optimiser takes it and however a module asks for it."""
+"""The callback counts the same steps as Lightning, for all optimisers and ways to step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from every_form import FORMS
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
-from toys import Toy, data, trainer, weights
+from toys import Toy, data, several, trainer, weights
 
 from lightning_sparse import penalties
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, MagnitudePruning, ReweightedPenalty
-from lightning_sparse.conformance.optimizers import EverySecond, held_step, super_step
+from lightning_sparse.conformance.optimizers import EverySecond, super_step, wrapped_step
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 PRUNING = partial(MagnitudePruning, 0.5, every=2)
 SOME = {name: FORMS[name] for name in ("penalty", "prox", "mask", "joint", "VarDrop, additive", "L0")} | {"pruning": PRUNING}
-some_forms = pytest.mark.parametrize("form", SOME.values(), ids=SOME.keys())
+some_forms = pytest.mark.parametrize("form", several(SOME, "prox", "mask", "L0", "pruning"))
 
 
 def ended(form, module, **options):
@@ -30,7 +30,7 @@ def ended(form, module, **options):
 
 
 @some_forms
-@pytest.mark.parametrize("make", [super_step, held_step], ids=["super().step()", "held"])
+@pytest.mark.parametrize("make", [super_step, wrapped_step], ids=["super().step()", "held"])
 def test_an_optimiser_that_steps_within_its_step_ends_as_the_plain_one(form, make):
     callback, run, found = ended(form, Toy(optimizer=make))
     _, _, wanted = ended(form, Toy())
@@ -38,10 +38,10 @@ def test_an_optimiser_that_steps_within_its_step_ends_as_the_plain_one(form, mak
     assert all(torch.equal(w, wanted[name]) for name, w in found.items())
 
 
-@pytest.mark.parametrize("make", [super_step, held_step], ids=["super().step()", "held"])
-def test_so_it_does_under_a_grad_scaler_and_in_a_manual_loop(make):
+@pytest.mark.parametrize("make", [super_step, wrapped_step], ids=["super().step()", "held"])
+def test_also_under_a_grad_scaler_and_in_a_manual_loop(make):
     class Manual(Toy):
-        """Two steps a batch, so that a mask which stays on the weights would show."""
+        """Manual optimisation with two steps per batch, to detect a mask that stays on the weights."""
 
         automatic_optimization = False
 
@@ -67,7 +67,7 @@ def test_a_step_that_the_module_leaves_out_is_still_one_of_the_run(form):
 
 
 class Doubling(Toy):
-    """Evaluates and steps twice at each batch."""
+    """An optimiser that evaluates and steps twice per batch."""
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         optimizer.step(closure=optimizer_closure)
@@ -75,27 +75,27 @@ class Doubling(Toy):
 
 
 @some_forms
-@pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p, 1e-2), held_step], ids=["Adam", "held"])
+@pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p, 1e-2), wrapped_step], ids=["Adam", "held"])
 def test_a_second_step_of_a_batch_is_no_second_evaluation_and_none_of_the_run(form, make):
     callback, run, _ = ended(form, Doubling(optimizer=make))
     assert callback.step == run.global_step == 8
 
 
 class Twice(torch.optim.SGD):
-    """Evaluates its closure twice a step."""
+    """An optimiser that evaluates its closure twice per step."""
 
     def step(self, closure=None):
         closure()
         return super().step(closure)
 
 
-def test_a_loss_that_is_evaluated_twice_in_one_step_is_refused_with_its_reason():
+def test_two_evaluations_of_the_loss_in_one_step_are_refused():
     with pytest.raises(RuntimeError, match="Twice evaluates the loss several times a step"):
         ended(partial(ReweightedPenalty, LOG_SUM, 0.5), Toy(optimizer=lambda p: Twice(p, 0.1)))
 
 
 class Capped(torch.optim.Adam):
-    """Moves weights after Adam's own step, zeros too."""
+    """Adam that changes all weights, also zeros, after its own step."""
 
     def step(self, closure=None):
         loss = super().step(closure)
@@ -106,7 +106,7 @@ class Capped(torch.optim.Adam):
 
 
 def test_zeros_are_held_after_what_a_subclass_does_to_the_weights():
-    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # so that Adam's part of the step has hooks of its own
+    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # because Adam's part of the step then has its own hooks
     zeros = []
 
     class Looking(Toy):
@@ -133,7 +133,7 @@ class Rarely(Toy):
             self.optimizers().zero_grad()
 
 
-CASES = {  # batches between steps, steps then, epochs, max_steps; the batches and the steps that the run has
+CASES = {  # batches between steps, steps at a time, epochs, max_steps; batches and steps of the run
     "epochs alone": (2, 1, 2, -1, 8, 4),
     "steps that end it": (2, 1, 100, 4, 8, 4),
     "steps that never do": (4, 1, 2, 7, 8, 2),
@@ -144,7 +144,7 @@ CASES = {  # batches between steps, steps then, epochs, max_steps; the batches a
 
 
 @pytest.mark.parametrize(("every", "times", "epochs", "most", "batches", "steps"), CASES.values(), ids=CASES.keys())
-def test_a_manual_run_arrives_when_it_ends_whatever_ends_it(every, times, epochs, most, batches, steps):
+def test_a_manual_run_reaches_its_target_at_any_end(every, times, epochs, most, batches, steps):
     lams = []
 
     class Looking(Rarely):

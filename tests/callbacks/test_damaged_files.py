@@ -1,4 +1,4 @@
-"""Cut, flipped and foreign files: refused before training; and every file that is saved is read safely."""
+"""Truncated, corrupted and foreign files are refused before training; saved files load with weights_only=True."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_file_cut_at_any_place_is_refused_and_nothing_is_loaded(share, file, t
 
 @pytest.mark.slow
 def test_flipped_bits_are_told_by_their_checksum(file, tmp_path):
-    """Wherever torch reads the flipped file as another one than was saved."""
+    """For flips that change what torch loads."""
     raw, whole, silent = file.read_bytes(), torch.load(file, weights_only=True), 0
     path, places = tmp_path / "flipped.ckpt", random.Random(0)
     for _ in range(300):
@@ -90,7 +90,7 @@ def test_files_without_checksums_and_what_is_no_file_pass(file, tmp_path):
 
 @pytest.mark.slow
 def test_a_file_of_another_form_model_or_selection(file, tmp_path):
-    other = AdaptiveProx(LOG_SUM, 0.2, select=["network.0.weight"])  # another state key: the run starts sparse anew
+    other = AdaptiveProx(LOG_SUM, 0.2, select=["network.0.weight"])  # another state key: the run starts without a state
     with pytest.warns(UserWarning, match="Be aware that when using"):
         trainer(other, epochs=2).fit(Toy(), data(), ckpt_path=file)
     assert list(other.parameters) == ["network.0.weight"]

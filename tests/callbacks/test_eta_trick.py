@@ -1,4 +1,4 @@
-"""EtaTrick against a loop written from math.md alone, and against a grid search of what it minimises."""
+"""EtaTrick against a hand-written loop, and against a grid search of its objective."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LAM, KEEP = 0.3, 0.6
 
 
 def log_sum_dual(eta, eps=EPS):
-    """The catalogue's f of log(w + eps)."""
+    """The dual f of log(w + eps)."""
     s = (eps**2 + 4 * eta).sqrt()
     return 2 * ((s + eps) / 2).log() - (s - eps) ** 2 / (4 * eta)
 
 
 def reference(module, batches, lr, learned_lr, lam=LAM):
-    """SGD on L + lam/2 sum(w^2 / eta + f(eta)) in the weights and in log eta, by autograd."""
+    """Run SGD on L + lam/2 sum(w^2 / eta + f(eta)) in the weights and log eta, by autograd."""
     parameters = dict(module.named_parameters())
     start = math.log(lam * KEEP / (1 - KEEP))
     logs = {n: torch.full_like(p, start, requires_grad=True) for n, p in parameters.items() if p.dim() == 2}
@@ -45,7 +45,7 @@ def doubled(seed=0):
 
 
 class Double:
-    """Three batches in float64."""
+    """Make three batches in float64."""
 
     def __len__(self):
         return 3
@@ -74,7 +74,7 @@ A = torch.tensor([[0.05, -0.3, 0.8, -1.4, 3.0]], dtype=torch.float64)
 
 
 def descended(tmp_path, seed):
-    """Live weights and file after the joint descent on 1/2 (w - a)^2 + lam Omega."""
+    """Return live weights and file after joint descent on 1/2 (w - a)^2 + lam Omega."""
     network = nn.Linear(5, 1, bias=False, dtype=torch.float64)
     torch.manual_seed(seed)
     network.weight.data = torch.randn(1, 5, dtype=torch.float64)
@@ -90,7 +90,7 @@ def descended(tmp_path, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_joint_descent_ends_at_the_minimum_of_a_grid_search_with_zeros_in_the_file(tmp_path, seed):
-    """Strength 0.4 and eps 0.5: the objective is convex enough that each a has one minimum, zero for |a| < 0.8."""
+    """With lam 0.4 and eps 0.5 the objective has one minimum for each a, at zero for |a| < 0.8."""
     live, saved = descended(tmp_path, seed)
     grid = torch.linspace(-4, 4, 80_001, dtype=torch.float64)[:, None]
     best = grid[((grid - A) ** 2 / 2 + 0.4 * torch.log1p(grid.abs() / 0.5)).argmin(0)].T.round(decimals=6)

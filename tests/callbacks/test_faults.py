@@ -1,4 +1,4 @@
-"""Values that are not finite, in loss, gradients, data and weights: the run stops before they reach a weight or a file."""
+"""Non-finite values in loss, gradients, data and weights stop the run before they reach a weight or a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 class Late(Toy):
-    """Remembers its weights at each batch's end; from step 5 on its loss goes through ``spoil``."""
+    """A toy that records its weights at the end of each batch, and applies ``spoil`` to the loss from step 5 on."""
 
     def __init__(self, spoil=None, **options):
         super().__init__(**options)
@@ -35,7 +35,7 @@ class Late(Toy):
 
 
 def poison(value, name):
-    """Something in the graph whose gradient with respect to one parameter alone is not finite, while the loss stays."""
+    """Make the gradient of one parameter non-finite without changing the loss."""
 
     def fault(module, loss):
         total = module.get_parameter(name).sum()
@@ -56,7 +56,7 @@ SPOILS = {
 @pytest.mark.slow
 @every_form
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_values_that_are_not_finite_stop_the_run_before_the_step(form, spoil, tmp_path):
+def test_nonfinite_values_stop_the_run_before_the_step(form, spoil, tmp_path):
     fault, message = SPOILS[spoil]
     module, keeper = Late(fault), ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
     count = hooks(module)
@@ -66,7 +66,7 @@ def test_values_that_are_not_finite_stop_the_run_before_the_step(form, spoil, tm
     assert all(torch.equal(w, module.before[name]) for name, w in weights(module).items())
     assert hooks(module) == count
     assert len([*tmp_path.glob("*.ckpt")]) == 5
-    module = Late()  # and the run goes on from the file before the fault
+    module = Late()  # the run resumes from the file before the fault
     trainer(form(), epochs=3).fit(module, data(), data(), ckpt_path=tmp_path / "step=5.ckpt")
     assert all(bool(w.isfinite().all()) for w in weights(module).values())
 
@@ -77,7 +77,7 @@ DATA = {"NaN": torch.full((4, 8), NAN), "inf": torch.full((4, 8), INF)}
 @pytest.mark.slow
 @every_form
 @pytest.mark.parametrize("kind", DATA)
-def test_data_that_are_not_finite_stop_the_run_before_the_step(form, kind):
+def test_nonfinite_data_stop_the_run_before_the_step(form, kind):
     module = Toy()
     before, count = weights(module), hooks(module)
     with pytest.raises(FloatingPointError, match=r"(the loss is (nan|inf)|the gradient of .*) at optimiser step 0"):
@@ -104,7 +104,7 @@ BITS = {"NaN": 0x7FC01234, "negative NaN": -0x3FEDCC, "inf": 0x7F800000, "-inf":
 @every_form
 @pytest.mark.parametrize("kind", BITS)
 @pytest.mark.parametrize("sanity", [0, 2])
-def test_weights_that_are_not_finite_are_refused_and_keep_their_bits(form, kind, sanity):
+def test_nonfinite_weights_are_refused_and_unchanged(form, kind, sanity):
     module = Toy()
     with torch.no_grad():
         module.network[2].weight.view(-1).view(torch.int32)[7] = BITS[kind]
@@ -117,8 +117,8 @@ def test_weights_that_are_not_finite_are_refused_and_keep_their_bits(form, kind,
 
 
 @pytest.mark.slow
-def test_a_step_that_harms_the_weights_is_told_before_they_are_saved(tmp_path):
-    """The gradients are left to a hook of the module's own, which does not mend them."""
+def test_weights_damaged_by_a_step_are_reported_before_saving(tmp_path):
+    """The module's own hook handles gradients but does not fix them."""
 
     class Hooked(Late):
         def on_before_optimizer_step(self, optimizer):
@@ -126,7 +126,7 @@ def test_a_step_that_harms_the_weights_is_told_before_they_are_saved(tmp_path):
 
     keeper = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_epochs=1)
     module = Hooked(lambda module, loss: steep(NAN, loss) if module.trainer.global_step == 7 else loss)
-    with pytest.raises(FloatingPointError, match=r"holds 128 NaN .* after optimiser step 8; files written before that are whole"):
+    with pytest.raises(FloatingPointError, match=r"holds 128 NaN .* after optimiser step 8; files written before that are intact"):
         trainer(FORMS["penalty"](), keeper, epochs=3, enable_checkpointing=True).fit(module, data())
     assert [path.stem for path in tmp_path.glob("*.ckpt")] == ["step=4"]
 
@@ -186,7 +186,7 @@ def test_a_grad_scaler_skips_its_infinite_gradients_and_the_run_goes_on(form):
     run.fit(module, data())
     assert run.global_step == 16
     assert callback.step == len(steps)
-    assert 8 <= len(steps) <= 14  # two were skipped at least
+    assert 8 <= len(steps) <= 14  # at least two were skipped
     assert all(bool(w.isfinite().all()) for w in weights(module).values())
     estimates = [] if not isinstance(callback, AdaptiveMask) else [*callback.curvature.mean.values()]
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)

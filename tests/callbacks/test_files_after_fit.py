@@ -1,10 +1,10 @@
-"""After fit, a file holds what the module holds by then; what it keeps for a resume agrees with that."""
+"""Files saved after fit contain the module's weights and a consistent callback state."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from every_form import every_form
+from every_form import each_kind
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toys import Toy, data, trainer, weights
 
@@ -33,7 +33,7 @@ def own_state(file):
     return state
 
 
-@every_form
+@each_kind
 def test_a_file_after_fit_holds_what_was_loaded_since_and_can_be_resumed(form, tmp_path):
     module, callback = Toy(decay=8), form()
     run = trainer(callback, epochs=2)
@@ -54,7 +54,7 @@ def test_a_file_after_fit_holds_what_was_loaded_since_and_can_be_resumed(form, t
         assert all(torch.equal(w, file["state_dict"][name]) for name, w in started[0].items())
 
 
-def test_a_best_epoch_that_is_loaded_after_fit_is_saved_as_it_is(tmp_path):
+def test_weights_of_the_best_epoch_loaded_after_fit_are_saved_unchanged(tmp_path):
     keeper = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     module, run = Toy(), trainer(MagnitudePruning(0.8, every=2), keeper, epochs=6, enable_checkpointing=True)
     run.fit(module, data())

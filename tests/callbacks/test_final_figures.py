@@ -1,4 +1,4 @@
-"""The figures of a fit's end are those of the weights that it leaves."""
+"""The figures logged at the end of fit match the final weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_zeros_that_the_user_makes_within_a_frozen_support_are_counted_at_the_en
             with torch.no_grad():
                 self.network[0].weight[:4] = 0
 
-    callbacks = [ReweightedPenalty(penalties.LogSum(2.0), 1e-6, select, freeze=0.5) for select in patterns]
+    callbacks = [ReweightedPenalty(penalties.LogSum(2.0), 1e-6, select=select, freeze=0.5) for select in patterns]
     module, run = Clearing(optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1)), trainer(*callbacks, epochs=4)
     run.fit(module, data())
     cleared = 4 * 8 / 176

@@ -1,4 +1,4 @@
-"""What each form computes, against independent facts: autograd, enumeration of masks, a hand-written loop."""
+"""Results of each callback against autograd, enumeration of masks and a hand-written loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SGD = {"optimizer": lambda p: torch.optim.SGD(p, 0.1)}
 
 
 class PenaltyInLoss(Toy):
-    """The reference: lam * Omega added to the loss, differentiated by autograd."""
+    """Reference: lam * Omega in the loss, differentiated by autograd."""
 
     lam = 1e-2
 
@@ -32,13 +32,13 @@ def test_gradient_equals_the_loss_term(accumulate):
     trainer(ReweightedPenalty(LOG_SUM, lam=1e-2), accumulate_grad_batches=accumulate).fit(plain, data())
     trainer(accumulate_grad_batches=accumulate).fit(reference, data())
     for (name, w), expected in zip(weights(plain).items(), weights(reference).values(), strict=True):
-        kept = w != 0  # the end of fit put small weights to zero
+        kept = w != 0  # the end of fit set small weights to zero
         torch.testing.assert_close(w[kept], expected[kept], rtol=1e-4, atol=1e-6, msg=name)
         assert (expected[~kept].abs() < 2e-2).all()
 
 
 def reference_prox(module, loader, epochs, lam, betas=(0.9, 0.999), eps=1e-8, lr=1e-2):
-    """AdaProx in Adam's metric, written from the formulas alone."""
+    """Compute AdaProx in Adam's metric from the formulas."""
     parameters = list(module.parameters())
     first, second = [torch.zeros_like(p) for p in parameters], [torch.zeros_like(p) for p in parameters]
     for step, (x, y) in enumerate(itertools.chain(*[loader] * epochs), start=1):
@@ -65,16 +65,14 @@ def test_prox_in_adams_metric_follows_its_formula():
 def test_prox_runs_once_an_accumulation_window_and_not_in_validation():
     calls = []
 
-    class Counting(AdaptiveProx):
-        def after_step(self, optimizer):
-            calls.append(self.step)
-
-    trainer(Counting(LOG_SUM, lam=1e-3), accumulate_grad_batches=2, limit_val_batches=3).fit(Toy(), data(), data())
-    assert calls == [0, 1, 2, 3]  # 4 batches an epoch, 2 epochs, windows of 2
+    callback = AdaptiveProx(LOG_SUM, lam=1e-3)
+    callback.method.after_optimizer = lambda step: calls.append(callback.step)
+    trainer(callback, accumulate_grad_batches=2, limit_val_batches=3).fit(Toy(), data(), data())
+    assert calls == [0, 1, 2, 3]  # 4 batches per epoch, 2 epochs, accumulation over 2
 
 
 class EveryMask(noise.Noise):
-    """Enumerates all masks of a weight instead of drawing them, and keeps the probability of the last one."""
+    """Noise that enumerates all masks of a weight; records the probability of the last one."""
 
     def __init__(self, index):
         self.index, self.chance = index, 0.0
@@ -86,7 +84,7 @@ class EveryMask(noise.Noise):
 
 
 def one_step(module, callback, batch):
-    """The displacement of the weights after one SGD step of rate 1."""
+    """Return the change of the weights in one SGD step with rate 1."""
     before, after = module.network.weight.detach().clone(), []
     spy = Spy(lambda moment, module: after.append(module.network.weight.detach().clone()))
     trainer(callback, spy, max_steps=1).fit(module, Repeated(batch))
@@ -94,7 +92,7 @@ def one_step(module, callback, batch):
 
 
 def test_expected_gradient_of_the_mask_form_is_the_penalty_forms():
-    """On a linear model with unit curvature the mean over all masks of the masked gradient is exact."""
+    """For a linear model with unit curvature, the mean of the masked gradient over all masks is exact."""
     torch.manual_seed(0)
     x = torch.linalg.qr(torch.randn(12, 3, dtype=torch.float64))[0] * 12**0.5  # x^T x / n = I
     batch, lam = (x, torch.randn(12, 1, dtype=torch.float64)), 0.3
@@ -116,7 +114,7 @@ def test_expected_gradient_of_the_mask_form_is_the_penalty_forms():
 @pytest.mark.slow
 @pytest.mark.parametrize(("local", "rows", "batches"), [(False, 1, 800), (True, 1000, 2)])
 def test_gaussian_noise_has_the_promised_variance(local, rows, batches):
-    """Outputs of one layer under noise: mean W x and variance (W^2 lam / eta)(x^2), drawn a batch or a row."""
+    """Outputs of a layer with noise per batch or per row have mean W x and variance (W^2 lam / eta)(x^2)."""
     torch.manual_seed(0)
     outputs, lam = [], 0.5
 
@@ -159,7 +157,7 @@ def test_a_rule_brings_its_own_strength():
 
 
 def test_top_k_trains_and_keeps_its_share():
-    """The rule of iterative hard thresholding: dropped weights are absent from the forward, and the density holds."""
+    """Iterative hard thresholding: dropped weights are absent from the forward, and the density is constant."""
     seen = []
 
     class Listening(Toy):

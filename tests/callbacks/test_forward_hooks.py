@@ -1,4 +1,4 @@
-"""Where noise goes as layers are used: by keyword, not in each batch, with no rows, in evaluation; and modules that are exported."""
+"""Noise for all uses of layers: by keyword, not in every batch, with empty inputs, in evaluation; and export of modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional
-from toys import Repeated, Toy, data, trainer
+from toys import Moved, Repeated, Toy, data, several, trainer
 
 from lightning_sparse import noise, penalties
 from lightning_sparse.callbacks import AdaptiveMask, HardConcrete, VariationalDropout
@@ -15,14 +15,14 @@ from lightning_sparse.curvature import EmpiricalFisher, SampledFisher
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 FORMS = {
-    "mask": lambda: AdaptiveMask(LOG_SUM, 1.0, curvature=EmpiricalFisher(every=1)),
+    "mask": lambda: AdaptiveMask(LOG_SUM, 1.0, curvature=EmpiricalFisher(every=1), alpha_min=1e-3, ceiling=10),
     "mask, sampled": lambda: AdaptiveMask(LOG_SUM, 1.0, curvature=SampledFisher(output="network", every=1)),
     "mask on the weights": lambda: AdaptiveMask(LOG_SUM, 1.0, noise=noise.ScaledBernoulli(), curvature=None),
     "dropout": lambda: VariationalDropout(1e-3, log_start=-1.0),
     "dropout on the weights": lambda: VariationalDropout(1e-3, noise="weight", log_start=-1.0),
     "gates": lambda: HardConcrete(1e-3, log_start=-1.0),
 }
-forms = pytest.mark.parametrize("make", FORMS.values(), ids=FORMS.keys())
+forms = pytest.mark.parametrize("make", several(FORMS, "mask", "gates"))
 
 
 def sgd(parameters):
@@ -30,7 +30,7 @@ def sgd(parameters):
 
 
 class ByKeyword(nn.Module):
-    """Layers whose input is named."""
+    """Layers with keyword inputs."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ def test_layers_called_by_keyword_train_as_those_called_by_position(make):
 
 
 class Experts(nn.Module):
-    """Two experts, of which the second gets no sample in most batches."""
+    """Two experts; the second gets no samples in most batches."""
 
     def __init__(self, least):
         super().__init__()
@@ -69,7 +69,7 @@ class Experts(nn.Module):
 
 
 @forms
-def test_a_layer_that_gets_no_rows_trains_on(make):
+def test_a_layer_with_empty_input_keeps_training(make):
     module, callback = Toy(Experts(-9.0), sgd), make()
     trainer(callback).fit(module, data())
     assert all(torch.isfinite(p).all() for p in module.parameters())
@@ -77,7 +77,7 @@ def test_a_layer_that_gets_no_rows_trains_on(make):
 
 
 @pytest.mark.parametrize("curvature", [EmpiricalFisher, SampledFisher])
-def test_no_rows_are_no_estimate_and_leave_the_others_as_they_are(curvature):
+def test_an_empty_input_gives_no_estimate_and_changes_no_other(curvature):
     alone = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     experts = Experts(-9.0)
     experts.experts[0].load_state_dict(alone[0].state_dict())
@@ -94,7 +94,7 @@ def test_no_rows_are_no_estimate_and_leave_the_others_as_they_are(curvature):
 
 
 def test_an_experts_estimate_counts_all_labels_of_the_batch():
-    """An expert's rows are a part of those that the loss averages over: H is a mean over all."""
+    """An expert gets only some of the rows that the loss averages over; H is a mean over all rows."""
     experts = Experts(0.0)
     callback = AdaptiveMask(LOG_SUM, 1e-9, curvature=EmpiricalFisher(every=1))
     batch = next(iter(data(batch_size=64)))
@@ -109,44 +109,34 @@ def test_an_experts_estimate_counts_all_labels_of_the_batch():
     torch.testing.assert_close(callback.curvature.estimate("network.experts.0.weight"), total, rtol=1e-3, atol=1e-6)
 
 
-class Watch(Callback):
-    """What a weight's data and its layer's outputs do in each batch."""
-
-    def __init__(self, callback, names):
-        self.callback, self.names = callback, names
-        self.moved, self.local = [], []
-
-    def on_before_backward(self, trainer, module, loss):
-        attachment = self.callback.attachment
-        self.moved.append({name for name in self.names if not torch.equal(attachment.live(name), self.callback.parameters[name])})
-        self.local.append(set(self.callback._local) & set(self.names))
-
-
 class Heads(Toy):
-    """Each batch is of one of two tasks, with a head each."""
+    """Two heads for two tasks; each batch uses one of them."""
 
     def __init__(self):
         super().__init__(nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, 3)]), sgd)
 
+        self.noisy = []
+
     def training_step(self, batch, index):
-        return functional.cross_entropy(self.network[1 + index % 2](functional.relu(self.network[0](batch[0]))), batch[1])
+        x, used = batch[0], (self.network[0], self.network[1 + index % 2])
+        for layer in used:
+            x, plain = layer(functional.relu(x)), functional.linear(functional.relu(x), layer.weight, layer.bias)
+            self.noisy.append(not torch.allclose(x, plain))
+        return functional.cross_entropy(x, batch[1])
 
 
 @pytest.mark.parametrize("make", [FORMS["mask"], FORMS["dropout"]], ids=["mask", "dropout"])
 def test_a_layer_that_a_batch_does_not_use_keeps_its_noise_on_the_outputs(make):
-    names = [f"network.{i}.weight" for i in range(3)]
-    callback = make()
-    watch = Watch(callback, names)
-    trainer(callback, watch).fit(Heads(), data())
-    assert len(watch.moved) == 8
-    assert all(moved == set() for moved in watch.moved)
-    assert all(local == set(names) for local in watch.local)
+    module, moved = Heads(), Moved()
+    trainer(make(), moved).fit(module, data())
+    assert moved.seen == [set()] * 8
+    assert all(module.noisy[4:])  # because earlier masks are not calibrated
 
 
 @pytest.mark.parametrize("curvature", [EmpiricalFisher, SampledFisher])
 def test_an_update_that_misses_a_layer_is_made_up_for(curvature):
-    """Every second batch uses the second head, none of those at which an update is due."""
-    given = {"output": "network.0"} if curvature is SampledFisher else {}  # not what the loss takes, which tells by itself
+    """Every second batch uses the second head, but never the batches of a scheduled update."""
+    given = {"output": "network.0"} if curvature is SampledFisher else {}  # the loss does not use it
     callback, seen = AdaptiveMask(LOG_SUM, 1e-9, curvature=curvature(every=4, decay=0.5, **given)), []
 
     class Look(Callback):
@@ -167,7 +157,7 @@ def test_an_update_that_misses_a_layer_is_made_up_for(curvature):
 
 
 class Late(Toy):
-    """From the third batch on, the first layer's weight is used without its forward."""
+    """A network that uses the first layer's weight without its forward from the third batch on."""
 
     def training_step(self, batch, index):
         first = self.network[0]
@@ -177,14 +167,13 @@ class Late(Toy):
 
 @pytest.mark.parametrize("make", [FORMS["mask"], FORMS["dropout"]], ids=["mask", "dropout"])
 def test_noise_moves_to_the_weights_once_a_forward_is_bypassed(make):
-    callback = make()
-    watch = Watch(callback, ["network.0.weight", "network.2.weight"])
-    trainer(callback, watch, epochs=1).fit(Late(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), sgd), data())
-    assert watch.moved == [set(), set(), set(), {"network.0.weight"}]
+    moved = Moved()
+    trainer(make(), moved, epochs=1).fit(Late(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), sgd), data())
+    assert moved.seen == [set(), set(), set(), {"network.0.weight"}]
 
 
 class Teacher(Toy):
-    """Runs itself in evaluation without gradients in each step, before the training pass and after it."""
+    """A toy that runs a forward in evaluation mode without gradients before and after each training forward."""
 
     def __init__(self, mode=torch.no_grad, network=None):
         super().__init__(network or nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), sgd)
@@ -204,7 +193,7 @@ class Teacher(Toy):
 
 
 class Expect(Callback):
-    """What the network computes with its own weights, before a batch begins."""
+    """Record the network's outputs with its own weights before each batch."""
 
     def __init__(self):
         self.outputs = []
@@ -214,7 +203,7 @@ class Expect(Callback):
 
 
 class Projected(nn.Module):
-    """A weight that is used without its layer's forward, as attention uses its projection's."""
+    """A layer whose weight is used without its forward, like the output projection of attention."""
 
     def __init__(self):
         super().__init__()
@@ -253,7 +242,7 @@ def test_the_step_around_such_an_evaluation_is_the_same(make):
 
 
 class Export(Callback):
-    """Scripts, traces and exports the network in the middle of a run, and compares what comes out."""
+    """Script, trace and export the network during a run, and compare the outputs."""
 
     def __init__(self):
         self.count, self.x = 0, torch.randn(4, 8)

@@ -1,4 +1,4 @@
-"""FSDP2 (ModelParallelStrategy) on two processes: the same run as DDP, and files that are resumed exactly.
+"""FSDP2 (ModelParallelStrategy) on two processes: the same results as DDP, and exact resumes.
 
 All runs share one pair of processes.
 """
@@ -14,7 +14,7 @@ from toys import Toy, data
 
 from lightning_sparse import elementwise, penalties
 from lightning_sparse.callbacks import AdaptiveProx, ReweightedPenalty, SparsityMonitor
-from lightning_sparse.conformance.ranks import DDP, SplitToy, as_ranks, obstacle, split
+from lightning_sparse.conformance.ranks import DDP, ShardedToy, obstacle, on_ranks, split
 from lightning_sparse.conformance.toys import trainer
 from lightning_sparse.elementwise import kernels
 
@@ -31,11 +31,11 @@ FORMS = {
     "numeric prox": lambda: AdaptiveProx(penalties.VariationalDropout(), 0.02, exact=True),
 }
 OPTIMIZERS = {"Adam": lambda p: torch.optim.Adam(p, 1e-2), "SGD": lambda p: torch.optim.SGD(p, 0.05)}
-FILES = [(True, "Adam"), (True, "SGD"), (False, "Adam")]  # Lightning 2.6 itself cannot resume a whole file of plain SGD
+FILES = [(True, "Adam"), (True, "SGD"), (False, "Adam")]  # because Lightning 2.6 cannot resume a full checkpoint of plain SGD
 
 
 def network():
-    """Rows that two processes cannot share evenly: 3 of one layer, 1 of another, so that a process holds none of it."""
+    """Build layers of 3 rows and of 1 row, which two processes cannot share evenly; one process has none of the latter."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1), nn.Linear(1, 3))
     layers[0].weight.data[:3] = 0.0
@@ -50,7 +50,7 @@ def whole(module):
 
 
 class Looks(Callback):
-    """What the callback says of a weight, in the middle of training."""
+    """Record the callback's state of a weight during training."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 5:
@@ -63,8 +63,8 @@ class Looks(Callback):
 
 
 def run(rank, form, kind, **options):
-    """The final weights and figures of a run, and what was seen on the way."""
-    module, looks = (Toy if kind is DDP else SplitToy)(network(), **options), Looks()
+    """Return the final weights and figures of a run, and the records made during it."""
+    module, looks = (Toy if kind is DDP else ShardedToy)(network(), **options), Looks()
     done = trainer(FORMS[form](), looks, SparsityMonitor(select=["*", "!network.0.*"]), epochs=4, **(kind if kind is DDP else split()))
     done.fit(module, data(seed=2 * rank), data(seed=1))
     figures = {name: float(value) for name, value in done.callback_metrics.items()}
@@ -72,8 +72,8 @@ def run(rank, form, kind, **options):
 
 
 def resumed(rank, folder, sharded, optimizer, path=None):
-    """A run that writes a file after each epoch; or one that goes on from such a file."""
-    module = SplitToy(network(), OPTIMIZERS[optimizer], decay=16)
+    """Fit with a file after each epoch, or resume from such a file."""
+    module = ShardedToy(network(), OPTIMIZERS[optimizer], decay=16)
     keeper = ModelCheckpoint(folder / f"{sharded}-{optimizer}-{path is None}", filename="{epoch}", save_top_k=-1)
     options = split(save_distributed_checkpoint=sharded) | {"enable_checkpointing": True}
     done = trainer(ReweightedPenalty(LOG_SUM, 0.3, freeze=0.3), keeper, epochs=4, **options)
@@ -82,18 +82,18 @@ def resumed(rank, folder, sharded, optimizer, path=None):
 
 
 def bad_data(rank):
-    """The message that a run ends with when one process's batch holds NaN."""
+    """Return the error message of a run in which one process has NaN in its batch."""
     loader = data(seed=2 * rank)
     if rank == 1:
         loader.dataset.tensors[0][20] = float("nan")
     try:
-        trainer(ReweightedPenalty(LOG_SUM, 0.5), **split()).fit(SplitToy(network()), loader)
+        trainer(ReweightedPenalty(LOG_SUM, 0.5), **split()).fit(ShardedToy(network()), loader)
     except FloatingPointError as error:
         return str(error)
 
 
 def unfit_on_one(rank):
-    """What both processes are told of a weight that is not finite in the part of one."""
+    """Return both processes' messages about a weight with a non-finite value in the shard of one process."""
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     w = torch.distributed.tensor.distribute_tensor(torch.zeros(4, 2), mesh, [torch.distributed.tensor.Shard(0)])
     if rank == 1:
@@ -105,7 +105,7 @@ def everything(rank, folder):
     if why := obstacle():
         return why
     answers = {}
-    kernels._compile = lambda function, *_: lambda given: function(*given)  # no compiler: a kernel's function as it is
+    kernels._compile = lambda function, *_: lambda given: function(*given)  # replace the compiler by the function itself
     for form in FORMS:
         answers[form] = {"ddp": run(rank, form, DDP), "split": run(rank, form, "split")}
     for sharded, optimizer in FILES:
@@ -125,7 +125,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    answers = as_ranks(everything, folder)
+    answers = on_ranks(everything, folder)
     if isinstance(answers[0], str):
         pytest.skip(answers[0])
     return answers
@@ -145,7 +145,7 @@ def test_a_run_on_split_weights_ends_as_under_ddp(ranks, form):
     }
 
 
-def test_what_a_callback_says_of_split_weights_is_whole_and_the_same(ranks):
+def test_messages_about_sharded_weights_are_complete_and_equal_on_all_ranks(ranks):
     first, second = (answer["penalty"]["split"]["seen"] for answer in ranks)
     sizes = dict(zip(MATRICES, [(16, 8), (1, 16), (3, 1)], strict=True))
     assert first["shapes"] == second["shapes"] == {name: [("DTensor", size)] * 3 for name, size in sizes.items()}
@@ -174,7 +174,7 @@ def test_a_whole_file_has_zeros_and_loads_into_the_plain_module(ranks, folder):
     assert not (plain.network[0].bias == 0).any()
 
 
-def test_values_that_are_not_finite_stop_both_processes(ranks):
+def test_nonfinite_values_stop_both_processes(ranks):
     for answer in ranks:
         assert answer["one part"] == {"w": (1, 0)}
         assert "at optimiser step 1, from the loss of this rank or of another" in answer["NaN"]

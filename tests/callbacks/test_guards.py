@@ -1,4 +1,4 @@
-"""Zeros that stay, zeros at rest, the schedule, the frozen share, the metric: each against a fact of its own."""
+"""keep_zeros, the zero region, schedules, freeze and metric, each against an independent result."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ RESTING = [penalties.L1(), LOG_SUM, penalties.MCP(1.0), penalties.HardThreshold(
 
 @pytest.mark.parametrize("penalty", RESTING, ids=repr)
 @pytest.mark.parametrize("rho", [1e-3, 0.1, torch.logspace(-3, 0, 9, dtype=torch.float64)[:, None]], ids=["small", "large", "tensor"])
-def test_what_rests_is_what_the_exact_prox_makes_zero(penalty, rho):
+def test_the_zero_region_is_that_of_the_exact_prox(penalty, rho):
     lam, steps = 0.3, 7.0
     w = torch.cat([-torch.logspace(-5, 1, 300), torch.zeros(1), torch.logspace(-5, 1, 300)]).double().expand(9, -1)
     pull = (steps * lam * torch.as_tensor(rho, dtype=w.dtype)).expand_as(w)
@@ -80,7 +80,7 @@ def test_what_rests_is_what_the_exact_prox_makes_zero(penalty, rho):
 
 @pytest.mark.parametrize("form", [ReweightedPenalty, partial(AdaptiveProx, exact=True)], ids=["penalty", "exact prox"])
 def test_a_small_weight_at_its_minimum_is_kept(form):
-    """lam |w| + |w - z|^2 / 2 has its minimum at z shrunk by lam: rest there is no rest at zero."""
+    """The minimum of lam |w| + |w - z|^2 / 2 is z shrunk by lam; a weight there is not in the zero region."""
     torch.manual_seed(0)
     x = torch.linalg.qr(torch.randn(32, 4))[0] * 32**0.5
     half_squares = lambda prediction, y: ((prediction - y) ** 2).mean() / 2  # noqa: E731
@@ -92,7 +92,7 @@ def test_a_small_weight_at_its_minimum_is_kept(form):
     assert (w != 0).tolist() == [True, True, True, False]
 
 
-def test_what_oscillates_around_zero_at_a_constant_rate_is_zeroed(monkeypatch):
+def test_weights_that_oscillate_around_zero_are_zeroed(monkeypatch):
     zeros = []
     for _ in range(2):
         module = Toy()
@@ -103,11 +103,11 @@ def test_what_oscillates_around_zero_at_a_constant_rate_is_zeroed(monkeypatch):
     assert 20 < zeros[0] < 100
 
 
-@pytest.mark.parametrize(("curvature", "rests"), [({"curvature": None}, False), ({}, True)])
+@pytest.mark.parametrize(("curvature", "rests"), [({"curvature": None}, False), ({"ceiling": 10, "remainder": False}, True)])
 def test_noise_that_is_not_calibrated_holds_no_weight_at_zero(curvature, rests):
-    """At a flat minimum Adam's steps would carry a weight far, and uncalibrated noise, whose pull is lam H w / eta, not at all."""
+    """At a flat minimum Adam's steps are large, but the gradient lam H w / eta of uncalibrated noise vanishes."""
     module = Toy(optimizer=lambda parameters: torch.optim.Adam(parameters, 1e-3))
-    module.loss = lambda scores, y: 1e-12 * scores.sum()  # the slope, and with it Adam's moments, all but vanish
+    module.loss = lambda scores, y: 1e-12 * scores.sum()  # because the gradient and Adam's moments almost vanish
     callback = AdaptiveMask(LOG_SUM, 1e-3, **curvature)
     before = weights(module)
     trainer(callback, epochs=1).fit(module, data())
@@ -125,7 +125,7 @@ def shrunk(w, lam):
 
 @pytest.mark.parametrize(("form", "first"), [(ReweightedPenalty, True), (AdaptiveProx, False)])
 def test_the_strength_follows_the_schedule(form, first):
-    """SGD of rate 0.1 by hand: lam rises from 0 at step 0 to 2 at step 4 of 8."""
+    """Hand-written SGD at rate 0.1: lam rises from 0 at step 0 to 2 at step 4 of 8."""
     module, reference, start = Toy(optimizer=sgd(0.1)), Toy(), []
     look = lambda moment, module: start.append(weights(module)) if moment == "batch end" else None  # noqa: E731
     trainer(form(LOG_SUM, LinearWarmup(2.0, 0.5)), Spy(look)).fit(module, data())
@@ -160,8 +160,8 @@ def test_the_frozen_share_is_plain_training_of_the_kept_weights(form):
 
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("metric", ["auto", "adam"])
-def test_the_metric_is_that_of_adams_own_step(amsgrad, metric):
-    """Adam moves a weight by rho times its mean gradient, here written by hand; eps is large and the gradients fall."""
+def test_the_metric_equals_adams_step_size(amsgrad, metric):
+    """A step of Adam is rho times the mean gradient, computed by hand here; eps is large and gradients decrease."""
     w, mean = nn.Parameter(torch.zeros(5, dtype=torch.float64)), 0.0
     optimizer = torch.optim.Adam([w], lr=0.1, betas=(0.5, 0.6), eps=1.0, amsgrad=amsgrad)
     for step, size in enumerate([10.0, 3.0, 0.1, 0.1, 0.1], start=1):

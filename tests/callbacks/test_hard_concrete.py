@@ -1,6 +1,8 @@
-"""HardConcrete against finite differences of a batch's loss under the same draw, and against what a gate is for."""
+"""HardConcrete: gradients against finite differences with the same draw, and gates that close as they should."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ LAM = 0.4
 
 
 def stretched(u, log_alpha, beta=2 / 3, gamma=-0.1, zeta=1.1):
-    """The source's s."""
+    """Compute s as in the paper."""
     soft = torch.sigmoid((torch.log(u) - torch.log1p(-u) + log_alpha) / beta)
     return (soft * (zeta - gamma) + gamma).clamp(0, 1)
 
@@ -25,18 +27,22 @@ def mean_gate(log_alpha):
 
 
 class Drawing(HardConcrete):
-    """Notes the uniform numbers behind each batch's gates."""
+    """Record the uniform draws of each batch's gates."""
 
-    def draw_weights(self, name, attachment, generator):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.method.draw = partial(self.note, self.method.draw)
+
+    def note(self, draw, name, attachment, generator):
         state = generator.get_state()
         at = self.learned[name]
         self.u = torch.rand(at.shape, dtype=at.dtype, generator=generator)
         generator.set_state(state)
-        super().draw_weights(name, attachment, generator)
+        draw(name, attachment, generator)
 
 
 def recorded(steps=3):
-    """The last batch's live weights, log alpha, noisy weights and gradients after backward and before the step."""
+    """Return the last batch's live weights, log alpha, noisy weights, and gradients after backward and before the step."""
     generator, seen = torch.Generator().manual_seed(3), {}
     batch = tuple(torch.randn(6, n, dtype=torch.float64, generator=generator) for n in (4, 3))
     callback = Drawing(LAM, log_start=0.3)
@@ -44,8 +50,9 @@ def recorded(steps=3):
     def look(moment, module):
         w, log_alpha = callback.parameters["network.weight"], callback.learned["network.weight"]
         if moment == "before backward":
-            live = callback._live("network.weight").clone()
-            seen.update(live=live, log_alpha=log_alpha.detach().clone(), noisy=w.detach().clone(), u=callback.u)
+            seen.update(log_alpha=log_alpha.detach().clone(), noisy=w.detach().clone(), u=callback.u)
+        if moment == "after backward":
+            seen["live"] = w.detach().clone()
         if moment in ("after backward", "before step"):
             seen[moment] = (w.grad.clone(), log_alpha.grad.clone())
 
@@ -87,7 +94,7 @@ def test_the_step_pays_half_of_lam_for_each_gate_that_may_be_open():
 
 @pytest.mark.slow
 def test_a_toy_keeps_what_it_needs_and_zeroes_the_rest(tmp_path):
-    """1/2 (w - a)^2 for many weights: those of small a are closed and true zeros in the file, those of large a stay."""
+    """Minimise 1/2 (w - a)^2 for many a: gates of small a close and their weights are zero in the file; large a stay open."""
     a = torch.tensor([0.02, 0.1, 2.0, 3.0])
     network = nn.Linear(4, 50, bias=False)
     network.weight.data = a.expand(50, 4).clone()

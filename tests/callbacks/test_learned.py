@@ -1,4 +1,4 @@
-"""Parameters that a callback trains by an optimiser of its own: at which rate, and that the user's is left alone."""
+"""Learned parameters: their learning rate, and that the user's optimiser is not changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as rates
 from toys import Repeated, Spy, Toy, data, trainer
 
 from lightning_sparse.callbacks import EtaTrick
-from lightning_sparse.conformance.optimizers import Warm, held_step, super_step
+from lightning_sparse.conformance.optimizers import WarmUp, super_step, wrapped_step
 
 
 def sequence(optimizer):
@@ -34,12 +34,12 @@ SCHEDULES = {
 
 
 def own_groups(callback):
-    """The groups of a callback's learned parameters."""
-    return [group for second in callback._second.values() for group in second.groups]
+    """Return the param groups of a callback's learned parameters."""
+    return [group for second in callback.method.learned._second.values() for group in second.groups]
 
 
 def run(module, *callbacks, epochs=2):
-    """Rates and momenta of the weights' group, and of the learned one where there is one, before each step."""
+    """Return learning rate and momentum of the weights' group and the learned group, if any, before each step."""
     seen, own = [], next((c for c in callbacks if hasattr(c, "learned")), None)
 
     def look(moment, module):
@@ -83,7 +83,7 @@ def test_the_module_keeps_its_parameters_and_keys_and_the_optimiser_is_left_as_i
 
 
 def test_accumulated_batches_give_the_learned_parameters_their_mean_gradient():
-    """Two equal batches accumulated are one step of that batch, for log eta too."""
+    """Accumulating two equal batches equals one step with that batch, also for log eta."""
     batch = next(iter(data()))
     ends = []
     for times in (1, 2):
@@ -95,7 +95,7 @@ def test_accumulated_batches_give_the_learned_parameters_their_mean_gradient():
 
 
 class Backboned(Toy):
-    """What BackboneFinetuning knows."""
+    """A module for BackboneFinetuning."""
 
     def __init__(self, seed=0):
         super().__init__(nn.Linear(16, 3), seed=seed)
@@ -126,9 +126,9 @@ def test_parameters_that_join_in_mid_run_are_learned_and_the_finetuning_finds_it
     assert [len(rates) for rates in seen] == [1] * 4 + [2] * 12
     heads, backbones = [rates[0] for rates in seen], [rates[1] for rates in seen[4:]]
     assert heads == [(1e-2, pytest.approx(0.05))] * 16
-    assert [rate for rate, _ in backbones[::4]] == pytest.approx([1e-3, 5e-4, 2.5e-4])  # as the finetuning sets them
+    assert [rate for rate, _ in backbones[::4]] == pytest.approx([1e-3, 5e-4, 2.5e-4])  # as BackboneFinetuning sets them
     assert [own for _, own in backbones[::4]] == pytest.approx([0.05, 0.025, 0.0125])
-    start = callback.start("backbone.weight", module.backbone.weight.detach())
+    start = callback.method.start("backbone.weight", module.backbone.weight.detach())
     assert (callback.state_dict()["learned"]["backbone.weight"] - start).abs().min() > 1e-6
 
 
@@ -143,7 +143,7 @@ def test_an_optimiser_that_the_user_keeps_is_given_back_without_the_learned_grou
 
 
 class Discarding(Toy):
-    """An optimiser for each layer; a backward whose gradients are thrown away comes before the one that counts."""
+    """A toy with one optimiser per layer that discards the gradients of a first backward pass."""
 
     def __init__(self, discard):
         super().__init__()
@@ -180,7 +180,7 @@ def test_two_optimisers_train_their_own_and_discarded_gradients_leave_no_trace(f
 
 @every_form
 def test_a_scheduler_that_holds_another_sees_the_groups_that_the_module_made(form):
-    seen, plain = run(Scheduled(Warm), form()), run(Scheduled(Warm))
+    seen, plain = run(Scheduled(WarmUp), form()), run(Scheduled(WarmUp))
     assert [group["lr"] for group, _ in seen] == [group["lr"] for (group,) in plain]
     assert all(learned["lr"] == pytest.approx(5 * weight["lr"]) for weight, learned in seen)
     assert len({weight["lr"] for weight, _ in seen}) > 4
@@ -193,14 +193,14 @@ def learned_of(module, form=FORMS["VarDrop"], epochs=1, **options):
     return callback.state_dict()["learned"]
 
 
-@pytest.mark.parametrize("make", [super_step, held_step, lambda p: torch.optim.Adagrad(p, 0.1)], ids=["super", "held", "Adagrad"])
+@pytest.mark.parametrize("make", [super_step, wrapped_step, lambda p: torch.optim.Adagrad(p, 0.1)], ids=["super", "held", "Adagrad"])
 @every_form
 @pytest.mark.filterwarnings("ignore:.* the step size of Adagrad for those is not known")
 def test_they_are_trained_beside_any_optimiser(form, make):
     start = form()
     found = learned_of(Toy(optimizer=make), form)
     for name, value in found.items():
-        begun = start.start(name, torch.zeros_like(value))
+        begun = start.method.start(name, torch.zeros_like(value))
         assert (value - begun).abs().max() > 1e-3
 
 
@@ -209,12 +209,10 @@ def fp16(scale):
 
 
 def test_a_learned_gradient_that_overflows_alone_skips_the_step_and_lowers_the_scale():
-    class Overflowing(type(FORMS["VarDrop, weight"]())):
-        def hear(self, name, grad):
-            super().hear(name, grad * (torch.inf if self._draws == 2 else 1.0))
-
     seen, plugin = [], fp16(256.0)
-    callback = Overflowing(0.1, noise="weight", log_start=2.9)
+    callback = type(FORMS["VarDrop, weight"]())(0.1, noise="weight", log_start=2.9)
+    method, add = callback.method, callback.method.add_noise_gradient
+    method.add_noise_gradient = lambda name, grad: add(name, grad * (torch.inf if method.forwards.draws == 2 else 1.0))
     look = lambda moment, module: seen.append((callback.step, plugin.scaler.get_scale())) if moment == "batch end" else None  # noqa: E731
     trainer(callback, Spy(look), epochs=1, plugins=[plugin]).fit(Toy(), data())
     assert seen == [(1, 256.0), (1, 128.0), (2, 128.0), (3, 128.0)]
@@ -222,7 +220,7 @@ def test_a_learned_gradient_that_overflows_alone_skips_the_step_and_lowers_the_s
 
 
 def test_the_trainers_clipping_shortens_the_learned_gradients_as_those_of_the_weights_and_is_not_theirs():
-    """SGD without noise: log eta moves by rate times factor times its slope; the norm is that of the module's gradients."""
+    """With SGD and no noise, log eta moves by rate * clip factor * gradient; the norm includes only the module's gradients."""
     grads, moved = [], []
     callback = EtaTrick(LOG_SUM, 0.5, keep_start=0.3)
 

@@ -1,4 +1,4 @@
-"""Files of forms that learn parameters: as without them, resumed exactly, handed to other forms and back, refused when damaged."""
+"""Checkpoints of callbacks with learned parameters: plain structure, exact resumes, use by other callbacks, damaged states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def shape_of(checkpoint):
-    """Groups, numbers and keys of what a file holds for optimisers and schedules."""
+    """Return groups, sizes and keys of the optimiser and scheduler states in a file."""
     optimizer, schedule = checkpoint["optimizer_states"][0], checkpoint["lr_schedulers"][0]
     groups = [(group["params"], sorted(group)) for group in optimizer["param_groups"]]
     lengths = {key: len(value) for key, value in schedule.items() if isinstance(value, list)}
@@ -50,7 +50,7 @@ def test_files_go_from_a_learned_form_to_others_and_back(form, others, tmp_path)
     assert len(there.optimizers[0].param_groups) == 1
     back = form()
     assert fit(back, decaying(seed=2), path=tmp_path / "other" / "step=10.ckpt", epochs=4).global_step == 16
-    assert all(bool((kept["step"] == 6).all()) for kept in back.state_dict()["moments"].values())  # joined at step 10 of 16
+    assert all(bool((kept["step"] == 6).all()) for kept in back.state_dict()["moments"].values())  # added at step 10 of 16
 
 
 MAKES = {"Adam": partial(torch.optim.Adam, lr=1e-2), "fused": partial(torch.optim.Adam, lr=1e-2, fused=True)}
@@ -62,7 +62,7 @@ CASES = [(form, "Adam", accumulate) for form in FORMS for accumulate in (1, 2)] 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "make", "accumulate"), CASES)
-def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(form, make, accumulate, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(form, make, accumulate, tmp_path):
     form, make = FORMS[form], MAKES[make]
     whole, callback = decaying(make=make), form()
     first = ended(whole, callback, fit(callback, whole, keep=tmp_path, epochs=4, accumulate_grad_batches=accumulate))
@@ -114,7 +114,7 @@ def test_damaged_state_is_refused_by_name(named, tmp_path):
 
 
 class Averaging:
-    """WeightAveraging where Lightning has it."""
+    """WeightAveraging, if Lightning has it."""
 
     def __new__(cls):
         callbacks = pytest.importorskip("lightning.pytorch.callbacks")
@@ -126,7 +126,7 @@ class Averaging:
 @pytest.mark.slow
 @every_form
 def test_beside_an_average_the_learned_parameters_are_those_of_the_run(form, tmp_path):
-    """An average changes neither what is learned nor which keys a file has, and holds the zeros that the form sees."""
+    """An average changes neither learned parameters nor keys of a file, and has the callback's zeros."""
     alone, beside = form(), form()
     fit(alone, decaying())
     trainer(beside, Averaging(), epochs=2).fit(decaying(), Stateful(data()))

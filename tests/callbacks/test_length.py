@@ -1,4 +1,4 @@
-"""The length of a run: refused where it is unknown and needed, measured again where epochs change theirs, kept by a resumed run."""
+"""The length of a run: refused if required but unknown, updated if epochs change, restored by a resumed run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from every_form import FORMS
+from every_form import one_of_each_kind
 from lightning.pytorch.callbacks import ModelCheckpoint
-from toys import Repeated, Toy, data, trainer, weights
+from toys import Repeated, Toy, data, several, trainer, weights
 
 from lightning_sparse import penalties
 from lightning_sparse.callbacks import AdaptiveMask, MagnitudePruning, ReweightedPenalty
@@ -37,7 +37,7 @@ def test_an_unknown_length_is_refused_before_training_with_what_to_give(form, op
     assert all(torch.equal(w, before[name]) for name, w in weights(module).items())
 
 
-@needy
+@pytest.mark.parametrize("form", several(NEEDY, "pruning", "target"))
 @pytest.mark.parametrize("options", [{"epochs": -1, "max_steps": 40}, {"epochs": 10, "limit_train_batches": 4}], ids=["steps", "batches"])
 def test_it_is_known_by_steps_or_by_batches_an_epoch(form, options):
     callback, module = form(), Toy()
@@ -62,9 +62,9 @@ def test_a_run_without_batches_is_no_run_of_unknown_length(form, loader):
     assert callback.step == 0
 
 
-@pytest.mark.parametrize("form", [*FORMS.values(), *NEEDY.values()], ids=[*FORMS, *NEEDY])
+@pytest.mark.parametrize("form", [*one_of_each_kind, *several(NEEDY, *NEEDY)])
 @pytest.mark.filterwarnings("ignore:ReweightedPenalty had only")
-def test_a_fast_dev_run_runs_through(form):
+def test_a_fast_dev_run_completes(form):
     callback = form()
     run = trainer(callback, fast_dev_run=True)
     run.fit(Toy(), data(), data(seed=1))
@@ -72,7 +72,7 @@ def test_a_fast_dev_run_runs_through(form):
 
 
 class Changing(Toy):
-    """A loader of another length in each epoch, whose place a file keeps."""
+    """A stateful loader with a different length in each epoch."""
 
     def __init__(self, *lengths, **options):
         super().__init__(**options)
@@ -85,7 +85,7 @@ class Changing(Toy):
 
 
 class Seen(MagnitudePruning):
-    """Keeps the length that it knows after each batch."""
+    """Record the known length after each batch."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)

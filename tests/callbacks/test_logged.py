@@ -1,4 +1,4 @@
-"""Figures of many tensors pass LightningModule.log by, and arrive where the others do."""
+"""Figures of many tensors bypass LightningModule.log and reach all loggers and monitors."""
 
 from __future__ import annotations
 
@@ -6,55 +6,89 @@ import csv
 from pathlib import Path
 
 import pytest
-from lightning.pytorch import Callback
+import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
 from toys import Toy, data, trainer
 
 from lightning_sparse import penalties
-from lightning_sparse.callbacks import ReweightedPenalty, SparsityMonitor, _logged
+from lightning_sparse.callbacks import ReweightedPenalty, SparsityMonitor
 
 MAKERS = {"a form": lambda: ReweightedPenalty(penalties.LogSum(2.0), lam=0.3, gap_samples=2), "the monitor": SparsityMonitor}
+LAYERS = {"few layers": 3, "many layers": 120}  # figures of more than about a hundred layers bypass ``log``
 every_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+every_size = pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 
 
-def fitted(make, many: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *others: Callback):
-    """Everything that is known of ``sparsity/...`` after a fit of three epochs: each logged column, and what monitors see."""
-    monkeypatch.setattr(_logged, "MANY", many)
-    run = trainer(make(), *others, epochs=3, logger=CSVLogger(folder), enable_checkpointing=bool(others))
-    run.fit(Toy(decay=True), data())
+class Deep(nn.Module):
+    """A residual network of that many layers, one of them unused."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers - 2)), nn.Linear(8, 3)
+        self.unused = nn.Linear(8, 8)
+        with torch.no_grad():
+            self.unused.weight[:4] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x) / len(self.layers)
+        return self.head(x)
+
+
+class Zeros(Callback):
+    """Record the share of zeros of each layer at the end of each epoch, as the last callback."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Toy) -> None:
+        shown = {} if isinstance(trainer.callbacks[0], SparsityMonitor) else trainer.callbacks[0].all_zeros()
+        named = module.named_parameters()
+        self.seen.append({f"sparsity/{n}": float(shown.get(n, p == 0).float().mean()) for n, p in named if p.dim() > 1})
+
+
+def fitted(make, layers: int, folder: Path, *others: Callback):
+    """Fit three epochs; return logged columns ``sparsity/...``, the figures that monitors see, and each layer's share of zeros."""
+    zeros = Zeros()
+    run = trainer(make(), zeros, *others, epochs=3, logger=CSVLogger(folder), enable_checkpointing=bool(others))
+    module = Toy(Deep(layers), lambda parameters: torch.optim.Adam(parameters, 0.03), decay=True)
+    run.fit(module, data())
     with next(folder.rglob("metrics.csv")).open() as file:
         rows = list(csv.DictReader(file))
     names = [name for name in rows[0] if name.startswith("sparsity/")]
-    columns = {name: [(round(float(row[name]), 5), row["step"], row["epoch"]) for row in rows if row[name]] for name in names}
-    return columns, {name: float(value) for name, value in run.callback_metrics.items() if name in columns}
+    columns = {name: [(float(row[name]), row["step"], row["epoch"]) for row in rows if row[name]] for name in names}
+    return columns, {name: float(value) for name, value in run.callback_metrics.items() if name in columns}, zeros.seen, module
 
 
+@every_size
 @every_maker
-def test_the_figures_are_the_same_by_either_way(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = fitted(make, 100, tmp_path / "usual", monkeypatch)
-    straight = fitted(make, 1, tmp_path / "straight", monkeypatch)
-    layers = [name for name in usual[0] if name.endswith("weight")]
-    assert len(layers) == 2
-    assert all(len(usual[0][name]) >= 3 for name in layers)
-    assert straight[0].keys() == usual[0].keys()
-    assert straight[0] == usual[0]
-    assert [epoch for *_, epoch in straight[0][layers[0]][:3]] == ["0", "1", "2"]
-    assert straight[1] == pytest.approx(usual[1])
+def test_each_layers_figures_are_those_of_its_weights_on_lightnings_steps(make, layers: int, tmp_path: Path) -> None:
+    columns, monitored, zeros, module = fitted(make, layers, tmp_path)
+    for name in zeros[0]:
+        assert [value for value, *_ in columns[name][:3]] == pytest.approx([share[name] for share in zeros], abs=1e-5)
+        assert [where for _, *where in columns[name][:3]] == [["3", "0"], ["7", "1"], ["11", "2"]]
+        assert monitored[name] == pytest.approx(float((module.get_parameter(name.removeprefix("sparsity/")) == 0).float().mean()))
+    assert len(zeros[0]) == layers
+    assert zeros[-1]["sparsity/network.unused.weight"] >= 0.5
+    assert [where for _, *where in columns["sparsity/total"][:3]] == [["3", "0"], ["7", "1"], ["11", "2"]]
 
 
-@pytest.mark.parametrize("many", [100, 1], ids=["few", "many"])
-def test_only_what_every_layer_has_passes_log_by(many: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@every_size
+def test_only_figures_of_all_layers_bypass_log(layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: set[str] = set()
     usual = Toy.log_dict
     monkeypatch.setattr(Toy, "log_dict", lambda self, figures, **how: [logged.update(figures), usual(self, figures, **how)][1])
-    columns, _ = fitted(MAKERS["a form"], many, tmp_path, monkeypatch)
-    layers = {name for name in columns if name.endswith("weight")}
-    assert logged & columns.keys() == columns.keys() - {_logged.TOTAL} - (layers if many == 1 else set())
+    columns, _, zeros, _ = fitted(MAKERS["a form"], layers, tmp_path)
+    assert logged & columns.keys() == columns.keys() - {"sparsity/total"} - (zeros[0].keys() if layers > 100 else set())
 
 
 @every_maker
-def test_a_figure_that_passed_log_by_can_be_monitored(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper = ModelCheckpoint(tmp_path / "files", monitor="sparsity/network.0.weight", mode="max", save_on_train_epoch_end=True)
-    columns, _ = fitted(make, 1, tmp_path, monkeypatch, keeper)
-    assert float(keeper.best_model_score) == pytest.approx(max(value for value, *_ in columns["sparsity/network.0.weight"][:3]), abs=1e-5)
+def test_a_figure_that_bypassed_log_can_be_monitored(make, tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path / "files", monitor="sparsity/network.head.weight", mode="max", save_on_train_epoch_end=True)
+    columns, *_ = fitted(make, LAYERS["many layers"], tmp_path, keeper)
+    assert float(keeper.best_model_score) == pytest.approx(
+        max(value for value, *_ in columns["sparsity/network.head.weight"][:3]), abs=1e-5
+    )

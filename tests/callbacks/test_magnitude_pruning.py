@@ -1,10 +1,12 @@
-"""MagnitudePruning: the share of zeros at each step, what is ranked with what, and that no pruned weight comes back."""
+"""MagnitudePruning: the share of zeros at each step, the ranking, and that pruned weights stay zero."""
 
 from __future__ import annotations
 
 import copy
 import io
+import logging
 import math
+import warnings
 
 import pytest
 import torch
@@ -15,11 +17,12 @@ from torch.nn.utils import prune
 from toys import Repeated, Toy, data, trainer, weights
 
 from lightning_sparse import mask_rules, penalties, schedules
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, MagnitudePruning, ReweightedPenalty, magnitude_pruning
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, MagnitudePruning, ReweightedPenalty
 from lightning_sparse.conformance.neighbours import Backboned
-from lightning_sparse.mask_rules.ranked import shrunk
+from lightning_sparse.mask_rules.ranked import prune_smallest
+from lightning_sparse.support import Support
 
-SIZE, STEPS = 176, 40  # weights of the toy's matrices, and optimiser steps of ten epochs
+SIZE, STEPS = 176, 40  # weights in the toy's matrices; optimiser steps in ten epochs
 OPTIMIZERS = {
     "Adam with decay": lambda p: torch.optim.Adam(p, 1e-2, weight_decay=0.1),
     "AdamW": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
@@ -32,7 +35,7 @@ def matrices(module):
 
 
 class Watch(Callback):
-    """The matrices and the logged target after each batch, and once before training."""
+    """Record the matrices and the logged target before training and after each batch."""
 
     def __init__(self, pruning):
         self.pruning, self.seen, self.targets = pruning, [], []
@@ -53,7 +56,7 @@ class Watch(Callback):
 
 
 class SaveAt(Callback):
-    """Saves a file after so many epochs."""
+    """Save a file after a given number of epochs."""
 
     def __init__(self, epochs, path):
         self.epochs, self.path = epochs, path
@@ -64,7 +67,7 @@ class SaveAt(Callback):
 
 
 def run(pruning, *others, epochs=10, module=None, **options):
-    """The watch over a run of 4 batches an epoch."""
+    """Fit with 4 batches per epoch and return the records."""
     watch = Watch(pruning)
     trainer(pruning, watch, *others, epochs=epochs, **options).fit(module or Toy(), data())
     return watch
@@ -84,7 +87,7 @@ RAMPS = [(0.9, 0.0, 0.0, 0.75, 1), (0.5, 0.1, 0.0, 1.0, 7), (0.99, 0.3, 0.4, 0.4
     [(0.8, 0.25, 0.2, 0.7, 3), *(pytest.param(*ramp, marks=pytest.mark.slow) for ramp in RAMPS)],
 )
 def test_the_share_of_zeros_follows_the_papers_schedule(sparsity, start, begin, end, every):
-    watch = run(MagnitudePruning(sparsity, begin, end, every, start=start))
+    watch = run(MagnitudePruning(sparsity, begin=begin, end=end, every=every, start=start))
     expected = 0
     for step, (zeros, target) in enumerate(zip(watch.zeros, watch.targets, strict=True)):
         share = by_hand(step, STEPS, sparsity, start, begin, end)
@@ -94,14 +97,39 @@ def test_the_share_of_zeros_follows_the_papers_schedule(sparsity, start, begin, 
         assert target == pytest.approx(share, abs=1e-12)
 
 
+def cuts(pruning, epochs, **options):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run(pruning, epochs=epochs, **options)
+    return [str(one.message) for one in said if " cut" in str(one.message)]
+
+
+def test_a_ramp_of_few_cuts_gives_a_warning_that_suggests_every():
+    said = cuts(MagnitudePruning(0.8), 30)
+    assert len(said) == 1
+    assert "reaches 80.0% zeros in 1 cut: its ramp is 90 optimiser steps long and it prunes every 100" in said[0]
+    assert said[0].endswith("give every=3")
+    assert cuts(MagnitudePruning(0.8, every=3), 30) == []
+
+
+def test_no_warning_about_a_trial_of_few_cuts(caplog):
+    with caplog.at_level(logging.INFO):
+        assert cuts(MagnitudePruning(0.8, every=10), 5) == []
+    assert "in 2 cuts: its ramp is 15 optimiser steps long" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert cuts(MagnitudePruning(0.8), 1, fast_dev_run=True) == []
+    assert "cut" not in caplog.text
+
+
 def test_weights_are_ranked_no_more_after_the_ramp(monkeypatch):
-    ranked, own = [], magnitude_pruning.shrunk
-    monkeypatch.setattr(magnitude_pruning, "shrunk", lambda *given: ranked.append(given[-1]) or own(*given))
+    ranked, own = [], Support.keep_highest
+    monkeypatch.setattr(Support, "keep_highest", lambda support, alive, share: ranked.append(share) or own(support, alive, share))
     run(MagnitudePruning(0.8, end=0.5, every=3))
     assert ranked == pytest.approx([by_hand(step, STEPS, 0.8, 0.0, 0.0, 0.5) for step in [*range(0, STEPS // 2, 3), STEPS // 2]])
 
 
-def test_what_joins_after_the_ramp_is_pruned_with_the_others():
+def test_parameters_added_after_the_ramp_are_pruned_with_the_others():
     pruning, module = MagnitudePruning(0.75, end=0.25, every=3), Backboned()
     trainer(pruning, BackboneFinetuning(2, backbone_initial_ratio_lr=1.0), epochs=4).fit(module, data())
     assert sum(int((w == 0).sum()) for w in (module.backbone.weight, module.head.weight)) == round(0.75 * SIZE)
@@ -134,8 +162,8 @@ def test_the_share_at_the_end_is_exact(sparsity, scope):
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_what_is_pruned_agrees_with_torchs_own_pruning(scope):
-    """At rate 0 the smallest initial weights go: of all together, or of each layer (torch.nn.utils.prune is the reference)."""
+def test_pruned_weights_equal_those_of_torch_pruning(scope):
+    """At learning rate 0 the smallest initial weights are pruned, globally or per layer, as by torch.nn.utils.prune."""
     module, twin = Toy(optimizer=lambda p: torch.optim.SGD(p, 0.0)), Toy()
     layers = [(twin.network[0], "weight"), (twin.network[2], "weight")]
     if scope == "global":
@@ -157,7 +185,7 @@ def test_pruned_weights_stay_zero_whatever_the_optimiser_does(name):
         assert not any(bool(((w == 0) & (after[name] != 0)).any()) for name, w in before.items())
     assert watch.zeros[25:] == [round(0.8 * SIZE)] * 16
     last, tuned = watch.seen[25], watch.seen[-1]
-    assert any(not torch.equal(w, tuned[name]) for name, w in last.items())  # what is left is trained on
+    assert any(not torch.equal(w, tuned[name]) for name, w in last.items())  # the remaining weights are still trained
 
 
 BY_LAYER, FROZEN = {"scope": "layer", "start": 0.2, "begin": 0.1}, {"freeze": 0.25}
@@ -177,7 +205,7 @@ def test_a_run_resumed_on_the_ramp_or_after_it_equals_the_uninterrupted_one(epoc
 
 
 class Late(Toy):
-    """Nothing moves in the first epoch, in which the last layer is zero."""
+    """A toy whose last layer is zero in the first epoch, so that nothing moves."""
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), 0.1)
@@ -185,8 +213,8 @@ class Late(Toy):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def test_a_weight_that_is_zero_by_chance_lives_on_after_a_resume(tmp_path):
-    """The file's masks tell the zeros of an initial value from pruned weights."""
+def test_an_unpruned_zero_weight_trains_on_after_a_resume(tmp_path):
+    """The file's masks distinguish initial zeros from pruned weights."""
     ends = []
     for seed, path in ((0, None), (1, tmp_path / "part.ckpt")):
         module = Late(seed=seed)
@@ -213,7 +241,7 @@ def test_tied_weights_are_ranked_once():
 
 
 class TwoByHand(Toy):
-    """Manual optimisation with an optimiser a layer; the second steps at every other batch only."""
+    """Manual optimisation with one optimiser per layer; the second steps only at every other batch."""
 
     def __init__(self):
         super().__init__()
@@ -246,23 +274,23 @@ def test_accumulated_batches_are_one_step():
 
 def test_zeros_that_are_kept_count_among_the_pruned():
     sparse = Toy()
-    sparse.network[0].weight.data[:, :4] = 0  # 64 of 176 weights, no unit wholly
+    sparse.network[0].weight.data[:, :4] = 0  # 64 of 176 weights, no complete unit
     kept, free = copy.deepcopy(sparse), copy.deepcopy(sparse)
     pruning = {"sparsity": 0.2, "begin": 0.5, "every": 2}
     assert run(MagnitudePruning(**pruning, keep_zeros=True), module=kept, epochs=3).zeros == [64] * 13
     assert run(MagnitudePruning(**pruning), module=free, epochs=3).zeros[-1] == round(0.2 * SIZE)
 
 
-def test_a_run_that_stops_on_the_ramp_says_so():
+def test_a_run_stopped_on_the_ramp_gives_a_warning():
     class Stop(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.should_stop = True
 
-    with pytest.warns(UserWarning, match=r"ended at step 4 of 40, .* asks for 27.9% zeros, not 80.0%; .* Train to step 30 at least"):
+    with pytest.warns(UserWarning, match=r"ended at step 4 of 40, .* has reached 27.9% zeros, not 80.0%; .* Train to step 30 at least"):
         run(MagnitudePruning(0.8), Stop())
 
 
-# -- what it becomes and refuses ------------------------------------------------------------------------------------------
+# -- conversion and refusals ---------------------------------------------------------------------------------------------
 
 
 def test_its_mask_form_is_top_k_with_the_same_selection():
@@ -338,11 +366,11 @@ def test_a_file_without_its_masks_is_refused(damage, tmp_path):
 def test_among_equal_weights_the_last_go_first_and_pruned_ones_never_return():
     w = {"a": torch.tensor([[1.0, -1.0]]), "b": torch.tensor([1.0, 5.0])}
     everything = {name: torch.ones_like(part, dtype=torch.bool) for name, part in w.items()}
-    first = shrunk(w, everything, 0.25)
+    first = prune_smallest(w, everything, 0.25)
     assert [first["a"].tolist(), first["b"].tolist()] == [[[True, True]], [False, True]]
     grown = w | {"b": torch.tensor([9.0, 5.0])}
-    later = shrunk(grown, first, 0.5)
+    later = prune_smallest(grown, first, 0.5)
     assert [later["a"].tolist(), later["b"].tolist()] == [[[True, False]], [False, True]]
-    assert all(torch.equal(kept, later[name]) for name, kept in shrunk(grown, later, 0.1).items())
-    assert sum(int(kept.sum()) for kept in shrunk(w, everything, 0.99).values()) == 1
-    assert shrunk({}, {}, 0.5) == {}
+    assert all(torch.equal(kept, later[name]) for name, kept in prune_smallest(grown, later, 0.1).items())
+    assert sum(int(kept.sum()) for kept in prune_smallest(w, everything, 0.99).values()) == 1
+    assert prune_smallest({}, {}, 0.5) == {}

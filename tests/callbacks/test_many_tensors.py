@@ -1,4 +1,4 @@
-"""A network of many small weights trains, and counts its zeros, as if each of them were alone."""
+"""Training and counting zeros of many small tensors equals processing each tensor alone."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toys import Spy, Toy, trainer, weights
+from toys import Moved, Spy, Toy, trainer, weights
 from toys import data as batches
 
 from lightning_sparse import optimizer as steps_of
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, PenaltyLoss, ReweightedPenalty
 from lightning_sparse.conformance.loops import TwoOptimizers
 from lightning_sparse.curvature import EmpiricalFisher
-from lightning_sparse.elementwise import buckets
+from lightning_sparse.elementwise import pieces
 from lightning_sparse.noise import Gaussian, ScaledBernoulli
 from lightning_sparse.penalties import LogSum
 from lightning_sparse.schedules import LinearWarmup
@@ -25,14 +25,14 @@ LOG_SUM, DEPTH, ALONE = LogSum(0.05), 20, 10**9
 
 
 def deep() -> nn.Sequential:
-    """Small weights of a few shapes, each group of the optimisers with enough of them to be joined."""
+    """Build a network of many small weights of a few shapes, enough in each param group for buckets."""
     torch.manual_seed(0)
     small = [part for _ in range(DEPTH // 2) for part in (nn.Linear(8, 6), nn.Linear(6, 8), nn.Tanh())]
     return nn.Sequential(nn.Linear(8, 40), nn.Linear(40, 8), *small, nn.Linear(8, 3))
 
 
 def groups(p: Any) -> list[dict[str, Any]]:
-    """Two groups of different rates, every second layer's weight and bias in the second."""
+    """Make two param groups of different rates; the second has every second layer."""
     listed = list(p)
     first, second = ([one for number, one in enumerate(listed) if number // 2 % 2 == side] for side in (0, 1))
     return [{"params": first}, {"params": second, "lr": 5e-3}]
@@ -54,13 +54,13 @@ FORMS: dict[str, Callable[[], Any]] = {
 
 
 def trained(form: Any, optimizer: Any, few: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Toy, dict[str, float], list[int]]:
-    """Train with buckets of ``few`` small tensors or more; returns the logged figures and the sizes of all buckets, too."""
+    """Train with buckets of at least ``few`` small tensors; also return logged figures and all bucket sizes."""
     sizes: list[int] = []
-    grouped = buckets.bucket_rows
+    grouped = pieces.bucket_rows
     with monkeypatch.context() as patch:
-        patch.setattr(buckets, "FEW", few)
+        patch.setattr(pieces, "FEW", few)
         patch.setattr(
-            buckets, "bucket_rows", lambda *given, **how: [sizes.append(len(one)) or one for one in grouped(*given, **({"few": few} | how))]
+            pieces, "bucket_rows", lambda *given, **how: [sizes.append(len(one)) or one for one in grouped(*given, **({"few": few} | how))]
         )
         module = Toy(deep(), optimizer)
         run = trainer(form, epochs=3)
@@ -101,7 +101,7 @@ def test_zeros_of_all_are_the_zeros_of_each(form: Any) -> None:
 
 @pytest.mark.parametrize("noise", [ScaledBernoulli(), Gaussian()], ids=["Bernoulli", "Gaussian"])
 def test_each_gradient_is_multiplied_by_the_mask_of_its_own_weight(noise: Any) -> None:
-    """The loss is linear in the weights, so that the gradient before the mask is known: it is 1."""
+    """The loss is linear in the weights, so the gradient before masking is 1."""
     module = Toy(deep(), lambda p: torch.optim.SGD(p, 1e-3), loss=lambda out, _: sum(p.sum() for p in module.network.parameters()))
     callback, seen = AdaptiveMask(LOG_SUM, 3e-2, noise=noise, curvature=None), []
 
@@ -110,7 +110,8 @@ def test_each_gradient_is_multiplied_by_the_mask_of_its_own_weight(noise: Any) -
             seen.append({name: parameter.detach().clone() for name, parameter in callback.parameters.items()})
         if hook == "after backward":
             seen[-1] = {
-                name: (shown, callback.parameters[name].grad.clone(), callback._live(name).clone()) for name, shown in seen[-1].items()
+                name: (shown, callback.parameters[name].grad.clone(), callback.parameters[name].detach().clone())
+                for name, shown in seen[-1].items()
             }
 
     trainer(callback, Spy(look), epochs=1).fit(module, batches())
@@ -122,7 +123,7 @@ def test_each_gradient_is_multiplied_by_the_mask_of_its_own_weight(noise: Any) -
 
 @pytest.mark.parametrize("manual", [False, True])
 def test_memory_of_masks_is_used_again_unless_a_graph_may_still_need_it(manual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sparse.elementwise.buffers.LARGE", 1)
+    monkeypatch.setattr("lightning_sparse.elementwise.pieces.LARGE", 1)
     monkeypatch.setattr("lightning_sparse.elementwise.engine.DRAWN", 2)
     callback, held = AdaptiveMask(LOG_SUM, 3e-2, noise=ScaledBernoulli(), curvature=None), []
 
@@ -143,7 +144,7 @@ def rows_of(optimizer: torch.optim.Optimizer) -> list[tuple[Any, Any, float, tor
 
 
 def test_weights_of_one_group_and_one_count_of_steps_share_a_step_size() -> None:
-    """A weight that joined later has other corrections of its means, and each group a rate of its own."""
+    """A weight added later has different bias corrections, and each group has its own rate."""
     own = [nn.Parameter(torch.zeros(2, 2)) for _ in range(6)]
     optimizer = torch.optim.Adam([{"params": own[:4]}, {"params": own[4:], "lr": 0.1}])
     for late in (1, 0):
@@ -172,7 +173,7 @@ RATED = {
 def test_columns_and_scalars_make_the_step_size_of_each_weight(make: Any) -> None:
     own = [nn.Parameter(torch.zeros(2, 2)) for _ in range(3)]
     optimizer = make(own)
-    for scale in (4.0, 1.0):  # the second step leaves the largest moment behind
+    for scale in (4.0, 1.0):  # after the second step the largest moment is in the past
         for number, parameter in enumerate(own):
             parameter.grad = torch.full((2, 2), scale**number * (1 + number))
         optimizer.step()
@@ -184,11 +185,6 @@ def test_columns_and_scalars_make_the_step_size_of_each_weight(make: Any) -> Non
 
 def test_a_strength_of_zero_masks_nothing() -> None:
     callback = AdaptiveMask(LOG_SUM, LinearWarmup(0.5, share=1.0), noise=ScaledBernoulli(), curvature=None)
-    masked: list[bool] = []
-
-    def look(hook: str, module: Toy) -> None:
-        if hook == "before backward":
-            masked.append(any(not torch.equal(p.detach(), callback._live(name)) for name, p in callback.parameters.items()))
-
-    trainer(callback, Spy(look), epochs=1).fit(Toy(deep()), batches())
-    assert masked == [False, True, True, True]
+    moved = Moved()
+    trainer(callback, moved, epochs=1).fit(Toy(deep()), batches())
+    assert [bool(names) for names in moved.seen] == [False, True, True, True]

@@ -1,4 +1,4 @@
-"""Models that users bring: what is selected of them and why not, copies, casts, compilation. Each against a plain fact."""
+"""Users' models: selection, copies, casts and compilation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 from toys import Repeated, Spy, Toy, data, trainer, weights
 
-from lightning_sparse import attach, noise, penalties
+from lightning_sparse import noise, penalties
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, SparsityMonitor
-from lightning_sparse.conformance._networks import Computed, Looked, Quantised, Wave, plain
+from lightning_sparse.conformance._networks import ComplexLayer, Computed, Quantised, SparseEmbedding, plain
 from lightning_sparse.conformance.changes import COMPILED, graphs
 from lightning_sparse.curvature import EmpiricalFisher
+from lightning_sparse.weights import Attachment
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 FORMS = {
@@ -37,15 +38,15 @@ def sgd(lr):
 deprecations = pytest.mark.filterwarnings("ignore:.*quantize", "ignore::DeprecationWarning", "ignore::UserWarning:torch.ao.*")
 REFUSED = {
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 3)), r"'network.0.weight' has no shape yet; run a batch"),
-    "complex": (Wave, r"'network.wave.weight' is complex; .* leave it out with select=\['!network.wave.weight'\]"),
-    "quantised": (Quantised, r"'network.body.weight' is packed in a quantised Linear; sparsify first, then quantise; or leave"),
+    "complex": (ComplexLayer, r"'network.wave.weight' is complex; .* exclude it with select=\['!network.wave.weight'\]"),
+    "quantised": (Quantised, r"'network.body.weight' is packed in a quantised Linear; sparsify first, then quantise; or exclude"),
 }
 
 
 @deprecations
 @pytest.mark.parametrize("form", [ReweightedPenalty, AdaptiveMask])
 @pytest.mark.parametrize(("build", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_weights_that_cannot_be_sparsified_are_refused_with_the_way_round_them(form, build, message):
+def test_unsupported_weights_are_refused_with_advice(form, build, message):
     torch.manual_seed(0)
     module = Toy(build())
     kept = {id(p): p.detach().clone() for p in module.parameters() if not isinstance(p, nn.UninitializedParameter)}
@@ -69,9 +70,9 @@ def test_a_lazy_layer_that_has_its_shape_by_configure_model_is_trained():
 
 @pytest.mark.parametrize("form", [ReweightedPenalty, AdaptiveProx, AdaptiveMask])
 def test_sparse_gradients_are_refused_before_training(form):
-    module, tokens = Toy(Looked(), sgd(0.1)), Repeated((torch.arange(10).reshape(2, 5), torch.tensor([0, 1])), 3)
+    module, tokens = Toy(SparseEmbedding(), sgd(0.1)), Repeated((torch.arange(10).reshape(2, 5), torch.tensor([0, 1])), 3)
     before = weights(module)
-    with pytest.raises(ValueError, match=r"'network.embedding.weight' gets sparse gradients .* make it with sparse=False; or leave"):
+    with pytest.raises(ValueError, match=r"'network.embedding.weight' gets sparse gradients .* create it with sparse=False; or exclude"):
         trainer(form(LOG_SUM, 0.5, select=["network.embedding.weight"])).fit(module, tokens)
     assert all(torch.equal(w, before[name]) for name, w in weights(module).items())
     trainer(form(LOG_SUM, 0.5)).fit(module, tokens)  # not selected by default
@@ -94,9 +95,8 @@ def test_the_monitor_counts_computed_weights_and_does_not_move_spectral_norms_es
     network = nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 8)), prune.l1_unstructured(nn.Linear(8, 3), "weight", 0.5))
     module = Toy(network, sgd(0.0))
     before = {name: buffer.clone() for name, buffer in network.named_buffers() if "original" not in name}
-    run = trainer(SparsityMonitor(), epochs=1, limit_train_batches=0)
-    monitor = run.callbacks[0]
-    monitor._choose(module)
+    monitor = SparsityMonitor()
+    trainer(monitor).validate(module, data(), verbose=False)
     for _ in range(20):
         figures = monitor.figures(module)
     assert figures == {"sparsity/total": 12 / 88, "sparsity/network.0.weight": 0.0, "sparsity/network.1.weight": 0.5}
@@ -107,7 +107,7 @@ def test_the_monitor_counts_computed_weights_and_does_not_move_spectral_norms_es
 
 
 class Turned(nn.Module):
-    """A layer run with time first in the middle of a batch-first model."""
+    """A batch-first model with one layer that runs time-first."""
 
     def __init__(self, turn):
         super().__init__()
@@ -129,7 +129,7 @@ def test_curvature_takes_samples_from_where_the_batch_has_them():
 
 
 class Bypassed(nn.Module):
-    """The first layer's weight is used, its forward is not."""
+    """A network that uses the first layer's weight without its forward."""
 
     def __init__(self):
         super().__init__()
@@ -154,13 +154,13 @@ def test_a_resumed_run_knows_which_layers_are_bypassed(tmp_path):
     assert all(torch.equal(w, ends[2][1][i]) for i, w in enumerate(ends[1][1][4:]))
 
 
-def test_where_no_layers_forward_can_be_seen_the_weights_get_the_noise(monkeypatch):
-    """As in a module that was compiled, in a way that leaves no mark, before the run."""
-    monkeypatch.setattr(attach.Attachment, "on_forward", lambda *_: None)
+def test_without_visible_forwards_noise_goes_to_the_weights(monkeypatch):
+    """Like a module that was compiled before the run in an undetectable way."""
+    monkeypatch.setattr(Attachment, "on_forward", lambda *_: None)
     seen, callback = [], AdaptiveMask(LOG_SUM, 0.3, curvature=None)
     spy = Spy(lambda moment, module: seen.append(torch.equal(module.network[0].weight, callback.attachment.live("network.0.weight"))))
     trainer(callback, spy, epochs=1).fit(Toy(), data())
-    assert seen[:2] == [True, True]  # the first batch finds out
+    assert seen[:2] == [True, True]  # the first batch detects it
     assert seen[5:7] == [False, False]
 
 
@@ -168,7 +168,7 @@ def test_where_no_layers_forward_can_be_seen_the_weights_get_the_noise(monkeypat
 
 
 def end(form, compile_=None, lam=0.3, **options):
-    """Weights at the end of 3 epochs, and the graphs made by the end of each batch."""
+    """Return the weights after 3 epochs, and the number of graphs compiled by the end of each batch."""
     torch._dynamo.reset()
     made, module = [], Toy()
     spy = Spy(lambda moment, _: made.append(graphs()) if moment == "batch end" else None)
@@ -187,7 +187,7 @@ def test_a_compiled_model_ends_as_the_eager_one_and_is_compiled_once(form, way):
     assert (eager[0]["network.0.weight"] == 0).any()
     assert eager[1][-1] == eager[1][0]
     assert compiled[1][0] > eager[1][-1]
-    assert len(set(compiled[1][:4])) == len(set(compiled[1][4:])) == 1  # in the first step, and for the first validation
+    assert len(set(compiled[1][:4])) == len(set(compiled[1][4:])) == 1  # compiled in the first step and in the first validation
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_a_compiled_model_ends_as_the_eager_one_and_is_compiled_once(form, way):
 @pytest.mark.parametrize("way", COMPILED.values(), ids=COMPILED.keys())
 def test_in_compiled_layers_noise_and_curvature_are_those_of_layers_that_cannot_be_seen(way, monkeypatch):
     compiled = end(AdaptiveMask, way)[0]
-    for package in ("lightning_sparse.attach", "lightning_sparse.curvature"):
+    for package in ("lightning_sparse.layers", "lightning_sparse._curvature"):
         monkeypatch.setattr(f"{package}.layers", lambda module, parameters: {})
     for name, w in end(AdaptiveMask)[0].items():
         torch.testing.assert_close(compiled[name], w, rtol=1e-3, atol=1e-4, msg=name)

@@ -1,8 +1,9 @@
-"""SparsityMonitor: on any model, beside other callbacks, in every kind of run."""
+"""SparsityMonitor on all kinds of models and runs, and with other callbacks."""
 
 from __future__ import annotations
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse.callbacks import ReweightedPenalty, SparsityMonitor
+from lightning_sparse.callbacks import MagnitudePruning, ReweightedPenalty, SparsityMonitor
 from lightning_sparse.penalties import LogSum
+from lightning_sparse.structure import Blocks, Channels, Columns, Rows, Structure
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),  # lightning with a recent torch
@@ -24,7 +26,7 @@ pytestmark = [
 
 
 class Net(LightningModule):
-    """Eight of the body's sixteen weights are zero and stay so: its inputs there are zero as well."""
+    """A network with eight of the body's sixteen weights at zero; they stay zero because their inputs are zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,8 +36,11 @@ class Net(LightningModule):
                 layer.weight.copy_(torch.linspace(0.5, 1.5, layer.weight.numel()).view_as(layer.weight))
             self.body.weight[:, 2:] = 0.0
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
     def step(self, batch: list[Tensor], _: int) -> Tensor:
-        return (self.head(self.body(batch[0])) ** 2).mean()
+        return (self(batch[0]) ** 2).mean()
 
     training_step = step
 
@@ -81,7 +86,7 @@ def test_fit_reports_the_zeros_of_a_plain_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
-def test_a_run_of_its_own_reports_too(verb: str) -> None:
+def test_a_run_in_a_script_reports_too(verb: str) -> None:
     trainer = _trainer([SparsityMonitor()])
     getattr(trainer, verb)(Net(), _loader(), verbose=False)
     assert _figures(trainer) == pytest.approx(PLANTED)
@@ -117,7 +122,7 @@ def test_beside_a_sparsifier_its_figures_stand_and_the_monitor_adds_the_rest(fir
     model = Net()
     with torch.no_grad():
         model.head.weight[0] = 0.0
-        model.body.weight[0, 0] = 1e-3  # a zero to the sparsifier's threshold, none to a plain count
+        model.body.weight[0, 0] = 1e-3  # zero by the sparsifier's threshold, but not by an exact count
     model.configure_optimizers = lambda: torch.optim.SGD(model.body.parameters(), 1e-6)  # type: ignore[method-assign]
     pair: list[Callback] = [monitor, sparsifier] if first else [sparsifier, monitor]
     trainer = _trainer([*pair, seen])
@@ -128,7 +133,7 @@ def test_beside_a_sparsifier_its_figures_stand_and_the_monitor_adds_the_rest(fir
 
 
 class Recorder(Callback):
-    """What was logged when the epoch ended, before a callback's last word at the end of training."""
+    """Record the figures logged at the end of each epoch, before those at the end of training."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.figures = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith("sparsity/")}
@@ -153,10 +158,73 @@ def test_every_n_epochs_is_a_whole_number(wrong: Any) -> None:
         SparsityMonitor(every_n_epochs=wrong)
 
 
-def test_a_string_is_no_selection() -> None:
+def test_a_string_as_selection_is_refused() -> None:
     with pytest.raises(TypeError, match="select"):
         SparsityMonitor(select="body.weight")  # type: ignore[arg-type]
 
 
 def test_two_monitors_are_kept_apart_in_a_checkpoint() -> None:
     assert SparsityMonitor(select=["body.weight"]).state_key != SparsityMonitor().state_key
+
+
+@dataclass(frozen=True)
+class Case:
+    """A structure, and the share of its groups that are planted at zero, in all and by parameter."""
+
+    structure: Structure
+    share: float
+    body: float
+
+
+CASES = [Case(Columns(), 2 / 8, 0.5), Case(Blocks((2, 2)), 2 / 6, 0.5), Case(Rows(), 0.0, 0.0)]
+
+
+@pytest.mark.parametrize("verb", ["fit", pytest.param("validate", marks=pytest.mark.slow), pytest.param("test", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case.structure))
+def test_with_a_structure_the_share_of_zero_groups_is_reported_too(case: Case, verb: str) -> None:
+    trainer = _trainer([SparsityMonitor(structure=case.structure)])
+    getattr(trainer, verb)(Net(), _loader(), **({} if verb == "fit" else {"verbose": False}))
+    groups = {"sparsity/groups": case.share, "sparsity/groups/body.weight": case.body, "sparsity/groups/head.weight": 0.0}
+    assert _figures(trainer) == pytest.approx({**PLANTED, **groups})
+
+
+@pytest.mark.slow  # the tracer's import
+def test_groups_of_channels_are_reported_of_any_model() -> None:
+    model = Net()
+    with torch.no_grad():
+        for w in (model.body.weight[:3], model.body.bias[:3], model.head.weight[:, :3]):
+            w.zero_()
+    trainer = _trainer([SparsityMonitor(structure=Channels())])
+    with pytest.raises(ValueError, match="set its example_input_array"):
+        trainer.validate(model, _loader(), verbose=False)
+    model.example_input_array = torch.rand(2, 4)
+    trainer.validate(model, _loader(), verbose=False)
+    (axis,) = (name for name in _figures(trainer) if name.startswith("sparsity/groups/"))
+    assert _figures(trainer)["sparsity/groups"] == _figures(trainer)[axis] == 0.75
+
+
+def test_groups_of_weights_below_a_sparsifiers_threshold_are_zero() -> None:
+    sparsifier, model = ReweightedPenalty(LogSum(0.1), lam=0.05, threshold=0.01, select=["body.weight"]), Net()
+    with torch.no_grad():
+        model.body.weight[0].fill_(1e-3)
+        model.body.weight[1:].fill_(1.0)
+    model.configure_optimizers = lambda: torch.optim.SGD(model.body.parameters(), 1e-9)  # type: ignore[method-assign]
+    seen = Recorder()
+    _trainer([sparsifier, SparsityMonitor(structure=Rows()), seen]).fit(model, _loader())
+    groups = {name: value for name, value in seen.figures.items() if name.startswith("sparsity/groups")}
+    assert groups == pytest.approx({"sparsity/groups": 1 / 6, "sparsity/groups/body.weight": 1 / 4, "sparsity/groups/head.weight": 0.0})
+
+
+def test_a_sparsifiers_own_groups_stand() -> None:
+    sparsifier, seen = MagnitudePruning(0.5, every=1, structure=Rows(), select=["body.weight"]), Recorder()
+    _trainer([sparsifier, SparsityMonitor(structure=Columns()), seen]).fit(Net(), _loader())
+    ((live, count),) = sparsifier.groups_left().values()
+    groups = {name: value for name, value in seen.figures.items() if name.startswith("sparsity/groups")}
+    assert count == 4
+    assert groups == pytest.approx(dict.fromkeys(["sparsity/groups", "sparsity/groups/body.weight"], 1 - live / count))
+
+
+@pytest.mark.parametrize("wrong", ["rows", Rows])
+def test_a_wrong_structure_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="structure must be a Structure"):
+        SparsityMonitor(structure=wrong)

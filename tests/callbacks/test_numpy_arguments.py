@@ -1,4 +1,4 @@
-"""Callbacks that are given numbers of numpy: files that load safely, resumes, and recipes and keys as with Python's own."""
+"""Callbacks with numpy numbers as arguments: safe files, resumes, recipes and state keys as with Python numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from toys import Toy, data, trainer
+from toys import Toy, data, several, trainer
 
 from lightning_sparse import curvature, noise, penalties, schedules
 from lightning_sparse.callbacks import (
@@ -25,7 +25,16 @@ from lightning_sparse.callbacks import (
 F, N, B, S = np.float32, np.int64, np.bool_, np.str_
 LOG_SUM = partial(penalties.LogSum, F(2))
 FORMS = {
-    "penalty": lambda: ReweightedPenalty(LOG_SUM(), F(0.5), [S("*"), S("!network.2.*")], F(0.0625), F(0.25), F(0), N(2), B(False)),
+    "penalty": lambda: ReweightedPenalty(
+        LOG_SUM(),
+        F(0.5),
+        select=[S("*"), S("!network.2.*")],
+        tol=F(0.0625),
+        freeze=F(0.25),
+        threshold=F(0),
+        gap_samples=N(2),
+        keep_zeros=B(False),
+    ),
     "target": lambda: ReweightedPenalty(LOG_SUM(), target_sparsity=np.linspace(0.5, 0.9, 5)[2], freeze=F(0.25)),
     "schedule": lambda: ReweightedPenalty(LOG_SUM(), schedules.LinearWarmup(np.float64(0.5), F(0.5))),
     "0-d tensor": lambda: ReweightedPenalty(LOG_SUM(), torch.tensor(0.5)),
@@ -40,8 +49,8 @@ FORMS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of how the run went
-@pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # records of the run
+@pytest.mark.parametrize("make", several(FORMS, "gates", "target"))
 def test_the_file_loads_safely_and_resumes(make, tmp_path):
     epochs = 8 if make is FORMS["target"] else 2
     run = trainer(make(), epochs=epochs)
@@ -51,18 +60,23 @@ def test_the_file_loads_safely_and_resumes(make, tmp_path):
     trainer(make(), epochs=epochs).fit(Toy(), data(), ckpt_path=tmp_path / "end.ckpt")
 
 
-def test_the_recipe_is_the_one_of_pythons_numbers():
-    given = ReweightedPenalty(LOG_SUM(), F(0.5), [S("a")], keep_zeros=B(True), gap_samples=N(3)).recipe()
-    assert repr(given) == repr(ReweightedPenalty(penalties.LogSum(2.0), 0.5, ["a"], keep_zeros=True, gap_samples=3).recipe())
+def test_the_recipe_equals_that_with_python_numbers():
+    given = ReweightedPenalty(LOG_SUM(), F(0.5), select=[S("a")], keep_zeros=B(True), gap_samples=N(3)).recipe()
+    assert repr(given) == repr(ReweightedPenalty(penalties.LogSum(2.0), 0.5, select=["a"], keep_zeros=True, gap_samples=3).recipe())
 
 
-def test_an_attribute_that_is_set_later_stays_out_of_the_file():
+def test_an_attribute_that_is_set_later_is_checked_and_stays_out_of_the_file():
     callback = ReweightedPenalty(LOG_SUM(), 0.5)
     callback.tol = np.float64(0.1)
     assert type(callback.recipe()["init_args"]["tol"]) is float
+    with pytest.raises(ValueError, match="tol must lie in"):
+        callback.tol = 1.5
+    with pytest.raises(AttributeError, match="target_sparsity"):
+        callback.target_sparsity = 0.9
+    assert callback.recipe()["init_args"]["tol"] == 0.1
 
 
-def test_a_users_own_arguments_are_pythons_too():
+def test_a_users_arguments_become_python_types():
     class Twice(ReweightedPenalty):
         def __init__(self, penalty, lam, factor=2):
             super().__init__(penalty, lam)
@@ -77,10 +91,10 @@ def test_a_users_own_arguments_are_pythons_too():
 def test_keys_of_states_are_the_same():
     assert SparsityMonitor([S("a")], N(2)).state_key == SparsityMonitor(["a"], 2).state_key
     assert SparseCheckpoint(F(0.5), every_n_epochs=N(2)).state_key == SparseCheckpoint(0.5, every_n_epochs=2).state_key
-    assert ReweightedPenalty(LOG_SUM(), 1.0, (S("a"),)).state_key == ReweightedPenalty(LOG_SUM(), 1.0, ["a"]).state_key
+    assert ReweightedPenalty(LOG_SUM(), 1.0, select=(S("a"),)).state_key == ReweightedPenalty(LOG_SUM(), 1.0, select=["a"]).state_key
 
 
-def test_what_is_no_number_is_still_refused():
+def test_non_numbers_are_still_refused():
     with pytest.raises(TypeError, match="lam must be a number"):
         ReweightedPenalty(LOG_SUM(), np.ones(2))
     with pytest.raises(ValueError, match="every_n_epochs must be a whole number"):

@@ -1,4 +1,4 @@
-"""PenaltyLoss against the term written into the loss."""
+"""PenaltyLoss against the same term in the loss."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LAM = 1e-2
 
 @dataclass(frozen=True)
 class Disagreeing(penalties.LogSum):
-    """eta_hat and gradient are LogSum's, omega is not."""
+    """A penalty with LogSum's eta_hat and gradient and another omega."""
 
     def omega(self, w):
         return w.abs() + 0.5 * torch.log1p(w * w)
 
 
 class InLoss(Toy):
-    """lam * Omega as a term of the loss."""
+    """A toy with lam * Omega as a term of the loss."""
 
     penalty: penalties.LogSum
 
@@ -33,7 +33,7 @@ class InLoss(Toy):
 
 
 def after_steps(module, callback, accumulate):
-    """The live weights after each optimiser step."""
+    """Return the live weights after each optimiser step."""
     seen = []
     look = lambda moment, module: seen.append(weights(module)) if moment == "batch end" else None  # noqa: E731
     trainer(*callback, Spy(look), accumulate_grad_batches=accumulate).fit(module, data())
@@ -54,7 +54,7 @@ def test_adam_takes_the_steps_that_a_term_in_the_loss_gives(penalty, accumulate)
 
 
 def test_the_slope_is_autograds_of_omega_and_not_the_formula():
-    """A penalty whose omega and gradient disagree tells them apart."""
+    """Uses a penalty whose omega and gradient disagree."""
     assert difference(Disagreeing(2.0), ReweightedPenalty) > 1e-3
     w = torch.tensor([-1.5, -0.2, 0.4, 2.0])
     leaf = w.clone().requires_grad_()

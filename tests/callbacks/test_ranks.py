@@ -1,9 +1,12 @@
-"""DDP on two processes: the masks' gradients, the double batch, what ranks must agree on, and that none is left waiting.
+"""DDP on two processes: gradients under masks, batch size, agreement of ranks, and errors that no rank waits for forever.
 
-All runs share one pair of processes. The same zeros on every rank and exact resumes are in the conformance suite.
+All runs share one pair of processes. The conformance suite checks equal zeros on all ranks and exact resumes.
 """
 
 from __future__ import annotations
+
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import Spy, Toy, data, weights
 
 from lightning_sparse import duality, elementwise, noise, penalties
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, _ranks
-from lightning_sparse.conformance.ranks import DDP, as_ranks
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
+from lightning_sparse.conformance.ranks import DDP, on_ranks
 from lightning_sparse.conformance.toys import trainer
 from lightning_sparse.curvature import EmpiricalFisher
 
@@ -32,7 +35,7 @@ def sgd(parameters):
 
 
 def masked(rank, kind):
-    """The live weights after three steps with masks, of a seed and of data of the rank's own."""
+    """Return the live weights after three steps with masks, with a different seed and different data on each rank."""
     module, seen = Toy(optimizer=sgd), {}
     torch.manual_seed(SEED + rank)
     look = lambda moment, module: seen.update(weights(module)) if moment == "batch end" else None  # noqa: E731
@@ -42,7 +45,7 @@ def masked(rank, kind):
 
 
 def halved(rank, kind):
-    """Half of every batch for each rank."""
+    """Give each rank half of every batch."""
     module, (x, y) = Toy(), data().dataset.tensors
     run = trainer(FORMS[kind](LOG_SUM, LAM, freeze=0.2), epochs=3, **DDP)
     run.fit(module, DataLoader(TensorDataset(x[rank::2], y[rank::2]), batch_size=8))
@@ -50,7 +53,7 @@ def halved(rank, kind):
 
 
 def failed(rank, callback, *others, batches=(4, 4), bad=False):
-    """The message of the error that a run with so many batches ends with on this rank, or none."""
+    """Return the error message of a run with that many batches on this rank, or an empty one."""
     module = Toy()
     module.allow_zero_length_dataloader_with_multiple_devices = True
     loader = data(16 * batches[rank])
@@ -63,7 +66,7 @@ def failed(rank, callback, *others, batches=(4, 4), bad=False):
 
 
 class Tamper(Callback):
-    """Changes something on rank 1 alone, after the first epoch's first batch."""
+    """Apply a change on rank 1 only, after the first batch of the first epoch."""
 
     def __init__(self, change):
         self.change = change
@@ -93,22 +96,30 @@ def disagreements(rank):
         "batches": failed(rank, penalty(), batches=(4, 3)),
         "no batches": failed(rank, penalty(), batches=(4, 0)),
         "NaN": failed(rank, AdaptiveMask(LOG_SUM, LAM, noise=noise.Gaussian()), bad=rank == 1),
-        "one rank's error": _told(),
+        "one rank's file": damaged(rank),
     }
 
 
-def _told():
-    def complain():
-        raise ValueError("the file is damaged")
-
-    try:
-        _ranks.on_rank_zero(trainer(**DDP), complain)
-    except ValueError as error:
-        return str(error)
+def damaged(rank):
+    """Return the error message if the file to resume from is damaged only on rank 0."""
+    module = Toy()
+    run = trainer(ReweightedPenalty(LOG_SUM, 1e-3), epochs=1)
+    run.fit(module, data())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file.ckpt"
+        run.save_checkpoint(path)
+        raw = bytearray(path.read_bytes())
+        raw[raw.find(module.network[0].weight.detach().numpy().tobytes()) + 2] ^= 1 - rank
+        path.write_bytes(raw)
+        try:
+            trainer(ReweightedPenalty(LOG_SUM, 1e-3), epochs=2, **DDP).fit(Toy(), data(), ckpt_path=path)
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 class Branching(Toy):
-    """Rank 1 goes around a layer; so does its last batch, which is smaller than rank 0's."""
+    """A network of which rank 1 skips a layer; its last batch is smaller than rank 0's."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +131,7 @@ class Branching(Toy):
 
 
 def branching(rank):
-    """What the ranks hold after a run in which a layer is unused on one of them, and the last batches are uneven."""
+    """Return the weights of a run with a layer unused on one rank and uneven last batches."""
     module = Branching()
     torch.manual_seed(rank)
     mask = AdaptiveMask(LOG_SUM, 0.05, curvature=EmpiricalFisher(every=1), gap_samples=2)
@@ -140,17 +151,17 @@ def everything(rank):
 
 @pytest.fixture(scope="module")
 def ranks():
-    return as_ranks(everything)
+    return on_ranks(everything)
 
 
 def enumerated(kind):
-    """One process that draws both ranks' masks and averages their gradients."""
+    """Simulate both ranks in one process: draw both masks and average the gradients."""
     module = Toy()
     matrices = {name: p for name, p in module.named_parameters() if p.dim() == 2}
     streams = lambda rank, draw, *place: elementwise.generator_for(torch.device("cpu"), SEED, rank, draw, *place)  # noqa: E731
     for draw, batches in enumerate(zip(data(48, seed=0), data(48, seed=1), strict=True), start=1):
         alpha = {name: duality.keep_probability(LOG_SUM.eta_hat(w.detach()), LAM).clamp(min=1e-3) for name, w in matrices.items()}
-        whole = torch.cat([value.flatten() for value in alpha.values()])  # one stream draws the masks of all weights
+        whole = torch.cat([value.flatten() for value in alpha.values()])  # because one stream draws the masks of all weights
         losses = []
         for rank, (x, y) in enumerate(batches):
             drawn = NOISES["Bernoulli"].sample(whole, streams(rank, draw, -1, -1)).split([w.numel() for w in matrices.values()])
@@ -201,7 +212,7 @@ MESSAGES = {
     "batches": "different numbers of training batches (rank 0: 4, rank 1: 3)",
     "no batches": "different numbers of training batches (rank 0: 4, rank 1: 0)",
     "NaN": "at optimiser step 1, from the loss of this rank or of another; the weights are those before this batch",
-    "one rank's error": "the file is damaged",
+    "one rank's file": "is damaged: its entry",
 }
 
 
@@ -237,6 +248,6 @@ def on_gpus(rank):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_hold_the_same_zeros():
-    first, second = as_ranks(on_gpus)
+    first, second = on_ranks(on_gpus)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (first["network.0.weight"] == 0).any()

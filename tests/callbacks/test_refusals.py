@@ -1,4 +1,4 @@
-"""Bad input: a clear error, before training where it can be known before, and the model as it was."""
+"""Invalid input: a clear error, before training if possible, and an unchanged model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOG_SUM = penalties.LogSum(eps=2.0)
 
 @dataclass(frozen=True)
 class Quartic(Penalty):
-    """w^4 / 4, which is not subquadratic: eta_hat = w^-2 falls."""
+    """omega = w^4 / 4, not subquadratic: eta_hat = w^-2 decreases."""
 
     def omega(self, w):
         return w**4 / 4
@@ -32,7 +32,7 @@ CONSTRUCTORS = {
     "zero lam": (lambda: ReweightedPenalty(LOG_SUM, lam=0), ValueError, "lam must be a finite number > 0, got 0"),
     "negative lam": (lambda: AdaptiveMask(LOG_SUM, lam=-1.0), ValueError, "lam must be a finite number > 0, got -1.0"),
     "text lam": (lambda: AdaptiveMask(LOG_SUM, lam="1"), TypeError, "lam must be a number, got '1' of type str"),
-    "no lam": (lambda: ReweightedPenalty(LOG_SUM), ValueError, "ReweightedPenalty needs lam, because LogSum"),
+    "no lam": (lambda: ReweightedPenalty(LOG_SUM), TypeError, "ReweightedPenalty needs lam, its strength"),
     "eps": (lambda: penalties.LogSum(eps=0.0), ValueError, "eps must be a finite number > 0, got 0.0"),
     "p": (lambda: penalties.Lp(p=2.0), ValueError, r"p must lie in \(0, 2\), got 2.0"),
     "a class": (lambda: ReweightedPenalty(penalties.LogSum, lam=1.0), TypeError, "takes a Penalty or a MaskRule"),
@@ -67,7 +67,7 @@ RUNS = {
     "no weights": (lambda: ReweightedPenalty(LOG_SUM, 1.0), {"network": nn.BatchNorm1d(8)}, {}, "Toy has no selectable weight"),
     "LBFGS": (lambda: ReweightedPenalty(LOG_SUM, 1.0), {"optimizer": lbfgs}, {}, "cannot work with LBFGS"),
     "not optimised": (lambda: ReweightedPenalty(LOG_SUM, 1.0), {"optimizer": only_biases}, {}, r"no optimiser updates"),
-    "shrinks only": (lambda: ReweightedPenalty(penalties.Ridge(c=1.0), 0.1), {}, {}, r"only shrinks: .* name a magnitude threshold"),
+    "shrinks only": (lambda: ReweightedPenalty(penalties.Ridge(c=1.0), 0.1), {}, {}, r"only shrinks: .* give a magnitude threshold"),
     "shrinking rule": (lambda: AdaptiveMask(mask_rules.Standout()), {}, {}, "only shrinks"),
     "endless": (lambda: ReweightedPenalty(LOG_SUM, schedules.LinearWarmup(1.0)), {}, {"epochs": -1}, "needs the length of the run"),
     "endless freeze": (lambda: ReweightedPenalty(LOG_SUM, 1.0, freeze=0.5), {}, {"epochs": -1}, "needs the length of the run"),
@@ -115,7 +115,7 @@ def test_strategies_under_which_ranks_would_disagree_are_refused(form, options, 
 
 
 class Twice(torch.optim.SGD):
-    """Evaluates its closure twice a step, as line searches and sharpness-aware steps do."""
+    """An optimiser that evaluates its closure twice per step, like line searches and sharpness-aware steps."""
 
     def step(self, closure=None):
         closure()
@@ -132,7 +132,7 @@ def test_an_optimiser_that_calls_its_closure_twice_is_refused(form):
 
 
 @pytest.mark.parametrize("form", [ReweightedPenalty, AdaptiveMask, AdaptiveProx])
-def test_a_nan_loss_stops_the_run_with_the_weights_of_before(form):
+def test_a_nan_loss_stops_the_run_with_the_previous_weights(form):
     module = Toy()
     before, count = weights(module), hooks(module)
     x = torch.full((4, 8), torch.nan)

@@ -1,4 +1,4 @@
-"""What a resumed run says of a changed recipe, and zeros that a fit starts with."""
+"""Warnings of a resumed run about changed settings, and zeros at the start of a fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from toys import Spy, Toy, data, trainer, weights
 
 from lightning_sparse import noise, penalties
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
-from lightning_sparse.callbacks._recipes import differences
 from lightning_sparse.schedules import LinearWarmup
 
 pytestmark = [
@@ -36,19 +35,19 @@ def written(callback, path, epochs=2):
 
 
 def said(callback, path):
-    """What the resumed run warns of."""
+    """Return the warnings of the resumed run."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(callback, epochs=3).fit(Toy(seed=1), data(), ckpt_path=path)
     return [str(warning.message) for warning in caught if "recipe" in str(warning.message)]
 
 
-def test_the_same_recipe_is_resumed_without_a_word(tmp_path):
+def test_no_warning_for_the_same_settings(tmp_path):
     path = written(FORMS["mask"](), tmp_path / "a.ckpt")
     assert said(FORMS["mask"](), path) == []
 
 
-def test_a_changed_recipe_says_what_changed_and_what_applies(tmp_path):
+def test_changed_settings_are_listed_in_a_warning(tmp_path):
     path = written(ReweightedPenalty(LOG_SUM, LinearWarmup(0.3, 0.2), tol=0.04), tmp_path / "a.ckpt")
     callback = ReweightedPenalty(penalties.LogSum(eps=1.0), LinearWarmup(0.5, 0.2), freeze=0.1, tol=0.04)
     (message,) = said(callback, path)
@@ -60,7 +59,7 @@ def test_a_changed_recipe_says_what_changed_and_what_applies(tmp_path):
     assert callback.schedule.lam == 0.5
 
 
-def test_another_form_and_another_penalty_are_said_as_such(tmp_path):
+def test_a_changed_callback_or_penalty_is_reported(tmp_path):
     path = written(ReweightedPenalty(LOG_SUM, 0.3), tmp_path / "a.ckpt")
     (message,) = said(AdaptiveMask(penalties.MCP(1.0), 0.3), path)
     assert "form: ReweightedPenalty -> AdaptiveMask" in message
@@ -68,24 +67,25 @@ def test_another_form_and_another_penalty_are_said_as_such(tmp_path):
     assert "curvature" not in message
 
 
-@pytest.mark.filterwarnings("ignore:.*goes on for")
-def test_a_frozen_support_stays_frozen_and_that_is_said(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*continues for")
+def test_a_frozen_support_stays_frozen_with_a_warning(tmp_path):
     path = written(ReweightedPenalty(LOG_SUM, 0.5, freeze=0.5), tmp_path / "a.ckpt")
     zeros = {name: w == 0 for name, w in torch.load(path, weights_only=True)["state_dict"].items() if w.dim() > 1}
     assert any(zero.any() for zero in zeros.values())
     module = Toy(seed=1)
-    with pytest.warns(UserWarning, match=r"freeze: 0.5 -> 0.0\. .*the support that the checkpoint froze stays frozen"):
+    with pytest.warns(UserWarning, match=r"freeze: 0.5 -> 0.0\. Its support is frozen already, so the same weights stay zero"):
         trainer(ReweightedPenalty(LOG_SUM, 0.5), epochs=6).fit(module, data(), ckpt_path=path)
     assert all(torch.equal(module.get_parameter(name) == 0, zero) for name, zero in zeros.items())
 
 
-def test_differences_name_the_leaf_that_differs():
-    def recipe(c, **more):
-        return {"a": 1, "b": {"class_path": "X", "init_args": {"c": c}}, **more}
-
-    assert differences(recipe(2), recipe(3)) == ["b.c: 2 -> 3"]
-    assert differences(recipe(2), recipe(2, new=5)) == ["new: nothing -> 5"]
-    assert differences(recipe(2), recipe(2)) == []
+def test_an_argument_that_the_file_lacks_is_named(tmp_path):
+    path = written(ReweightedPenalty(LOG_SUM, 0.5), tmp_path / "a.ckpt")
+    file = torch.load(path, weights_only=True)
+    (state,) = file["callbacks"].values()
+    del state["recipe"]["init_args"]["finish"]
+    torch.save(file, path)
+    (message,) = said(ReweightedPenalty(LOG_SUM, 0.5), path)
+    assert "with another recipe: finish: nothing -> keep. The new one" in message
 
 
 def sparse_start():

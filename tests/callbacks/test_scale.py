@@ -1,4 +1,4 @@
-"""Curvature's scale, and the law of the noise that the forward sees."""
+"""Scale of the curvature estimates, and the distribution of the noise in the forward."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def sgd(lr):
 
 
 class Silent(noise.Noise):
-    """Masks of ones."""
+    """Noise whose masks are all ones."""
 
     def sample(self, alpha, generator=None):
         return torch.ones_like(alpha)
 
 
 class Split(nn.Module):
-    """The output of one layer, in one call or in two halves."""
+    """A network that calls its layer ``calls`` times per forward."""
 
     def __init__(self, calls):
         super().__init__()
@@ -44,7 +44,7 @@ class Split(nn.Module):
 
 
 def estimate(network, batch, count=1, **options):
-    """H of a network's first weight after ``count`` equal batches."""
+    """Return H of the first weight after ``count`` equal batches."""
     found, callback = [], AdaptiveMask(LOG_SUM, 0.1, noise=Silent(), curvature=EmpiricalFisher(every=1, decay=0.5))
     name = next(name for name, _ in Toy(network).named_parameters())
     spy = Spy(lambda moment, module: found.append(callback.curvature.estimate(name).clone()) if moment == "batch end" else None)
@@ -67,7 +67,7 @@ def test_a_layer_called_twice_has_the_curvature_of_the_whole():
     torch.testing.assert_close(estimate(halves, batch), estimate(whole, batch), rtol=0.05, atol=1e-9)
 
 
-def test_a_sampled_fisher_that_sees_no_output_says_what_to_name():
+def test_a_sampled_fisher_without_output_asks_for_a_module_name():
     class Inner(Toy):
         def training_step(self, batch, index):
             return self.loss(self.network(batch[0]), batch[1])
@@ -78,7 +78,7 @@ def test_a_sampled_fisher_that_sees_no_output_says_what_to_name():
 
 
 def listen(network, callback, x, count=1):
-    """The outputs of ``count`` training forwards of a network that does not move, and a noiseless twin of it."""
+    """Return the outputs of ``count`` training forwards at learning rate 0, and a copy of the network without noise."""
     outputs = []
 
     class Listening(Toy):
@@ -103,7 +103,7 @@ def test_a_warm_up_begins_without_noise(kind):
 def test_alpha_min_bounds_the_variance_of_the_masks(kind):
     torch.manual_seed(0)
     network, x = nn.Linear(4, 8000, bias=False), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    network.weight.data.fill_(1e-3)  # alpha is 2e-4 by itself
+    network.weight.data.fill_(1e-3)  # alpha is 2e-4 without calibration
     (output,), _ = listen(network, AdaptiveMask(LOG_SUM, 10.0, noise=kind, curvature=None, alpha_min=0.25), x)
     assert output.var().item() == pytest.approx((1 / 0.25 - 1) * 30e-6, rel=0.15)
     assert output.mean().item() == pytest.approx(10e-3, rel=0.05)
@@ -111,8 +111,8 @@ def test_alpha_min_bounds_the_variance_of_the_masks(kind):
 
 def test_the_ceiling_bounds_lam_over_the_curvature():
     found, loader, eta = [], data(), LOG_SUM.eta_hat
-    loader.dataset.tensors[0][:, 2] = 0.0  # no curvature here
-    callback = AdaptiveMask(LOG_SUM, 0.3, noise=Silent(), curvature=EmpiricalFisher(every=1), ceiling=4.0)
+    loader.dataset.tensors[0][:, 2] = 0.0  # without curvature
+    callback = AdaptiveMask(LOG_SUM, 0.3, noise=Silent(), curvature=EmpiricalFisher(every=1), ceiling=4.0, remainder=False)
     spy = Spy(lambda moment, module: found.append(callback.keep_probability("network.weight")) if moment == "batch end" else None)
     module = Toy(nn.Linear(8, 3), sgd(0.0))
     w = module.network.weight.detach().clone()
@@ -152,7 +152,7 @@ def test_bernoulli_masks_have_mean_one_in_sixteen_bits():
 
 
 class Recomputed(nn.Module):
-    """A body that is run twice, each time as a block of its own, and again in the backward or not."""
+    """A body that is called twice, optionally with activation checkpointing."""
 
     def __init__(self, again):
         super().__init__()

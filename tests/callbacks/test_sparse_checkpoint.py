@@ -1,4 +1,4 @@
-"""SparseCheckpoint: a best that counts only once the target sparsity holds in its file."""
+"""SparseCheckpoint: a best checkpoint counts only if its file has the target sparsity."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from toys import Toy, data, trainer
 from lightning_sparse import penalties
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, SparseCheckpoint, SparsityMonitor
 from lightning_sparse.conformance.neighbours import Backboned
-from lightning_sparse.conformance.ranks import DDP, as_ranks
+from lightning_sparse.conformance.ranks import DDP, on_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
@@ -25,11 +25,11 @@ pytestmark = [
 ]
 LOG_SUM = penalties.LogSum(eps=2.0)
 slow = pytest.mark.slow
-needs_ema = pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="this Lightning has no EMAWeightAveraging")
+needs_ema = pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="this version of Lightning has no EMAWeightAveraging")
 
 
 class Scored(Toy):
-    """Validation's score falls from epoch to epoch, so that every epoch is a new best, or rises, so that the first is."""
+    """A toy whose validation score falls in every epoch (each is a new best) or rises (the first is best)."""
 
     falls = True
 
@@ -58,7 +58,7 @@ def due(files, target):
 
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory):
-    """The sparsity of each epoch's file, without a target."""
+    """Return the sparsity of each epoch's file, without a target."""
     folder = tmp_path_factory.mktemp("all")
     fit(every(folder, 0.0), ReweightedPenalty(LOG_SUM, 0.3))
     return [share(folder / f"epoch={epoch}.ckpt") for epoch in range(6)]
@@ -75,6 +75,17 @@ def test_files_are_saved_as_best_exactly_where_they_hold_the_target(shares, tmp_
 
 
 @slow
+def test_a_target_that_no_whole_number_of_weights_gives_is_met_by_the_nearest_one(tmp_path):
+    size = sum(w.numel() for w in Toy().state_dict().values() if w.dim() > 1)
+    target = 0.7
+    while (round(target * size) / size) >= target:  # rounded down
+        target += 0.001
+    keeper = every(tmp_path / "files", target)
+    fit(keeper, ReweightedPenalty(LOG_SUM, target_sparsity=target))
+    assert keeper.best_model_path
+    assert share(keeper.best_model_path) == round(target * size) / size < target
+
+
 def test_an_early_better_score_without_the_target_is_no_best(shares, tmp_path):
     module = Scored()
     module.falls = False
@@ -89,7 +100,7 @@ def test_an_early_better_score_without_the_target_is_no_best(shares, tmp_path):
 @slow
 def test_the_last_file_is_written_from_the_start(tmp_path):
     keeper = SparseCheckpoint(1.0, dirpath=tmp_path, monitor="score", save_last=True)
-    with pytest.warns(UserWarning, match="never held"):
+    with pytest.warns(UserWarning, match="was never met"):
         fit(keeper, ReweightedPenalty(LOG_SUM, 0.3), epochs=2)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 1
@@ -97,9 +108,9 @@ def test_the_last_file_is_written_from_the_start(tmp_path):
 
 
 @slow
-def test_a_target_that_never_held_is_said_with_the_largest_sparsity(shares, tmp_path):
+def test_a_target_never_reached_is_reported_with_the_largest_sparsity(shares, tmp_path):
     with pytest.warns(
-        UserWarning, match=re.escape(f"target=0.999 never held where a file was due; the largest sparsity there was {max(shares):.4g}")
+        UserWarning, match=re.escape(f"target=0.999 was never met when a file was due; the largest sparsity there was {max(shares):.4g}")
     ):
         fit(every(tmp_path, 0.999), ReweightedPenalty(LOG_SUM, 0.3))
     assert list(tmp_path.iterdir()) == []
@@ -107,7 +118,7 @@ def test_a_target_that_never_held_is_said_with_the_largest_sparsity(shares, tmp_
 
 @slow
 def test_the_state_is_resumed(shares, tmp_path):
-    with pytest.warns(UserWarning, match="never held"):
+    with pytest.warns(UserWarning, match="was never met"):
         run = fit(every(tmp_path, 0.999), ReweightedPenalty(LOG_SUM, 0.3), epochs=3)
     run.save_checkpoint(tmp_path / "three.ckpt")
     again = every(tmp_path, 0.999)
@@ -117,14 +128,14 @@ def test_the_state_is_resumed(shares, tmp_path):
             assert again.highest == pytest.approx(max(shares[:3]))
             assert not again.held
 
-    with pytest.warns(UserWarning, match="never held"):
+    with pytest.warns(UserWarning, match="was never met"):
         fit(again, ReweightedPenalty(LOG_SUM, 0.3), module=Looking(), epochs=4, ckpt_path=tmp_path / "three.ckpt")
     assert again.highest >= max(shares[:3])
 
 
 @slow
 def test_several_callbacks_are_counted_together(tmp_path):
-    own = [ReweightedPenalty(LOG_SUM, 0.5, ["network.0.*"]), AdaptiveProx(LOG_SUM, 1e-4, ["network.2.*"])]
+    own = [ReweightedPenalty(LOG_SUM, 0.5, select=["network.0.*"]), AdaptiveProx(LOG_SUM, 1e-4, select=["network.2.*"])]
     keeper = every(tmp_path, 0.0)
     fit(keeper, *own)
     seen = [share(path) for path in tmp_path.iterdir()]
@@ -133,7 +144,7 @@ def test_several_callbacks_are_counted_together(tmp_path):
 
 
 class Dying(Scored):
-    """A quarter of the first layer is set to zero before the third epoch."""
+    """A toy that sets a quarter of the first layer to zero before the third epoch."""
 
     def on_train_epoch_start(self):
         if self.current_epoch == 2:
@@ -174,7 +185,7 @@ def test_beside_an_average_the_files_own_weights_count(own, weights_only, tmp_pa
 
 
 @pytest.mark.parametrize("target", [-0.1, 1.5, float("nan"), True, "half"])
-def test_a_target_that_is_no_share_is_refused(target):
+def test_an_invalid_target_is_refused(target):
     with pytest.raises((TypeError, ValueError), match=r"target must .*got"):
         SparseCheckpoint(target)
 
@@ -197,7 +208,7 @@ def test_it_is_made_from_yaml(tmp_path, monkeypatch):
 
 
 def _two_ranks(rank, folder, average):
-    """A run beside an average, on data of the rank's own."""
+    """Fit with an average, with different data on each rank."""
     keeper, module = every(folder, 0.3), Scored(seed=rank)
     others = [callbacks.EMAWeightAveraging(decay=0.3)] if average else []
     run = trainer(*others, AdaptiveMask(LOG_SUM, 0.5), keeper, epochs=4, enable_checkpointing=True, **DDP)
@@ -208,7 +219,7 @@ def _two_ranks(rank, folder, average):
 @slow
 @pytest.mark.parametrize("average", [False, pytest.param(True, marks=needs_ema)])
 def test_two_ranks_agree_on_what_is_saved(average, tmp_path):
-    one, two = as_ranks(_two_ranks, tmp_path, average)
+    one, two = on_ranks(_two_ranks, tmp_path, average)
     assert all(torch.equal(w, two[0][name]) for name, w in one[0].items())
     assert one[1:] == two[1:]
     assert one[1] > 0.3
@@ -222,7 +233,7 @@ def _unfreezing(rank):
 
 
 @slow
-def test_what_ddp_leaves_out_of_step_when_it_is_unfrozen_is_refused():
-    """DDP averages no gradient of a weight that was frozen when it wrapped the module; Lightning's own run goes apart too."""
+def test_parameters_unfrozen_under_ddp_are_refused_if_ranks_diverge():
+    """DDP does not average gradients of weights that were frozen when it wrapped the module; Lightning's own run diverges, too."""
     with pytest.raises(RuntimeError, match=r"backbone.weight.* differs on rank 1(.|\n)*frozen when DDP wrapped"):
-        as_ranks(_unfreezing)
+        on_ranks(_unfreezing)

@@ -1,4 +1,4 @@
-"""Beside others that exchange the weights: averages around validation and at the end, optimisers with train() and eval()."""
+"""With other code that swaps weights: averages in validation and after fit, optimisers with train() and eval()."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback
-from toys import Toy, data, hooks, trainer, weights
+from toys import Toy, data, hooks, several, trainer, weights
 
 from lightning_sparse import noise, penalties
 from lightning_sparse.callbacks import AdaptiveMask, MagnitudePruning, ReweightedPenalty
-from lightning_sparse.conformance.ranks import DDP, as_ranks
+from lightning_sparse.conformance.ranks import DDP, on_ranks
 from lightning_sparse.conformance.swaps import Average, ScheduleFree
 
 LOG_SUM = penalties.LogSum(eps=2.0)
@@ -20,9 +20,9 @@ FORMS = {
     "noise": partial(AdaptiveMask, LOG_SUM, 0.5, noise=noise.ScaledBernoulli()),
     "pruning": partial(MagnitudePruning, 0.5, every=2),
 }
-# beside a schedule-free optimiser, whose step size is not known
+# because a schedule-free optimiser's step size is unknown
 pytestmark = pytest.mark.filterwarnings("ignore:the step size of ScheduleFree is not known")
-every_form = pytest.mark.parametrize("make", FORMS.values(), ids=FORMS.keys())
+every_form = pytest.mark.parametrize("make", several(FORMS, "noise"))
 both_orders = pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 
 
@@ -38,7 +38,7 @@ def share(module):
 @every_form
 @both_orders
 @pytest.mark.parametrize("exchanges", [False, True], ids=["copies", "exchanges"])
-def test_validation_of_an_average_of_ones_own_changes_nothing(make, first, exchanges):
+def test_validating_a_custom_average_changes_nothing(make, first, exchanges):
     ends = []
     for validation in (None, data(seed=1)):
         module, average = Toy(), Average("on_validation_start", "on_validation_end", exchanges)
@@ -49,7 +49,7 @@ def test_validation_of_an_average_of_ones_own_changes_nothing(make, first, excha
 
 
 class Late(Average):
-    """Puts its mean in while the thresholded weights are evaluated."""
+    """Swap its mean in while thresholded weights are in the module."""
 
     def on_validation_batch_start(self, trainer, module, batch, index):
         if index == 0:
@@ -82,7 +82,7 @@ def test_an_average_within_one_batch_of_validation_is_taken_out_again_and_is_no_
 
 
 class Samples(Toy):
-    """Runs its network in the hooks around validation."""
+    """A toy that runs its network in the hooks around validation."""
 
     def _sample(self, seen):
         live, x = weights(self), torch.ones(1, 8)
@@ -125,7 +125,7 @@ def test_a_forward_that_fails_there_leaves_live_weights_and_no_hook():
 
 
 class FreeOfSchedule(Toy):
-    """Its optimiser's modes are switched where its authors say; at the end in one of several places."""
+    """A toy that switches its optimiser's modes as its authors recommend, at the end in one of several hooks."""
 
     def __init__(self, end):
         super().__init__(optimizer=ScheduleFree)
@@ -180,7 +180,7 @@ def test_noise_is_put_onto_the_weights_that_the_optimiser_trains():
 
 
 class HandsOver(Average):
-    """An average that the module holds in the end."""
+    """An average that is copied into the module at the end."""
 
     def __init__(self, end, swaps=True):
         super().__init__(*(("on_validation_start", "on_validation_end") if swaps else ("none", "none")))
@@ -190,7 +190,7 @@ class HandsOver(Average):
 @every_form
 @both_orders
 @pytest.mark.parametrize("end", ["on_train_end", "on_fit_end"])
-def test_an_average_that_is_handed_over_in_the_end_gets_true_zeros(make, first, end):
+def test_an_average_copied_at_the_end_gets_exact_zeros(make, first, end):
     module = Toy()
     run = trainer(*ordered(first, make(), HandsOver(end)), epochs=6)
     run.fit(module, data(), data(seed=1))
@@ -199,7 +199,7 @@ def test_an_average_that_is_handed_over_in_the_end_gets_true_zeros(make, first, 
 
 
 class Restores(Callback):
-    """Loads the first epoch's weights in the end."""
+    """Load the first epoch's weights at the end."""
 
     def __init__(self, end):
         setattr(self, end, self._load)
@@ -213,10 +213,10 @@ class Restores(Callback):
 
 
 @pytest.mark.parametrize("end", ["on_train_end", "on_fit_end"])
-def test_weights_restored_in_the_end_are_left_as_they_are_and_that_is_said(end, tmp_path):
+def test_weights_restored_at_the_end_are_unchanged_with_a_warning(end, tmp_path):
     module, restores = Toy(), Restores(end)
     run = trainer(MagnitudePruning(0.8, begin=0.5, every=2), restores, epochs=4)
-    with pytest.warns(UserWarning, match=rf"changed in {end} \(Restores.{end}\).* would take \d+% of their squared norm"):
+    with pytest.warns(UserWarning, match=rf"changed in {end} \(Restores.{end}\).* would remove \d+% of the new weights' squared norm"):
         run.fit(module, data())
     assert all(torch.equal(w, restores.first[name]) for name, w in weights(module).items())
     assert float(run.callback_metrics["sparsity/total"]) == share(module) == 0
@@ -226,7 +226,7 @@ def test_weights_restored_in_the_end_are_left_as_they_are_and_that_is_said(end, 
 
 
 def _two_ranks(rank):
-    """A run whose average is handed over in the end, on data of the rank's own."""
+    """Fit with an average that is copied into the module at the end, with different data on each rank."""
     module = Toy()
     run = trainer(FORMS["pruning"](), HandsOver("on_fit_end"), epochs=4, **DDP)
     run.fit(module, data(seed=2 * rank), data(seed=1))
@@ -234,7 +234,7 @@ def _two_ranks(rank):
 
 
 @pytest.mark.slow
-def test_two_ranks_agree_on_an_average_that_is_handed_over():
-    one, two = as_ranks(_two_ranks)
+def test_two_ranks_agree_on_an_average_copied_at_the_end():
+    one, two = on_ranks(_two_ranks)
     assert all(torch.equal(w, two[0][name]) for name, w in one[0].items())
     assert one[1] == two[1] == pytest.approx(sum(int((w == 0).sum()) for w in one[0].values() if w.dim() > 1) / 176)

@@ -1,4 +1,4 @@
-"""A small causal transformer, whose loss is a mean over tokens: the mask form trains where the penalty at the same lam does."""
+"""A small causal transformer with a mean loss over tokens: AdaptiveMask trains as well as the penalty with the same lam."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS, LENGTH, WIDTH = 32, 32, 16
 
 
 class Causal(LightningModule):
-    """One layer of a GPT; predicts each next word."""
+    """A GPT with one layer that predicts each next word."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class Causal(LightningModule):
 
 
 def texts(count, seed):
-    """Words of a Markov chain, whose next word is one of a few."""
+    """Draw texts from a Markov chain with few successors per word."""
     generator = torch.Generator().manual_seed(0)
     chances = (4 * torch.randn(WORDS, WORDS, generator=generator)).softmax(-1)
     generator = torch.Generator().manual_seed(seed)

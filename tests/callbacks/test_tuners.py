@@ -1,4 +1,4 @@
-"""Callbacks that run trials before training, that change accumulation, or that unfreeze parameters; several of ours."""
+"""With callbacks that run trials, change accumulation or unfreeze parameters; and several sparsity callbacks in one run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:Implicitly cleaning up <TemporaryDirectory:ResourceWarning"),  # wandb's own
 ]
 slow = pytest.mark.slow
 LOG_SUM = penalties.LogSum(eps=2.0)
@@ -43,7 +42,7 @@ def finder():
 
 
 class Started(Toy):
-    """Notes what there is when training starts."""
+    """Record the state when training starts."""
 
     def __init__(self, callback, **options):
         super().__init__(**options)
@@ -55,7 +54,7 @@ class Started(Toy):
 
 
 def leaves_no_trace(folder):
-    """Lightning's own run ends as it does without the trial."""
+    """Check that Lightning's own run ends the same with and without the trial."""
     ends = []
     for others in ([], [finder()]):
         module = Toy()
@@ -83,7 +82,7 @@ def test_a_trial_leaves_step_0_live_weights_and_single_hooks(form, tmp_path):
 
 
 class Again(LearningRateFinder):
-    """A trial at the start of the second epoch, as Lightning's documentation shows it."""
+    """A second trial at the start of the second epoch, as in Lightning's documentation."""
 
     def on_fit_start(self, trainer, pl_module):
         pass
@@ -109,7 +108,7 @@ def test_a_trial_in_the_middle_of_a_run_is_without_the_callback_and_leaves_no_tr
         trainer(callback, *others, epochs=3, default_root_dir=tmp_path).fit(module, data())
         ends.append(weights(module))
     assert all(torch.equal(w, ends[1][name]) for name, w in ends[0].items())
-    assert steps == [4]  # Lightning's trial ends with its first batch there
+    assert steps == [4]  # because Lightning's trial ends with its first batch there
 
 
 @slow
@@ -165,7 +164,7 @@ def test_a_summary_counts_the_users_parameters():
 
 
 class Thawing(BackboneFinetuning):
-    """BackboneFinetuning, but that a resumed run trains the backbone again (Lightning's own leaves it frozen)."""
+    """BackboneFinetuning with a backbone that trains again after a resume (Lightning's own stays frozen)."""
 
     def __init__(self):
         super().__init__(1, backbone_initial_ratio_lr=1.0)
@@ -199,7 +198,7 @@ def thawed(callback, first, *more, seed=0, thaw=Thawing, **options):
 @slow
 @every_form
 @both_orders
-def test_what_is_unfrozen_joins_and_a_resumed_run_is_exact(form, first, tmp_path):
+def test_unfrozen_parameters_are_added_and_a_resumed_run_is_exact(form, first, tmp_path):
     lam = 0.02 if form is AdaptiveProx else 0.2
     callback = form(LOG_SUM, lam)
     whole, run = thawed(callback, first, ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1))
@@ -243,14 +242,14 @@ def test_a_resumed_run_whose_backbone_stays_frozen_keeps_its_live_values_and_end
     w = resumed.backbone.weight
     assert not w.requires_grad
     assert len(resumed.used) == 4
-    assert all(torch.equal(used, live[2]) for used in resumed.used)  # what is not trained gets no noise
+    assert all(torch.equal(used, live[2]) for used in resumed.used)  # frozen weights get no noise
     assert torch.equal(w[w != 0], live[2][w != 0])
     assert (w == 0).any()
 
 
 @slow
 @every_form
-def test_what_joins_after_the_support_was_frozen_is_frozen_too(form):
+def test_parameters_added_after_the_freeze_are_frozen_too(form):
     seen = []
 
     class Late(Unfrozen):
@@ -272,7 +271,8 @@ def test_what_joins_after_the_support_was_frozen_is_frozen_too(form):
 def test_two_callbacks_keep_their_own_states_and_resume_exactly(second, tmp_path):
     def own():
         options = {"noise": noise.ScaledBernoulli()} if second is AdaptiveMask else {}
-        return [second(LOG_SUM, 0.5, ["network.0.*"], freeze=0.25, **options), second(LOG_SUM, LinearWarmup(0.2, 0.5), ["network.2.*"])]
+        first = second(LOG_SUM, 0.5, select=["network.0.*"], freeze=0.25, **options)
+        return [first, second(LOG_SUM, LinearWarmup(0.2, 0.5), select=["network.2.*"])]
 
     whole, keeper = Toy(decay=True), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     trainer(*own(), keeper, epochs=4, enable_checkpointing=True).fit(whole, data())
@@ -288,7 +288,7 @@ def test_two_callbacks_keep_their_own_states_and_resume_exactly(second, tmp_path
 
 
 class Tied(Toy):
-    """Two layers of one weight."""
+    """Two layers with a tied weight."""
 
     def __init__(self):
         super().__init__(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)))
@@ -296,7 +296,7 @@ class Tied(Toy):
 
 
 def test_two_callbacks_on_one_weight_are_refused_under_any_of_its_names():
-    callbacks = [ReweightedPenalty(LOG_SUM, 0.5, ["network.0.weight"]), AdaptiveProx(LOG_SUM, 0.5, ["network.2.weight"])]
+    callbacks = [ReweightedPenalty(LOG_SUM, 0.5, select=["network.0.weight"]), AdaptiveProx(LOG_SUM, 0.5, select=["network.2.weight"])]
     with pytest.raises(ValueError, match=r"two sparsity callbacks select .*network"):
         trainer(*callbacks).fit(Tied(), data())
 
@@ -304,7 +304,7 @@ def test_two_callbacks_on_one_weight_are_refused_under_any_of_its_names():
 @slow
 def test_the_recipes_of_several_callbacks_are_listed_in_wandbs_config(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    own = [ReweightedPenalty(LOG_SUM, 0.5, ["network.0.*"]), ReweightedPenalty(LOG_SUM, 0.1, ["network.2.*"])]
+    own = [ReweightedPenalty(LOG_SUM, 0.5, select=["network.0.*"]), ReweightedPenalty(LOG_SUM, 0.1, select=["network.2.*"])]
     logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)
     trainer(*own, epochs=1, logger=logger).fit(Toy(), data())
     logger.experiment.finish()

@@ -1,8 +1,9 @@
-"""VariationalDropout against autograd of forwards written anew, and against a grid search of the penalty that it amounts to."""
+"""VariationalDropout: gradients against autograd of hand-written forwards, minima against a grid search of the equivalent penalty."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -25,11 +26,15 @@ LAYERS = {
 
 
 class Recording(VariationalDropout):
-    """Notes the noise that it puts onto outputs."""
+    """VariationalDropout that records the noise on outputs."""
 
-    def draw_outputs(self, name, layer, x, generator):
-        drawn = super().draw_outputs(name, layer, x, generator)
-        self.__dict__.setdefault("drawn", []).append((x.detach(), drawn.detach()))
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.drawn, self.method.draw_outputs = [], partial(self.note, self.method.draw_outputs)
+
+    def note(self, draw, name, layer, x, generator):
+        drawn = draw(name, layer, x, generator)
+        self.drawn.append((x.detach(), drawn.detach()))
         return drawn
 
 
@@ -39,16 +44,17 @@ def loss(prediction, y):
 
 
 def recorded(network, shape, noise):
-    """Live weights, learned parameters, noisy weights, gradients of both after backward and before the step: of the last batch."""
+    """Return the last batch's live weights, learned parameters, noisy weights, and gradients after backward and before the step."""
     generator, seen = torch.Generator().manual_seed(3), {}
     batch = (torch.randn(shape, dtype=torch.float64, generator=generator), torch.randn(200, 1, dtype=torch.float64, generator=generator))
-    callback = Recording(KL, "empirical_bayes", ["*weight*"], noise=noise, log_start=-0.7)
+    callback = Recording(KL, "empirical_bayes", select=["*weight*"], noise=noise, log_start=-0.7)
 
     def look(moment, module):
         if moment == "before backward":
-            seen["live"] = {n: callback._live(n).clone() for n in callback.parameters}
             seen["theta"] = {n: p.detach().clone() for n, p in callback.learned.items()}
             seen["noisy"] = {n: p.detach().clone() for n, p in callback.parameters.items()}
+        if moment == "after backward":
+            seen["live"] = {n: p.detach().clone() for n, p in callback.parameters.items()}
         if moment in ("after backward", "before step"):
             own = {n: p.grad.clone() for n, p in callback.learned.items() if p.grad is not None}
             seen[moment] = ({n: p.grad.clone() for n, p in callback.parameters.items()}, own)
@@ -60,13 +66,13 @@ def recorded(network, shape, noise):
 
 
 def divergence(w, theta, additive):
-    """kl_weight * sum log(1 + eta) / 2."""
+    """Compute kl_weight * sum log(1 + eta) / 2."""
     eta = w**2 * (-2 * theta).exp() if additive else theta.exp()
     return KL / 2 * (1 + eta).log().sum()
 
 
 def compare(seen, name, total, w, theta):
-    """The gradients that the step gets of a weight and of its learned parameter."""
+    """Compare the gradients of a weight and of its learned parameter before the step."""
     in_w, in_theta = torch.autograd.grad(total, [w, theta], retain_graph=True)
     torch.testing.assert_close(seen["before step"][0][name], in_w, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(seen["before step"][1][name], in_theta, rtol=1e-6, atol=1e-9)
@@ -91,7 +97,7 @@ def test_gradients_with_noise_on_outputs_are_those_of_a_forward_written_anew(kin
 
 
 class Attention(nn.Module):
-    """Its projections' forwards are bypassed."""
+    """Attention that uses its projections' weights without their forwards."""
 
     def __init__(self):
         super().__init__()
@@ -112,12 +118,12 @@ UNSEEN = {
 
 @pytest.mark.parametrize("kind", UNSEEN)
 def test_gradients_with_noise_on_weights_are_those_of_a_forward_written_anew(kind):
-    """Also where a layer's forward is bypassed, whatever ``noise`` says."""
+    """Includes layers whose forward is bypassed, for every ``noise``."""
     make, shape, noise = UNSEEN[kind]
     torch.manual_seed(1)
     network = make()
     callback, (x, y), seen = recorded(network, shape, noise)
-    assert not hasattr(callback, "drawn")
+    assert not callback.drawn
     names = list(seen["live"])
     w = {n: seen["live"][n].clone().requires_grad_() for n in names}
     theta = {n: seen["theta"][n].clone().requires_grad_() for n in names}
@@ -134,7 +140,7 @@ def test_gradients_with_noise_on_weights_are_those_of_a_forward_written_anew(kin
 
 
 def penalised(a, kl):
-    """argmin of (w - a)^2 / 2 + kl Omega(w / sqrt(kl)) by grid search, Omega that of the empirical-Bayes prior."""
+    """Minimise (w - a)^2 / 2 + kl Omega(w / sqrt(kl)) by grid search, with Omega of the empirical-Bayes prior."""
     grid = torch.linspace(-0.5, 3, 70_001, dtype=torch.float64)[:, None]
     t = torch.asinh(grid.abs() / math.sqrt(kl) / 2)
     return grid[((grid - a) ** 2 / 2 + kl * (t + (1 - torch.exp(-2 * t)) / 2)).argmin(0)][:, 0]
@@ -143,14 +149,14 @@ def penalised(a, kl):
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", ["weight", "local", "additive"])
 def test_training_ends_at_the_minimum_of_the_penalty_that_it_amounts_to(noise):
-    """400 independent replicas of four separable problems of unit curvature; their mean stands for the expectation."""
+    """The mean over 400 independent replicas of four separable problems of unit curvature estimates the expectation."""
     kl, a = 0.2, torch.tensor([0.1, 0.4, 1.0, 2.5], dtype=torch.float64)
     network, live = nn.Linear(4, 400, bias=False, dtype=torch.float64), []
     network.weight.data = a.expand(400, 4).clone()
     bowl = lambda prediction, y: ((prediction - y) ** 2).sum() / 2  # noqa: E731
     module = Toy(network, lambda p: torch.optim.Adam(p, 0.03), bowl, decay=True)
     callback = VariationalDropout(kl, "empirical_bayes", noise=noise, learned_lr=0.06, log_start=-1.0)
-    look = lambda moment, module: live.append(callback._live("network.weight").clone()) if moment == "batch end" else None  # noqa: E731
+    look = lambda moment, module: live.append(module.network.weight.detach().clone()) if moment == "batch end" else None  # noqa: E731
     batch = (torch.eye(4, dtype=torch.float64), a[:, None].expand(4, 400))
     trainer(callback, Spy(look), epochs=1, precision=64).fit(module, Repeated(batch, 500))
     torch.testing.assert_close(live[-1].mean(0), penalised(a, kl), rtol=0.05, atol=0.08)
@@ -160,7 +166,7 @@ def test_training_ends_at_the_minimum_of_the_penalty_that_it_amounts_to(noise):
 
 @pytest.mark.parametrize("noise", ["weight", "additive"])
 def test_the_divergence_warms_up(noise):
-    """Its share of the learned parameter's gradient is a schedule's share of the full one."""
+    """The divergence's part of the learned parameter's gradient follows the schedule."""
     paid, callback = [], VariationalDropout(LinearWarmup(KL, 0.5), "empirical_bayes", noise=noise, log_start=-1.0)
     kept = {}
 
@@ -168,7 +174,7 @@ def test_the_divergence_warms_up(noise):
         if moment == "after backward":
             kept["before"] = {n: 0 if p.grad is None else p.grad.clone() for n, p in callback.learned.items()}
         if moment == "before step":
-            w, theta = callback._live("network.weight"), callback.learned["network.weight"].detach().clone().requires_grad_()
+            w, theta = module.network.weight.detach(), callback.learned["network.weight"].detach().clone().requires_grad_()
             (full,) = torch.autograd.grad(divergence(w, theta, noise == "additive"), theta)
             share = (callback.learned["network.weight"].grad - kept["before"]["network.weight"]) / full
             assert float(share.std()) < 1e-3
@@ -181,10 +187,10 @@ def test_the_divergence_warms_up(noise):
 
 @pytest.mark.parametrize("noise", ["weight", "local", "additive"])
 @pytest.mark.parametrize("tol", [0.05, 0.5])
-def test_a_weight_is_zero_where_the_noise_drowns_it(noise, tol):
+def test_a_weight_much_smaller_than_its_noise_is_zero(noise, tol):
     callback = VariationalDropout(KL, noise=noise, tol=tol)
     w = torch.tensor([0.5, 0.5, -0.5, 0.0])
-    eta = tol / (1 - tol) * torch.tensor([0.99, 1.01, 0.99, 1.01])  # 1 / (1 + 1 / eta) against tol
+    eta = tol / (1 - tol) * torch.tensor([0.99, 1.01, 0.99, 1.01])  # alpha = 1 / (1 + 1 / eta) compared with tol
     callback.learned["w"] = nn.Parameter((w.abs() / eta.sqrt()).clamp(min=1e-3).log() if noise == "additive" else eta.log())
     assert callback.zeros("w", w).tolist() == [True, False, True, True]
 
@@ -201,7 +207,7 @@ def test_conversions_carry_the_scaled_prior_and_the_weight(prior):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"noise": "locl"}, "noise must be 'weight' or 'local' or 'additive', got 'locl'; closest: 'local'"),
+        ({"noise": "locl"}, "noise must be 'weight', 'local' or 'additive', got 'locl'; closest: 'local'"),
         ({"prior": "log_unifrom"}, "prior must be one of .*, got 'log_unifrom'; closest: 'log_uniform'"),
         ({"log_start": 99.0}, "log_start must lie in"),
         ({"learned_lr": -1.0}, "learned_lr must be"),
@@ -214,9 +220,9 @@ def test_unknown_words_and_numbers_out_of_range_are_named(wrong, said):
 
 @pytest.mark.parametrize("noise", ["weight", "local"])
 def test_far_log_eta_gives_finite_noise(noise):
-    """A weight that is gone may drift: its noise must not become inf * 0."""
+    """log eta of a pruned weight may drift far; its noise must not become inf * 0."""
     callback = VariationalDropout(KL, "empirical_bayes", noise=noise)
     layer, theta = nn.Linear(2, 2), torch.full((2, 2), -500.0, requires_grad=True)
     layer.weight.data.zero_()
-    assert torch.isfinite(callback.kind.output_noise(layer, torch.ones(3, 2), theta)).all()
-    assert torch.isfinite(layer.weight * callback.kind.deviation(layer.weight, theta)).all()
+    assert torch.isfinite(callback.method.kind.output_noise(layer, torch.ones(3, 2), theta)).all()
+    assert torch.isfinite(layer.weight * callback.method.kind.deviation(layer.weight, theta)).all()

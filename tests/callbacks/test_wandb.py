@@ -1,22 +1,21 @@
-"""What a W&B run holds, read back from the file of a real offline run."""
+"""Content of a W&B run, read from the file of a real offline run."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from toys import trainer
 
-from lightning_sparse.callbacks import ReweightedPenalty, SparsityMonitor, _wandb
+from lightning_sparse.callbacks import AdaptiveMask, ReweightedPenalty, SparsityMonitor
 from lightning_sparse.conformance._wandb_file import Run, read_run
 from lightning_sparse.counts import LOG_ALPHA_FLOOR
 from lightning_sparse.penalties import LogSum
@@ -24,7 +23,6 @@ from lightning_sparse.penalties import LogSum
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),  # lightning with a recent torch
     pytest.mark.filterwarnings("ignore:The .* does not have many workers"),
-    pytest.mark.filterwarnings("ignore:Implicitly cleaning up <TemporaryDirectory:ResourceWarning"),  # wandb's own
 ]
 
 STEPS, EPOCHS = 2, 3
@@ -35,7 +33,7 @@ class Net(LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
-        with torch.no_grad():  # a dead unit: its six weights get no gradient
+        with torch.no_grad():  # a dead unit; its six weights get no gradient
             for dead in (self.body.weight[0], self.body.bias[:1], self.head.weight[:, 0]):
                 dead.zero_()
 
@@ -48,13 +46,9 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _offline() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("WANDB_SILENT", "true")
-        patch.setenv("WANDB_ERROR_REPORTING", "false")
-        yield
+def fit(callbacks: list[Any], logger: Any, model: Net, epochs: int = 1) -> None:
+    run = trainer(*callbacks, epochs=epochs, logger=logger)
+    run.fit(model, DataLoader(TensorDataset(torch.rand(4 * STEPS, 4)), 4))
 
 
 class Fitted(NamedTuple):
@@ -64,13 +58,11 @@ class Fitted(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory, _offline: None) -> Fitted:
+def fitted(tmp_path_factory: pytest.TempPathFactory, wandb_offline: None) -> Fitted:
     folder = tmp_path_factory.mktemp("run")
     logger, model = WandbLogger(project="test", save_dir=folder, offline=True), Net()
     callback = ReweightedPenalty(LogSum(0.1), lam=0.02, tol=0.1)
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
-    trainer = Trainer(accelerator="cpu", max_epochs=EPOCHS, logger=logger, callbacks=[callback, SparsityMonitor()], **quiet)
-    trainer.fit(model, DataLoader(TensorDataset(torch.rand(4 * STEPS, 4)), 4))
+    fit([callback, SparsityMonitor()], logger, model, epochs=EPOCHS)
     logger.experiment.finish()
     return Fitted(read_run(folder), model, callback)
 
@@ -119,10 +111,11 @@ def test_weights_at_zero_have_log_alpha_at_the_floor(fitted: Fitted) -> None:
     assert drawn["values"][0] == 6  # the dead unit: alpha = 0
 
 
-def test_the_layers_table_adds_up_to_the_model(fitted: Fitted) -> None:
+def test_the_layers_table_adds_up_to_the_model_at_each_of_its_steps(fitted: Fitted) -> None:
     table = fitted.run.tables["sparsity/layers"]
-    rows = {row[0]: dict(zip(table["columns"], row, strict=True)) for row in table["data"]}
-    assert table["columns"] == ["name", "shape", "weights", "non-zero", "sparsity", "mean alpha"]
+    assert table["columns"] == ["step", "name", "shape", "weights", "non-zero", "sparsity", "mean alpha"]
+    assert [row[0] for row in table["data"]] == [2, 2, 4, 4, 6, 6]
+    rows = {row[1]: dict(zip(table["columns"], row, strict=True)) for row in table["data"]}
     assert {name: (row["shape"], row["weights"]) for name, row in rows.items()} == {
         "body.weight": ("(8, 4)", 32),
         "head.weight": ("(2, 8)", 16),
@@ -133,36 +126,30 @@ def test_the_layers_table_adds_up_to_the_model(fitted: Fitted) -> None:
         assert (row["sparsity"], 0 < row["mean alpha"] < 1) == (pytest.approx(logged), True)
 
 
-def test_odd_values_and_a_prefix_are_taken(tmp_path: Path) -> None:
+def test_a_prefix_is_kept_and_a_second_fit_renews_the_recipe_and_the_summary(tmp_path: Path, wandb_offline: None) -> None:
     logger = WandbLogger(project="test", save_dir=tmp_path, offline=True, prefix="a")
-    odd = torch.tensor([math.inf, -math.inf, math.nan, 0.0, 2.0])
-    _wandb.log_recipe([logger], {"lam": 1.0})
-    _wandb.log_recipe([logger], {"lam": 2.0})
-    _wandb.log_figures([logger], 7, {}, {"w": odd, "empty": torch.zeros(0, 3)})
-    _wandb.log_figures([logger], 8, {"w": torch.tensor([0.0, 1.0, math.nan])}, {"w": torch.zeros(3)})
-    _wandb.log_summary([logger], {"sparsity/total": 0.25})
+    for lam in (1.0, 2.0):
+        fit([ReweightedPenalty(LogSum(0.1), lam=lam, tol=0.1)], logger, model := Net())
     logger.experiment.finish()
     run = read_run(tmp_path)
-    first, second = _rows(run, "a-sparsity/abs_w")
-    assert (run.config["sparsify"], run.summary["a-sparsity/total"]) == ({"lam": 2.0}, 0.25)
-    assert (first["trainer/global_step"], sum(first["a-sparsity/abs_w"]["values"]), "a-sparsity/log_alpha" in first) == (7, 2, False)
-    drawn = second["a-sparsity/log_alpha"]["values"]
-    assert (drawn[0], drawn[-1], sum(drawn)) == (1, 1, 2)
+    assert run.config["sparsify"]["init_args"]["lam"]["init_args"]["lam"] == 2.0
+    assert run.summary["a-sparsity/total"] == pytest.approx(_true_sparsity(model)["sparsity/total"])
+    assert _rows(run, "a-sparsity/abs_w")
+    assert _rows(run, "a-sparsity/log_alpha")
 
 
-def test_a_disabled_run_is_no_error(tmp_path: Path) -> None:
+def forms() -> list[Any]:
+    return [AdaptiveMask(LogSum(0.1), lam=0.02, select=["body.weight"]), ReweightedPenalty(LogSum(0.1), lam=0.02, select=["head.weight"])]
+
+
+def test_a_disabled_run_raises_nothing(tmp_path: Path) -> None:
     logger = WandbLogger(project="test", save_dir=tmp_path, mode="disabled")
-    _wandb.log_recipe([logger], {"lam": 1.0})
-    _wandb.log_figures([logger], 0, {"w": torch.ones(2)}, {"w": torch.ones(2)})
-    _wandb.log_summary([logger], {"sparsity/total": 0.0})
+    fit([*forms(), SparsityMonitor()], logger, Net())
     logger.experiment.finish()
     assert not list(tmp_path.rglob("*.wandb"))
 
 
 def test_other_loggers_need_no_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now raises
-    logger = CSVLogger(tmp_path)
-    _wandb.log_recipe([logger], {"lam": 1.0})
-    _wandb.log_figures([logger], 0, {"w": torch.ones(2)}, {"w": torch.ones(2)})
-    _wandb.log_summary([logger], {"sparsity/total": 0.0})
-    assert _wandb.wandb_loggers([logger]) == []
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes its import raise
+    fit([*forms(), SparsityMonitor()], CSVLogger(tmp_path), Net())
+    assert "sparsity/total" in next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0]

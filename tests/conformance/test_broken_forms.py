@@ -1,28 +1,30 @@
-"""Forms with one thing broken each, and the check of faults that must notice it."""
+"""Callbacks with one defect each, and the check that must detect it."""
 
 from __future__ import annotations
 
+import copy
+import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
+from subjects import Alone
 
 from lightning_sparse import conformance, noise, penalties
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, MagnitudePruning, ReweightedPenalty
-from lightning_sparse.callbacks._promises import Fit
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 
 
 class Blind(AdaptiveProx):
-    """Looks at no gradient."""
+    """Does not check gradients."""
 
     def on_before_optimizer_step(self, *args):
         pass
 
 
 class Heedless(Blind):
-    """Nor at losses, nor at the weights that it begins with."""
+    """Checks neither gradients nor losses nor initial weights."""
 
     def on_before_backward(self, *args):
         pass
@@ -35,51 +37,70 @@ class Heedless(Blind):
 
 
 class Forgetful(AdaptiveMask):
-    """Leaves everything as it is when something goes wrong."""
+    """Does not restore the module after an error."""
 
     def on_exception(self, *args):
         pass
 
 
 class Trusting(ReweightedPenalty):
-    """Looks at no checksum, and starts anew whatever it is given."""
+    """Verifies no checksums, and ignores invalid states."""
 
     def on_load_checkpoint(self, *args):
         pass
 
 
 class Odd(ReweightedPenalty):
-    """Saves a path."""
+    """Saves a Path in its state."""
 
     def state_dict(self):
         return super().state_dict() | {"folder": Path.cwd()}
 
 
 class Silent(ReweightedPenalty):
-    """Says nothing of what it did not reach."""
+    """Does not warn about a missed target."""
 
     def unreached(self):
         return []
 
 
-class Waiting(ReweightedPenalty):
-    """Leaves the zeros to lam alone."""
+class Mute(ReweightedPenalty):
+    """Gives no warnings at the end of training."""
 
-    def _tick(self):
-        self.step, self._clock.counted = self.step + 1, True
+    def on_train_end(self, *args):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            super().on_train_end(*args)
+
+
+class Waiting(ReweightedPenalty):
+    """Reaches the target by lam alone, without ranking."""
+
+    def _count_step(self):
+        self.clock.count()
 
 
 class Anew(MagnitudePruning):
-    """Begins each fit from nothing."""
+    """Starts every fit from the beginning."""
 
     def setup(self, *args):
-        self._fit = Fit()
+        vars(self).update(vars(copy.deepcopy(self)))
         super().setup(*args)
+
+
+class Falls(MagnitudePruning):
+    """Follows the longer run's ramp after a resume, even if the target falls."""
+
+    def on_train_start(self, *args):
+        self.strength.least = 0.0
+        super().on_train_start(*args)
 
 
 MUTANTS = {
     "a_run_stopped_early_says_what_it_missed": partial(Silent, LOG_SUM, target_sparsity=0.7),
+    "a_run_without_zeros_says_so": partial(Mute, LOG_SUM, 1e-3),
     "a_target_is_met_in_a_few_steps": partial(Waiting, LOG_SUM, target_sparsity=0.7),
+    "a_longer_run_keeps_its_target": partial(Falls, 0.7, every=2),
     "a_second_fit_goes_on": partial(Anew, 0.7, every=2),
     "a_loss_that_is_not_finite": partial(Heedless, LOG_SUM, 0.5),
     "gradients_that_are_not_finite": partial(Blind, LOG_SUM, 0.2),
@@ -92,18 +113,8 @@ MUTANTS = {
 }
 
 
-class Alone:
-    """A list of one callback, made anew; picklable."""
-
-    def __init__(self, make):
-        self.make = make
-
-    def __call__(self):
-        return [self.make()]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("check", MUTANTS)
-def test_a_broken_form_is_caught_by_the_check_that_should(check):
+def test_the_check_detects_the_broken_callback(check):
     outcome = conformance.outcome(conformance.Subject("broken", Alone(MUTANTS[check])), check)
     assert outcome.verdict == "fail", outcome

@@ -1,4 +1,4 @@
-"""Forms with one thing broken each in how layers are used, and the check that must notice it."""
+"""Callbacks with one defect each in handling layers, and the check that must detect it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from functools import partial
 import pytest
 from lightning.pytorch import Callback
 
-from lightning_sparse import attach, conformance, penalties
+from lightning_sparse import conformance, layers, penalties
 from lightning_sparse.callbacks import AdaptiveMask, ReweightedPenalty
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 
 
 class Hooked(ReweightedPenalty):
-    """Leaves a hook on each layer for as long as it trains."""
+    """Keeps a hook on each layer throughout training."""
 
-    def _install(self, module, attachment):
-        for name, layer in attach.layers(module, self.parameters).items():
+    def _attach(self, trainer, module):
+        super()._attach(trainer, module)
+        for name, layer in layers.layers(module, self.parameters).items():
             self._handles.append(layer.register_forward_hook(partial(self.look, name)))
 
     def look(self, name, layer, inputs, output):
@@ -25,29 +26,29 @@ class Hooked(ReweightedPenalty):
 
 
 class Positional(Hooked):
-    """Reads a layer's input by its position."""
+    """Reads a layer's input only by position."""
 
     def look(self, name, layer, inputs, output):
         inputs[0].detach()
 
 
 class Dividing(Hooked):
-    """Divides by the rows of a layer."""
+    """Divides by the number of rows of a layer's input."""
 
     def look(self, name, layer, inputs, output):
         return output * (len(output) / len(output))
 
 
 class Moving(AdaptiveMask):
-    """Takes a layer that a batch did not use for one whose forward is bypassed."""
+    """Treats a layer that a batch did not use as a bypassed one."""
 
-    def _end_batch(self):
-        self._used |= self._local.keys()
-        super()._end_batch()
+    def on_after_backward(self, *args):
+        self.method.forwards._used |= self.method.forwards.layers.keys()
+        super().on_after_backward(*args)
 
 
 class Loud(ReweightedPenalty):
-    """Has other weights in force throughout a step."""
+    """Uses other weights throughout a step."""
 
     def on_train_batch_start(self, trainer, module, *args):
         super().on_train_batch_start(trainer, module, *args)
@@ -74,13 +75,13 @@ def alone(kind: type[Callback]) -> list[Callback]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", MUTANTS)
-def test_a_broken_form_is_caught_by_the_check_that_should(check):
+def test_the_check_detects_the_broken_callback(check):
     outcome = conformance.outcome(conformance.Subject("broken", partial(alone, MUTANTS[check])), check)
     assert outcome.verdict == "fail", outcome
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", MUTANTS)
-def test_a_whole_one_passes(check):
+def test_a_correct_callback_passes(check):
     outcome = conformance.outcome(conformance.Subject("whole", partial(alone, AdaptiveMask)), check)
     assert outcome.verdict == "pass", outcome

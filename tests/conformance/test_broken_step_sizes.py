@@ -1,4 +1,4 @@
-"""A callback that reads every optimiser's state as torch's, and the check that must notice it."""
+"""Callbacks that misread optimiser states, and the check that must detect it."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from lightning_sparse.step_sizes import Rate, StepSizes
 
 
 class Credulous(StepSizes):
-    """Takes whatever the state holds."""
+    """Reads the state of every optimiser as if it were torch's."""
 
-    def of(self, optimizer, parameter, group):
+    def of(self, optimizer, parameter, group, added=False):
         return Rate(optimizer.state.get(parameter, {}), group)
 
 
 class Reads(AdaptiveProx):
-    def _forget(self):
-        super()._forget()
-        self._step_sizes = Credulous()
+    def _reset(self):
+        super()._reset()
+        self.sizes = self.support.sizes = self.saved.sizes = Credulous()
 
 
 class Weak(StepSizes):
-    """Takes the learning rate for the step size."""
+    """Uses the learning rate as the step size."""
 
-    def of(self, optimizer, parameter, group):
-        own = super().of(optimizer, parameter, group)
+    def of(self, optimizer, parameter, group, added=False):
+        own = super().of(optimizer, parameter, group, added)
         return own if optimizer.state.get(parameter, {}).keys() >= {"exp_avg_sq", "step"} else Rate({}, {"lr": group["lr"] or 1e-2})
 
 
 class Weakens(AdaptiveProx):
-    def _forget(self):
-        super()._forget()
-        self._step_sizes = Weak()
+    def _reset(self):
+        super()._reset()
+        self.sizes = self.support.sizes = self.saved.sizes = Weak()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Reads, Weakens])
-def test_a_broken_callback_is_caught(kind):
+def test_the_check_detects_the_broken_callback(kind):
     subject = conformance.Subject("broken", lambda: [kind(penalties.LogSum(eps=2.0), 0.03)])
     assert conformance.outcome(subject, "foreign_optimizers_work").verdict == "fail"
 
 
 @pytest.mark.slow
-def test_the_sound_one_passes():
+def test_a_correct_callback_passes():
     subject = conformance.Subject("sound", lambda: [AdaptiveProx(penalties.LogSum(eps=2.0), 0.03)])
     assert conformance.outcome(subject, "foreign_optimizers_work").verdict == "pass"

@@ -1,4 +1,4 @@
-"""check_callback on a callback of one's own, and on broken versions of it: each is caught, by the check that should."""
+"""check_callback on a custom callback and on broken versions of it: each is detected by the right check."""
 
 from __future__ import annotations
 
@@ -6,41 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from magnitude import Magnitude
 from torch import nn
 
 from lightning_sparse import testing
 
 
-class Magnitude(Callback):
-    """Half of every weight matrix (a quarter of small ones) is zero after each step: what one writes in five minutes."""
-
-    def matrices(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in module.named_parameters() if p.dim() > 1}
-
-    @torch.no_grad()
-    def prune(self, module: nn.Module) -> None:
-        for parameter in self.matrices(module).values():
-            share = 0.5 if parameter.numel() >= 48 else 0.25
-            parameter[parameter.abs() <= parameter.abs().flatten().quantile(share)] = 0.0
-
-    def figures(self, module: nn.Module) -> dict[str, float]:
-        counts = {name: (int((p == 0).sum()), p.numel()) for name, p in self.matrices(module).items()}
-        total = sum(zeros for zeros, _ in counts.values()) / sum(size for _, size in counts.values())
-        return {"sparsity/total": total} | {f"sparsity/{name}": zeros / size for name, (zeros, size) in counts.items()}
-
-    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
-        self.prune(module)
-
-    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        module.log_dict(self.figures(module))
-
-    def on_train_end(self, trainer: Any, module: Any) -> None:
-        self.prune(module)
-
-
 class Waits(Magnitude):
-    """Prunes from its sixth step on, and forgets in a checkpoint how many there were."""
+    """Starts pruning after six steps, and does not save its step count."""
 
     count = 0
 
@@ -51,7 +24,7 @@ class Waits(Magnitude):
 
 
 class Noisy(Magnitude):
-    """Leaves its noise in the weights until the batch ends."""
+    """Leaves noise in the weights until backward, without hiding it from files."""
 
     def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
         self.before = {name: p.detach().clone() for name, p in self.matrices(module).items()}
@@ -129,35 +102,35 @@ MUTANTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*MUTANTS.values()}))
-def test_a_callback_of_ones_own_passes(name):
+def test_a_correct_custom_callback_passes(name):
     (outcome,) = testing.check_callback(Magnitude(), only=[name])
     assert (outcome.check, outcome.verdict) == (name, "pass")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
-def test_a_broken_one_is_caught_by_the_check_that_should(mutant):
+def test_the_check_detects_the_broken_callback(mutant):
     with pytest.raises(testing.ContractError, match=f"fails 1 of 1 checks:\n  {MUTANTS[mutant]}: "):
         testing.check_callback(mutant(), only=[MUTANTS[mutant]])
 
 
-def test_an_unknown_check_is_answered_with_the_closest():
+def test_an_unknown_check_suggests_the_closest():
     with pytest.raises(ValueError, match="no check 'resume_at_an_epoch_end'; closest: 'resume_at_an_epochs_end'"):
         testing.check_callback(Magnitude(), only=["resume_at_an_epoch_end"])
 
 
 @pytest.mark.parametrize("given", [Magnitude, 3, "AdaptiveMask"])
-def test_what_is_no_callback_is_refused(given):
+def test_other_objects_than_callbacks_are_refused(given):
     with pytest.raises(TypeError, match=r"takes a lightning.pytorch Callback or a function that makes one"):
         testing.check_callback(given)
 
 
-def test_a_function_that_makes_callbacks_is_taken_and_the_outcome_names_the_check():
+def test_a_factory_of_callbacks_is_accepted_and_the_outcome_names_the_check():
     outcomes = testing.check_callback(lambda: [Magnitude()], only=["fit_ends_with_true_zeros"])
     assert [(outcome.check, outcome.verdict, outcome.reason) for outcome in outcomes] == [("fit_ends_with_true_zeros", "pass", "")]
 
 
-def test_the_callers_random_numbers_are_left_alone():
+def test_the_callers_random_state_is_unchanged():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

@@ -1,4 +1,4 @@
-"""Bytes that each form holds for a selected weight: what the documentation says."""
+"""Bytes per selected weight of each callback, as documented."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_extra_bytes_per_weight(make, between, within):
     assert max(found["within"]) == pytest.approx(within, abs=0.02)
 
 
-def test_what_is_held_is_seen():
+def test_held_memory_is_measured():
     from test_check_callback import Hoards
 
     with conformance.undisturbed():

@@ -1,4 +1,4 @@
-"""The check of numpy's numbers: what keeps one in its state is caught, a callback without such state is not."""
+"""The check of numpy numbers detects a callback that saves one in its state, and only that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHECK = "numbers_of_numpy_are_no_matter"
 
 
 class Keeps(ReweightedPenalty):
-    """Keeps in its state the number that it was given."""
+    """Saves the given number in its state."""
 
     def __init__(self, lam):
         super().__init__(penalties.LogSum(eps=2.0), float(lam))
@@ -32,7 +32,7 @@ def test_callbacks_that_keep_pythons_numbers_pass(name):
     assert outcome.verdict == "pass", outcome.reason
 
 
-def test_a_callback_that_keeps_numpys_number_is_caught():
+def test_a_callback_that_saves_a_numpy_number_fails():
     outcome = conformance.outcome(conformance.subject(keeps), CHECK)
     assert (outcome.verdict, "weights_only=True" in outcome.reason) == ("fail", True), outcome
 
@@ -43,6 +43,6 @@ def test_the_recorded_class_is_left_as_it_was():
     assert (dict(vars(ReweightedPenalty)), ReweightedPenalty.__init__) == before
 
 
-def test_a_copy_is_said_to_show_no_arguments():
+def test_a_copied_callback_is_reported_as_not_applicable():
     outcome = conformance.outcome(conformance.subject(ReweightedPenalty(penalties.LogSum(eps=2.0), 0.5)), CHECK)
     assert (outcome.verdict, "copied" in outcome.reason) == ("n/a", True)

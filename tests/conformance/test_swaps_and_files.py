@@ -1,20 +1,20 @@
-"""Forms that show zeros too early, make them true too early, or write files that the module does not hold: each is caught."""
+"""Callbacks that threshold weights at the wrong time or write files unlike the module: each is detected."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import pytest
-from test_broken_forms import Alone
+from subjects import Alone
 
-from lightning_sparse import attach, conformance, penalties
+from lightning_sparse import conformance, penalties, weights
 from lightning_sparse.callbacks import MagnitudePruning, ReweightedPenalty
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 
 
 class Early(ReweightedPenalty):
-    """Thresholds the weights before others put theirs in, and gives them back after others have taken theirs."""
+    """Thresholds weights before other code swaps, and restores them after it swaps back."""
 
     def on_validation_start(self, trainer, module):
         super().on_validation_start(trainer, module)
@@ -26,27 +26,27 @@ class Early(ReweightedPenalty):
 
 
 class Hasty(ReweightedPenalty):
-    """Makes zeros true in training mode, and does not look again."""
+    """Writes final zeros while the optimiser is in training mode, and does not update them."""
 
     def on_train_end(self, trainer, module):
-        optimizers, self._optimizers = self._optimizers, []
+        optimizers, self.weights.optimizers = self.weights.optimizers, []
         super().on_train_end(trainer, module)
-        self._optimizers = optimizers
+        self.weights.optimizers = optimizers
 
     def on_fit_end(self, trainer, module):
-        self._ending = None
+        self.ending = None
 
     def teardown(self, trainer, module, stage):
-        self._ending = None
+        self.ending = None
         super().teardown(trainer, module, stage)
 
 
 class Insists(MagnitudePruning):
-    """Puts its last zeros into every file."""
+    """Writes its last zeros into every file."""
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
         super().on_save_checkpoint(trainer, module, checkpoint)
-        attach.write_view(checkpoint["state_dict"], module, self.parameters, self.thresholded)
+        weights.write_view(checkpoint["state_dict"], module, self.parameters, self.thresholded)
 
 
 MUTANTS = {
@@ -59,7 +59,7 @@ MUTANTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", MUTANTS)
-def test_a_broken_form_is_caught_by_the_check_that_should(check):
+def test_the_check_detects_the_broken_callback(check):
     make, reason = MUTANTS[check]
     outcome = conformance.outcome(conformance.Subject("broken", Alone(make)), check)
     assert outcome.verdict == "fail", outcome

@@ -1,4 +1,4 @@
-"""Buckets hold every row once, and what is written to a bucket reaches its tensors."""
+"""Buckets contain every row once, and values written to a bucket reach its tensors."""
 
 from __future__ import annotations
 
@@ -7,19 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from rows import MIXED
 from torch import Tensor, nn
 
-from lightning_sparse.elementwise import buckets
-from lightning_sparse.elementwise.buckets import Buckets, bucket_rows
-from lightning_sparse.elementwise.buffers import BufferPool
-
-
-def tensors_of(sizes: list[tuple[int, ...]]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(size, generator=generator) for size in sizes]
-
-
-MIXED = tensors_of([(3, 5), (300, 300), (4, 2, 3, 3), (7,), (2, 2), (5, 6), (1, 1), (6, 3), (8, 2), (9,), (0, 4), (2, 9)])
+from lightning_sparse.elementwise import pieces
+from lightning_sparse.elementwise.pieces import Buckets, BufferPool, bucket_rows
 
 
 def test_each_row_is_in_one_bucket_of_its_kind() -> None:
@@ -28,7 +20,7 @@ def test_each_row_is_in_one_bucket_of_its_kind() -> None:
     assert sorted(itertools.chain(*groups)) == list(range(len(tensors)))
     shared = [group for group in groups if len(group) > 1]
     assert [{tensors[number].dtype for number in group} for group in shared] == [{torch.float32}, {torch.float64}]
-    assert all(tensors[number].numel() <= buckets.SMALL and not tensors[number].is_sparse for group in shared for number in group)
+    assert all(tensors[number].numel() <= pieces.SMALL and not tensors[number].is_sparse for group in shared for number in group)
 
 
 def test_a_bucket_has_a_bounded_size_and_few_rows_stay_alone() -> None:
@@ -49,11 +41,11 @@ def test_written_columns_are_copied_back_and_others_are_not(layout: Callable[[Te
         for target, other, source in Buckets().rows((targets, others, sources), written=2):
             target.add_(source.square())
             other.neg_()
-            source.zero_()  # of a bucket a copy
+            source.zero_()  # a bucket is a copy
     for before, target, other in zip(MIXED, targets, others, strict=True):
         assert torch.equal(target, layout(before) + layout(before).square())
         assert torch.equal(other, -layout(before))
-    assert [bool((source == 0).all()) for source in sources].count(False) == len(MIXED) - 2  # the large one, and the empty one
+    assert [bool((source == 0).all()) for source in sources].count(False) == len(MIXED) - 2  # the large and the empty tensor
 
 
 def test_channels_last_tensors_share_a_bucket() -> None:
@@ -80,7 +72,7 @@ def test_add_adds_to_each_target(copy: Callable[[Tensor], Tensor]) -> None:
 
 
 def test_buffers_are_reused_and_each_tensor_gets_its_own_values() -> None:
-    """Alternate tensors of equal size and different shape: each has views of its own into the shared buffer."""
+    """Alternates tensors of equal size and different shapes; each has its own views of the shared buffer."""
     cached, addresses = Buckets(), set()
     tall, wide = ([torch.full(size, 3.0) for _ in range(9)] for size in ((8, 2), (2, 8)))
     for tensors in (tall, wide, tall, wide, tall[:8] + wide[:1]):
@@ -92,7 +84,7 @@ def test_buffers_are_reused_and_each_tensor_gets_its_own_values() -> None:
     assert [int(tensor[0, 0]) for tensor in (*tall, *wide)] == [6] * 8 + [5] + [6] + [5] * 8
 
 
-def test_a_changed_dtype_or_size_of_the_same_tensors_is_seen() -> None:
+def test_a_changed_dtype_or_size_of_the_same_tensors_is_detected() -> None:
     cached, tensors = Buckets(), [torch.zeros(2, 2) for _ in range(40)]
     for first in range(30):
         for (part,) in cached.rows([tensors[first : first + 9]]):
@@ -109,7 +101,7 @@ def test_a_changed_dtype_or_size_of_the_same_tensors_is_seen() -> None:
 
 
 def test_large_buffers_are_kept_until_they_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sparse.elementwise.buffers.LARGE", 100)
+    monkeypatch.setattr("lightning_sparse.elementwise.pieces.LARGE", 100)
     pool, small, large = BufferPool(), torch.zeros(20), torch.zeros(5, 6)
     first = pool.empty_like(large, "mask")
     assert pool.empty_like(large, "mask") is first

@@ -1,4 +1,4 @@
-"""Random words from a counter: as the arithmetic of plain integers has them, and random."""
+"""Counter-based random words: equal to integer arithmetic, and random."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORD = 1 << 32
 
 
 def mixed(x: int) -> int:
-    """The mixer in integers that know no sign."""
+    """Compute the mixer with unsigned integers."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ x >> shift) * factor % WORD
     return x ^ x >> 16

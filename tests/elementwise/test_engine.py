@@ -1,17 +1,16 @@
-"""Each verb of the engine computes, over many tensors, what its function does to each of them."""
+"""Each method of the engine on many tensors equals its function on each tensor."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_buckets import MIXED
+from rows import MIXED
 from torch import Tensor
 
-from lightning_sparse.elementwise import Engine, buckets, chunks, count_nonfinite, engine, kernels
+from lightning_sparse.elementwise import Engine, count_nonfinite, engine, pieces
 from lightning_sparse.noise import Gaussian, ScaledBernoulli
 
 Row = tuple[Tensor, ...]
@@ -23,11 +22,11 @@ def clones() -> list[Tensor]:
 
 @pytest.fixture(params=["whole", "chunked", "no buckets"])
 def way(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test with chunks of a few elements, and without buckets, too."""
+    """Run a test with small chunks, and with and without buckets."""
     if request.param == "chunked":
-        monkeypatch.setattr(chunks, "CHUNK", 1000)
+        monkeypatch.setattr(pieces, "CHUNK", 1000)
     if request.param == "no buckets":
-        monkeypatch.setattr(buckets, "FEW", 10**9)
+        monkeypatch.setattr(pieces, "FEW", 10**9)
     return str(request.param)
 
 
@@ -61,7 +60,7 @@ def alpha(w: Tensor, h: Tensor, scale: Any) -> Tensor:
 
 
 def masks(rows: list[Row], one: Engine | None = None, noise: Any = None, seed: int = 5) -> dict[int, Tensor]:
-    """Masks by row number; each product is the row's first tensor times its mask."""
+    """Make masks by row number; each product is the row's first tensor times its mask."""
     drawn = (one or Engine()).draw(rows, alpha, noise or ScaledBernoulli(), torch.Generator().manual_seed(seed), (1.0,))
     found = {}
     for number, mask, product in drawn:
@@ -93,7 +92,7 @@ def test_masks_depend_neither_on_threads_nor_on_the_size_of_a_chunk(drawn: int, 
     threads, first = torch.get_num_threads(), masks(ROWS)
     try:
         torch.set_num_threads(1)
-        monkeypatch.setattr(chunks, "CHUNK", 1000)
+        monkeypatch.setattr(pieces, "CHUNK", 1000)
         again = masks(ROWS)
     finally:
         torch.set_num_threads(threads)
@@ -101,7 +100,7 @@ def test_masks_depend_neither_on_threads_nor_on_the_size_of_a_chunk(drawn: int, 
 
 
 def test_memory_of_large_masks_is_reused_only_where_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sparse.elementwise.buffers.LARGE", 100)
+    monkeypatch.setattr("lightning_sparse.elementwise.pieces.LARGE", 100)
     monkeypatch.setattr(engine, "DRAWN", 50)
     rows, one = [(torch.ones(400), torch.ones(400))], Engine()
 
@@ -116,19 +115,6 @@ def test_memory_of_large_masks_is_reused_only_where_that_is_allowed(monkeypatch:
 
 
 # -- kernels --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Replace the compiler by the function itself; lists the elements of each call."""
-    calls: list[int] = []
-
-    def pretend(function: Callable[..., None], *_: Any) -> Callable[[list[Tensor]], None]:
-        return lambda given: (calls.append(given[0].numel()), function(*given))[1]
-
-    monkeypatch.setattr(kernels, "_compile", pretend)
-    monkeypatch.setattr(kernels, "_COMPILED", {})
-    return calls
 
 
 def test_a_verb_runs_the_kernel_of_a_function_that_was_compiled_for_it(traced: list[int]) -> None:
@@ -180,11 +166,11 @@ def test_masks_of_a_kernel_depend_neither_on_chunks_nor_on_later_weights(traced:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_bad_value_is_found_among_many_tensors(value: float) -> None:
+def test_one_nonfinite_value_is_found_among_many_tensors(value: float) -> None:
     tensors = {f"w{i}": torch.ones(3, 3) for i in range(20)}
     assert count_nonfinite(tensors) == {}
     tensors["w13"][1, 2] = value
     assert count_nonfinite(tensors) == {"w13": (int(math.isnan(value)), int(math.isinf(value)))}
     assert ("w13" in count_nonfinite(tensors, nan_only=True)) is math.isnan(value)
     tensors["w13"][1, 2], tensors["w4"], tensors["w5"] = 1.0, torch.full((3, 3), 3e38), torch.full((3, 3), 3e38)
-    assert count_nonfinite(tensors) == {}  # a sum that overflows is no fault
+    assert count_nonfinite(tensors) == {}  # an overflowing sum is not an error

@@ -1,4 +1,4 @@
-"""A compiled kernel does what its function does, on tensors of any size and with any scalars; a failure says what to do."""
+"""A compiled kernel equals its function for tensors of any size and any scalars; errors say what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import traced  # noqa: F401 - a fixture
 from torch import Tensor
 
 from lightning_sparse.elementwise import Engine, kernels
@@ -24,7 +23,7 @@ def scaling(power: int) -> Callable[..., None]:
 
 
 def weights(count: int = 3000) -> Tensor:
-    """With zeros, and of all sizes."""
+    """Draw weights of all sizes, some of them zero."""
     w = torch.randn(count, generator=torch.Generator().manual_seed(0))
     return torch.cat([w.masked_fill(torch.arange(count) % 50 == 0, 0.0), w * 1e-3, w * 1e3])
 
@@ -82,7 +81,7 @@ def test_half_precision_and_double_tensors_have_kernels_of_their_own() -> None:
         torch.testing.assert_close(grad, 1 + (0.1 * penalty.gradient(w.double())).to(dtype), rtol=close, atol=close)
 
 
-def test_other_layouts_and_single_numbers_run_without_a_kernel(traced: list[int]) -> None:  # noqa: F811
+def test_other_layouts_and_single_numbers_run_without_a_kernel(traced: list[int]) -> None:
     kernel = Kernel(scaling(3), "a cube")
     for source in (torch.randn(3, 4).t(), torch.randn(4, 6)[:, ::2], torch.randn(1)):
         target = torch.zeros(source.shape)
@@ -97,14 +96,14 @@ def test_kernels_of_equal_keys_are_compiled_once_and_types_apart(monkeypatch: py
     made: list[int] = []
     monkeypatch.setattr(kernels, "_COMPILED", {})
     monkeypatch.setattr(kernels, "_compile", lambda function, *_: made.append(1) or (lambda given: function(*given)))
-    for _ in range(2):  # equal penalties, each with an engine of its own
+    for _ in range(2):  # equal penalties, each with its own engine
         engine = Engine()
         engine.compile_add_(LogSum(2.0).gradient, [torch.ones(3)], "LogSum")
     assert len(made) == 1
     engine.compile_add_(LogSum(2.0).gradient, [torch.ones(3, dtype=torch.float64)], "LogSum")
     Engine().compile_add_(LogSum(3.0).gradient, [torch.ones(3)], "LogSum")
     assert len(made) == 3
-    for _ in range(2):  # what a closure computes is not known
+    for _ in range(2):  # compiled each time, because a closure is no cache key
         Engine().compile_update_(scaling(1), [torch.ones(3)], (0.5, 0.5), (0.5,), "a closure")
     assert len(made) == 5
 
@@ -120,7 +119,7 @@ def test_whole_number_scalars_and_floats_have_kernels_of_their_own(monkeypatch: 
     assert len(made) == 2
 
 
-def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_raises_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for error, told in ((OSError("no compiler found\nat all"), "no compiler found"), (AssertionError(), "AssertionError")):
 
         def broken(*_: Any, error: Exception = error) -> Any:

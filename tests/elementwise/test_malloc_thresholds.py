@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, where glibc's malloc would return it."""
+"""raise_malloc_thresholds keeps freed memory in the process (glibc would return it)."""
 
 import platform
 import subprocess
@@ -30,5 +30,5 @@ print(faults() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is known to return freed memory")
 def test_intermediate_results_cause_no_page_faults() -> None:
-    """8 MB a step are 2,000 pages; without ``raise_malloc_thresholds`` most processes fault some 30,000 times, by how their heap lies."""
+    """8 MB per step are 2,000 pages; without ``raise_malloc_thresholds`` most processes have about 30,000 page faults."""
     assert int(subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True).stdout) < 100

@@ -1,4 +1,4 @@
-"""Gaussian draws in whatever order a tensor lies in memory."""
+"""Gaussian draws for tensors of any memory order."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Golden runs: ``python tests/golden record`` writes the record, ``check`` runs all again and compares.
+"""Golden runs: ``python tests/golden record`` writes the record, ``check`` repeats the runs and compares them.
 
-From the repository's root. Hashes are compared bit by bit where machine and versions are those of the record; elsewhere, where
-the last bits of a sum may differ, the share of zeros and the sum of squared weights are.
+Run it from the repository's root. Hashes are compared if machine and versions equal those of the record; otherwise the share of
+zeros and the sum of squared weights are compared, because the last bits of a sum may differ.
 """
 
 from __future__ import annotations

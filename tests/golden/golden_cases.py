@@ -1,4 +1,4 @@
-"""The runs: every way to train, in every setting that touches another part of the step."""
+"""The golden runs: every training method in every setting."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ METHODS: dict[str, Callable[[], Callback]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What differs from a plain run: arguments of the Trainer, of the network, and how it is run."""
+    """Differences from a plain run: arguments of the Trainer and the network, and the way to run."""
 
     trainer: dict[str, Any] = field(default_factory=dict)
     network: dict[str, Any] = field(default_factory=dict)
@@ -80,12 +80,12 @@ SETTINGS: dict[str, Setting] = {
     "SGD": Setting(network={"sgd": True}),
     "compiled": Setting(compiled=True),
 }
-_COMPILED = {"penalty": True, "mask, Bernoulli": True}  # each takes a compiler some ten seconds
-_WITHOUT_GAP = {"manual"}  # the duality gap needs a loss that training_step returns
+_COMPILED = {"penalty": True, "mask, Bernoulli": True}  # each takes about ten seconds to compile
+_WITHOUT_GAP = {"manual"}  # because the duality gap needs the loss from training_step
 
 
 class Recorded(Logger):
-    """Keeps every figure that is logged, in order."""
+    """A logger that records all figures in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,11 +97,11 @@ class Recorded(Logger):
         self.figures.append((step, {key: float(value) for key, value in metrics.items()}))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Keep none."""
+        """Ignore hyperparameters."""
 
 
 class SaveOnce(Callback):
-    """Writes a file in the middle of the second epoch."""
+    """Save a file in the middle of the second epoch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -112,7 +112,7 @@ class SaveOnce(Callback):
 
 
 class Network(LightningModule):
-    """A convolution and two linear layers, or ``small`` linear layers one after the other."""
+    """A convolution and two linear layers, or a chain of ``small`` linear layers."""
 
     def __init__(self, manual: bool = False, small: int = 0, groups: bool = False, maximise: bool = False, sgd: bool = False) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ def data(seed: int) -> DataLoader[Any]:
 
 
 def trainer(setting: Setting, logger: Recorded, *callbacks: Callback, **options: Any) -> Trainer:
-    """A quiet Trainer on the CPU."""
+    """Build a quiet CPU Trainer."""
     settings: dict[str, Any] = {"max_epochs": EPOCHS * setting.trainer.get("accumulate_grad_batches", 1)}
     settings |= setting.trainer | ({"plugins": [MixedPrecision("16-mixed", "cpu")]} if setting.scaled else {}) | options
     averages = [EMAWeightAveraging(decay=0.5)] if setting.averaged else []
@@ -169,7 +169,7 @@ def trainer(setting: Setting, logger: Recorded, *callbacks: Callback, **options:
 
 
 def method(name: str, setting: str) -> Callback | None:
-    """A fresh callback, or None where the two do not go together."""
+    """Make a new callback, or None if method and setting do not fit together."""
     if SETTINGS[setting].compiled and name not in _COMPILED:
         return None
     made = METHODS[name]
@@ -179,7 +179,7 @@ def method(name: str, setting: str) -> Callback | None:
 
 
 def names(only: str = "") -> Iterator[tuple[str, str]]:
-    """(method, setting) of each run."""
+    """Return (method, setting) of each run."""
     for one in METHODS:
         for setting in SETTINGS:
             if only in f"{one} / {setting}" and method_fits(one, setting):
@@ -191,7 +191,7 @@ def method_fits(name: str, setting: str) -> bool:
 
 
 def run(name: str, setting: str, folder: Path) -> tuple[Network, Trainer, Recorded, dict[str, Any]]:
-    """Train for 16 optimiser steps; returns network, Trainer, logger and the file's contents."""
+    """Train for 16 optimiser steps; return network, Trainer, logger and the file's content."""
     how, logger = SETTINGS[setting], Recorded()
     torch.manual_seed(1)
     network, callback = Network(**how.network), method(name, setting)

@@ -1,4 +1,4 @@
-"""What is kept of a golden run, and how two runs are compared."""
+"""Record of golden runs, and comparison of runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Found = dict[str, Any]
 
 
 def digest(value: Any) -> str:
-    """A hash of numbers, tensors and containers of them; the same for equal bits."""
+    """Hash numbers, tensors and containers of them; equal bits give equal hashes."""
     found = hashlib.blake2b(digest_size=8)
     _feed(found, value)
     return found.hexdigest()
@@ -51,7 +51,7 @@ def _feed(found: Any, value: Any) -> None:
 
 
 def fingerprint() -> dict[str, str]:
-    """What the last bits of a result depend on."""
+    """Return machine and versions, on which the last bits of results depend."""
     cpu = torch.backends.cpu.get_cpu_capability()
     model = next((line for line in _cpu_lines() if line.startswith("model name")), platform.processor())
     return {
@@ -69,7 +69,7 @@ def _cpu_lines() -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """One thread, no messages; the caller's settings afterwards."""
+    """Use one thread and no messages inside the context."""
     logger, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -84,11 +84,11 @@ def _quiet() -> Iterator[None]:
 
 
 def found(name: str, setting: str) -> Found:
-    """Hashes of one run, and three figures that do not depend on the last bits."""
+    """Run one case; return hashes, and three figures that do not depend on the last bits."""
     try:
         with _quiet(), tempfile.TemporaryDirectory() as folder:
             network, trainer, logger, file = run(name, setting, Path(folder))
-    except (ValueError, FloatingPointError) as error:  # a refusal is a result, too
+    except (ValueError, FloatingPointError) as error:  # a refusal is also a result
         return {"refused": f"{type(error).__name__}: {error}"}
     weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
     kept = {key: value for key, value in file.items() if key not in _LEFT_OUT}
@@ -102,7 +102,7 @@ def found(name: str, setting: str) -> Found:
 
 
 def written(path: Path, only: str) -> int:
-    """Run what ``only`` names and write the record; other runs of an existing record stay."""
+    """Run the cases in ``only`` and write the record; keep the other runs of an existing record."""
     runs = read(path)["runs"] if only and path.exists() else {}
     new = {f"{name} / {setting}": found(name, setting) for name, setting in names(only)}
     record = {"made by": "python tests/golden record", "on": fingerprint(), "runs": runs | new}
@@ -111,13 +111,13 @@ def written(path: Path, only: str) -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The record."""
+    """Read the record."""
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record
 
 
 def compared(record: dict[str, Any], only: str = "") -> tuple[list[str], int, bool]:
-    """Lines on the runs that differ from ``record``, how many were run, and whether hashes were compared."""
+    """Return lines about runs that differ from ``record``, the number of runs, and whether hashes were compared."""
     exact, problems, count = record["on"] == fingerprint(), [], 0
     for name, setting in names(only):
         count += 1
@@ -130,7 +130,7 @@ def compared(record: dict[str, Any], only: str = "") -> tuple[list[str], int, bo
 
 
 def differences(old: Found, new: Found, exact: bool) -> list[str]:
-    """What differs between two runs: hashes where they are comparable, else figures beyond rounding."""
+    """Return the differences of two runs: of hashes if comparable, otherwise of figures beyond rounding."""
     if "refused" in old or "refused" in new:
         return [] if old == new else [f"{old} -> {new}"]
     if exact:

@@ -1,4 +1,4 @@
-"""The golden runs are as recorded, and a run that is not is noticed."""
+"""Golden runs equal the record, and a different run is detected."""
 
 from __future__ import annotations
 

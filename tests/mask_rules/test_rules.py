@@ -44,7 +44,7 @@ def test_the_ramp_is_tau_times_mcp() -> None:
 def test_top_k_keeps_k_whatever_the_ties() -> None:
     w = torch.tensor([[1.0, -2.0, 2.0, 0.5], [2.0, 0.0, -1.0, 2.0]])
     assert TopK(0.5).keep_probability(w).tolist() == [[0, 1, 1, 0], [1, 0, 0, 1]]
-    assert TopK(0.25).keep_probability(w).tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]  # the first of four equal ones
+    assert TopK(0.25).keep_probability(w).tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]  # the first of four equal weights
     assert TopK(0.01).keep_probability(w).sum() == 1
     assert TopK(1.0).keep_probability(w).min() == 1
     assert TopK(0.5).keep_probability(torch.zeros(0)).shape == (0,)
@@ -95,6 +95,6 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("make", "error", "reason"), BAD)
-def test_a_bad_argument_is_refused_with_a_sentence(make: Callable[[], object], error: type[Exception], reason: str) -> None:
+def test_an_invalid_argument_raises_a_clear_error(make: Callable[[], object], error: type[Exception], reason: str) -> None:
     with pytest.raises(error, match=reason):
         make()

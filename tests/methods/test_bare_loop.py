@@ -1,4 +1,4 @@
-"""Each method trains in a loop of plain torch, and its steps are those of a loop that is written out by hand."""
+"""Each method in a plain torch loop equals a hand-written loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 def problem() -> tuple[Tensor, Tensor]:
-    """A regression of which two of ten inputs matter."""
+    """Make a regression problem with two relevant inputs of ten."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 10, generator=generator)
     return x, x[:, :1] - 0.5 * x[:, 1:2]
@@ -36,7 +36,7 @@ def network() -> nn.Linear:
 
 
 def trained(method: Method, make: Callable[[Any], torch.optim.Optimizer]) -> Tensor:
-    """Train with a method in a bare loop."""
+    """Train with a method in a plain torch loop."""
     (x, y), net, engine = problem(), network(), Engine()
     optimizer = make(net.parameters())
     for _ in range(STEPS):
@@ -54,7 +54,7 @@ def by_hand(
     gradient: Callable[[Tensor], Tensor] | None = None,
     prox: Callable[[Tensor, Any], Tensor] | None = None,
 ) -> Tensor:
-    """Train by the formulas themselves; Adam's step size is written out."""
+    """Train by the formulas, with Adam's step size computed by hand."""
     (x, y), net = problem(), network()
     optimizer = make(net.parameters())
     for number in range(1, STEPS + 1):
@@ -103,7 +103,7 @@ def test_the_proximal_form_shrinks_by_the_step_size(penalty: Any, make: Any) -> 
 
 
 @every_optimizer
-def test_the_exact_prox_of_l1_is_the_soft_threshold_and_leaves_true_zeros(make: Any) -> None:
+def test_the_exact_prox_of_l1_is_the_soft_threshold_and_leaves_exact_zeros(make: Any) -> None:
     wanted = by_hand(make, prox=lambda w, step: w.sign() * (w.abs() - step).clamp(min=0))
     found = trained(Proximal(L1(), exact=True), make)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
@@ -129,3 +129,25 @@ def test_weights_without_a_gradient_are_left_alone() -> None:
         method.after_optimizer(step)
     assert net.weight.grad is None
     assert torch.equal(net.weight.detach(), before)
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_bounded_prox_moves_a_weight_without_gradients_by_the_learning_rate_at_most(bounded):
+    net, lr = nn.Linear(4, 1, bias=False), 1e-3
+    optimizer, engine = torch.optim.Adam(net.parameters(), lr), Engine()
+    method = Proximal(L1(), exact=True, bounded=bounded)
+    before = net.weight.detach().fill_(0.05).clone()
+    net.weight.grad = torch.tensor([[0.0, 1e-9, 1.0, 0.0]])
+    step = Step(optimizer, [("weight", net.weight, optimizer.param_groups[0])], 0.01, engine)
+    optimizer.step()
+    stepped = net.weight.detach().clone()
+    method.after_optimizer(step)
+    moved = (net.weight.detach() - stepped).abs()
+    if bounded:
+        assert float(moved.max()) <= lr
+        assert bool((net.weight != 0).all())
+        assert moved[0, 2] == pytest.approx(lr * 0.01 / 1.01, rel=1e-3)
+    else:
+        assert net.weight[0, 0] == 0
+        assert moved[0, 2] == pytest.approx(lr * 0.01, rel=1e-3)
+    assert float(before[0, 0]) == pytest.approx(0.05)

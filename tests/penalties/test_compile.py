@@ -1,4 +1,4 @@
-"""The closed forms go through torch.compile without a graph break."""
+"""Closed forms compile with torch.compile without graph breaks."""
 
 from __future__ import annotations
 

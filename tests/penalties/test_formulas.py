@@ -1,4 +1,4 @@
-"""What single penalties promise beyond the contract: precision near 0, relations between them, arguments."""
+"""Properties of single penalties beyond the contract: precision near 0, relations, arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY = torch.tensor([1e-6], dtype=torch.float64)
 
 
 def test_near_zero_no_digits_cancel() -> None:
-    """omega at 1e-6 against 40 digits."""
+    """Compares omega at 1e-6 with a 40-digit value."""
     with mpmath.workdps(40):
         w, two = mpmath.mpf("1e-6"), mpmath.mpf(2)
         wanted = {
@@ -36,7 +36,7 @@ def test_near_zero_no_digits_cancel() -> None:
     "penalty", [penalties.LogSum(2.0), penalties.LogSquare(0.5), penalties.VariationalDropout("empirical_bayes")], ids=repr
 )
 def test_the_dual_near_its_start(penalty: Penalty) -> None:
-    """f(eta_hat(w)) = 2 omega(w) - w^2 / eta_hat(w), computed with 40 digits, keeps its digits for small w."""
+    """Compares f(eta_hat(w)) for small w with 2 omega(w) - w^2 / eta_hat(w) in 40 digits."""
     w = mpmath.mpf("1e-4")
     with mpmath.workdps(40):
         if isinstance(penalty, penalties.LogSum):
@@ -116,6 +116,6 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("make", "error", "reason"), BAD)
-def test_a_bad_argument_is_refused_with_a_sentence(make: Callable[[], object], error: type[Exception], reason: str) -> None:
+def test_an_invalid_argument_raises_a_clear_error(make: Callable[[], object], error: type[Exception], reason: str) -> None:
     with pytest.raises(error, match=reason):
         make()

@@ -1,4 +1,4 @@
-"""The tabulated penalties against computations that share no code with the tables, to 1e-6 relative in float64."""
+"""Tabulated penalties against independent computations, to 1e-6 relative in float64."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from scipy.special import dawsn, expit
 from lightning_sparse.penalties import MCP, HardConcrete, LogSum, VariationalDropout
 
 W = np.geomspace(1e-4, 1e2, 19) * 1.0371  # between the nodes of the tables
-CHECK = torch.tensor([0.01, 0.1, 0.5, 1, 2, 5, 10], dtype=torch.float64)  # printed with four to five digits in the notes
+CHECK = torch.tensor([0.01, 0.1, 0.5, 1, 2, 5, 10], dtype=torch.float64)  # four to five digits in the source
 
 
 def log_uniform(w: float) -> tuple[float, float, float]:
-    """eta, f and omega at w, from the root of w^2 = eta^2 f'(eta) and an adaptive quadrature of f'."""
+    """Compute eta, f and omega at w from the root of w^2 = eta^2 f'(eta) and adaptive quadrature of f'."""
 
     def rate(eta: float) -> float:
         return float(dawsn(math.sqrt(eta / 2)) / math.sqrt(eta / 2))
@@ -41,7 +41,7 @@ def molchanov(w: float) -> tuple[float, float, float]:
 
 
 def moments(log_alpha: float) -> tuple[float, float]:
-    """1/eta = Var s / (E s)^2 and P(s > 0), by quadrature over the uniform variable that drives the gate."""
+    """Compute 1/eta = Var s / (E s)^2 and P(s > 0) by quadrature over the gate's uniform variable."""
     beta, gamma, zeta = 2 / 3, -0.1, 1.1
 
     def uniform(value: float) -> float:
@@ -58,7 +58,7 @@ def moments(log_alpha: float) -> tuple[float, float]:
 
 def hard_concrete(w: float) -> tuple[float, float, float]:
     def pull(log_alpha: float, h: float = 1e-3) -> float:
-        """Derivative of w^2 / eta + f by a five-point difference."""
+        """Differentiate w^2 / eta + f by five-point differences."""
         values = [w * w * moments(log_alpha + k * h)[0] + moments(log_alpha + k * h)[1] for k in (-2, -1, 1, 2)]
         return (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
 
@@ -94,7 +94,7 @@ def test_the_hard_concrete_gate_below_its_jump() -> None:
 def test_the_hard_concrete_gate_jumps_where_both_branches_cost_the_same() -> None:
     below, above = 0.5349, 0.5351
     penalty, w = HardConcrete(), torch.tensor([below, above, 3.0], dtype=torch.float64)
-    assert hard_concrete(below)[2] < 0.5 < hard_concrete(above)[2]  # the branch against eta = inf, where omega = 1/2
+    assert hard_concrete(below)[2] < 0.5 < hard_concrete(above)[2]  # omega is 1/2 at eta = inf
     assert penalty.eta_hat(w).isinf().tolist() == [False, True, True]
     torch.testing.assert_close(penalty.omega(w)[1:], torch.full((2,), 0.5, dtype=torch.float64), rtol=1e-6, atol=0)
     assert float(penalty.gradient(torch.tensor([1e-8]))) == pytest.approx(1.475, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Properties of every separable row on arbitrary weights: any finite float, 0-d, empty, inf, denormal."""
+"""Properties of every separable penalty on arbitrary weights: finite floats, 0-d, empty, inf, denormals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact proximal operators against a search that knows only omega."""
+"""Exact proximal operators against a grid search with omega."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ W = torch.cat([torch.linspace(0, 6, 61), torch.tensor([1e-3, 0.02, 20.0])]).doub
 
 
 def searched(penalty: Penalty, w: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """The best of 20001 points of [0, w], refined once around it, and its cost."""
+    """Search the best of 20001 points of [0, w], refined once; return it and its cost."""
     shares = torch.linspace(0, 1, 20001, dtype=torch.float64)[:, None]
     points = shares * w
     best = points.gather(0, cost(penalty, points, w, step).argmin(0)[None])[0]

@@ -1,4 +1,4 @@
-"""Agreement with skglm's own values and proxes, at the strength alpha that it carries in the penalty."""
+"""Agreement with skglm's values and proxes, at the strength alpha in its penalties."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ W = np.array([0.003, 0.2, 0.41, 0.77, 1.3, 2.2, 5.0])
 def test_the_values_and_proxes_are_those_of_skglm() -> None:
     from skglm.penalties import L0_5, L1, SCAD, LogSumPenalty, MCPenalty
 
-    pairs: list[tuple[object, Penalty, float]] = [  # theirs, ours, and the factor between them
+    pairs: list[tuple[object, Penalty, float]] = [  # skglm's penalty, ours, and the factor between them
         (L1(0.7), penalties.L1(), 0.7),
         (MCPenalty(0.5, 3.0), penalties.MCP(1.5), 0.5),
         (SCAD(0.4, 3.7), penalties.SCAD(3.7, 0.4), 0.4),

@@ -1,1 +1,1 @@
-"""The exchange of the two forms in deep networks: what is run, how it is recorded, and what is read from it."""
+"""Penalty and mask compared in deep networks: runs, records and tables."""

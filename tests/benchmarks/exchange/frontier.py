@@ -1,4 +1,4 @@
-"""What an arm reaches: one point a strength, its frontier chosen on validation, and errors read between its points."""
+"""Points of an arm (one per strength), its frontier by validation error, and interpolated test errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Runs = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Point:
-    """Means over the seeds at one strength, in %: non-zero weights in the file, and errors."""
+    """Means over seeds at one strength, in %: non-zero weights in the file, and errors."""
 
     lam: float
     share: float
@@ -24,7 +24,7 @@ class Point:
 
 
 def points(runs: Runs) -> list[Point]:
-    """One point for each strength of these runs, which are of one arm, from the sparsest on."""
+    """Return one point per strength of an arm's runs, sparsest first."""
     strengths = sorted({run["lam"] for run in runs})
     return sorted((_point([run for run in runs if run["lam"] == lam]) for lam in strengths), key=lambda point: point.share)
 
@@ -35,7 +35,7 @@ def _point(runs: Runs) -> Point:
 
 
 def frontier(found: Sequence[Point]) -> list[Point]:
-    """The points that none beats on validation with as few weights or fewer, from the sparsest on: their errors fall."""
+    """Return the points with a smaller validation error than all points of equal or higher sparsity, sparsest first."""
     best: list[Point] = []
     for point in sorted(found, key=lambda point: (point.share, point.val_error)):
         if not best or point.val_error < best[-1].val_error:
@@ -44,7 +44,7 @@ def frontier(found: Sequence[Point]) -> list[Point]:
 
 
 def error_at(found: Sequence[Point], share: float) -> float | None:
-    """The frontier's test error at a share of non-zero weights (%), linear in log(share) between its neighbours there.
+    """Interpolate the frontier's test error at a share of non-zero weights (%), linearly in log(share).
 
     Above the frontier's densest point, as far as there are points that it beats, that point's: a sparser network serves there
     too. None outside of all points: nothing is extrapolated.

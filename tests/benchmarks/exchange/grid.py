@@ -1,4 +1,4 @@
-"""The arms of the exchange: which network is trained with which form of which penalty, at which strengths."""
+"""Arms of the benchmark: network, form, penalty and strengths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GAP_SAMPLES = 16  # masks drawn at each epoch's end to measure the duality gap
 
 @dataclass(frozen=True)
 class Net:
-    """A network: its packaged recipe, the length of its runs, the strengths of LogSum(2) and pruning's shares of zeros."""
+    """A network: packaged recipe, length of runs, strengths of LogSum(2), shares of zeros for pruning."""
 
     title: str
     recipe: str
@@ -53,7 +53,8 @@ PENALTIES: dict[str, tuple[str, Words, float]] = {
     "mcp": ("MCP(1)", ("--sparsify.penalty", "MCP", "--sparsify.penalty.c", "1.0"), 0.5),
 }
 # the callback's defaults, which suit runs of a few thousand steps
-PLAIN: Words = ("--sparsify", "AdaptiveMask", "--sparsify.gap_samples", str(GAP_SAMPLES))
+WHOLE: Words = ("--sparsify.ceiling", "10", "--sparsify.alpha_min", "1e-3", "--sparsify.remainder", "false")  # noise for all of the penalty
+PLAIN: Words = ("--sparsify", "AdaptiveMask", "--sparsify.gap_samples", str(GAP_SAMPLES), *WHOLE)
 # H averaged over a thousand steps, and a weight gone only where its noise is ten times as large as it is (study "mask")
 MASK: Words = (*PLAIN, "--sparsify.curvature", "EmpiricalFisher", "--sparsify.curvature.decay", "0.999", "--sparsify.tol", "0.01")
 UNCALIBRATED: Words = (*PLAIN, "--sparsify.curvature", "null")
@@ -68,7 +69,7 @@ PRUNING: Words = ("--sparsify", "MagnitudePruning", *_RAMP, "--sparsify.freeze",
 
 
 def grid() -> list[Arm]:
-    """Every arm of the exchange proper; the smaller networks have LogSum(2) alone."""
+    """Return all arms of the grid; the smaller networks have only LogSum(2)."""
     arms: list[Arm] = []
     for net in NETS:
         for penalty in PENALTIES if net == "lenet_300_100" else ("logsum",):
@@ -78,7 +79,7 @@ def grid() -> list[Arm]:
 
 
 def arm(net: str, penalty: str, form: str) -> Arm:
-    """One form of one penalty on one network."""
+    """Return the arm of one form of one penalty on one network."""
     title, words, factor = PENALTIES[penalty]
     shown, calibrated, own = FORMS[form]
     strengths = [lam for lam in NETS[net].lams if form != "mask_uncalibrated" or lam in UNCALIBRATED_LAMS]

@@ -1,4 +1,4 @@
-"""The pictures of docs/exchange.md: the frontiers of all arms, and the duality gap over training."""
+"""Pictures of docs/exchange.md: frontiers of all arms, and the duality gap during training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STYLES = {
 
 
 def frontiers(runs: Runs) -> Figure:
-    """Test error against the share of non-zero weights, LeNet-300-100, a panel for each penalty.
+    """Draw test error against share of non-zero weights for LeNet-300-100, one panel per penalty.
 
     Markers are means over seeds at one strength, faint ones single runs; lines join the frontier that validation chooses.
     """
@@ -54,7 +54,7 @@ def _draw(axis: Axes, runs: Runs, form: str) -> None:
 
 
 def gaps(runs: Runs, epochs: Gaps) -> Figure:
-    """``sparsity/duality_gap`` by epoch, a panel for each network, at the strength of its study; one line a seed.
+    """Draw ``sparsity/duality_gap`` by epoch, one panel per network, one line per seed.
 
     The scale is linear within 0.1 of zero and logarithmic beyond, on both sides.
     """
@@ -75,7 +75,7 @@ def gaps(runs: Runs, epochs: Gaps) -> Figure:
 
 
 def gap_lines(runs: Runs, epochs: Gaps) -> dict[str, list[tuple[str, float, np.ndarray]]]:
-    """(form, lam, gap by epoch) of each mask run at one strength, by network; only networks that have such runs."""
+    """Return (form, lam, gap by epoch) of the mask runs at one strength, by network."""
     found: dict[str, list[tuple[str, float, np.ndarray]]] = {}
     for net in NETS:
         lam = 1e-3 if 1e-3 in NETS[net].lams else NETS[net].lams[0]
@@ -87,7 +87,7 @@ def gap_lines(runs: Runs, epochs: Gaps) -> dict[str, list[tuple[str, float, np.n
 
 
 def _plain(axis: Axes) -> None:
-    """1, 2, 3, 5, 10 in place of powers of ten; some more of them for the errors, which span less."""
+    """Label an axis with 1, 2, 3, 5, 10 instead of powers of ten; more labels for errors, which have a smaller range."""
     for scale, subs in ((axis.xaxis, (1.0, 2.0, 3.0, 5.0)), (axis.yaxis, (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0))):
         scale.set_major_locator(LogLocator(subs=subs))
         scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,4 +1,4 @@
-"""From arms to jobs: one run for each strength and seed, in a folder of its own that says what it is."""
+"""Plan jobs from arms: one run per strength and seed, each in its own folder."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ POINT = "point.json"
 
 @dataclass(frozen=True)
 class Planned:
-    """A run: an arm at one strength, and the job that trains it."""
+    """A planned run: an arm at one strength, and its job."""
 
     arm: Arm
     strength: float
     job: Job
 
     def point(self) -> dict[str, str | float]:
-        """What the run is, for the CSV."""
+        """Return the run's columns in the CSV."""
         shown = ("study", "variant", "net", "penalty", "form", "calibrated")
         arm: dict[str, str | float] = {name: getattr(self.arm, name) for name in shown}
         first = f"{self.job.switch} epochs of {portable(self.job.first)}" if isinstance(self.job, Switched) else ""
         return {"run": self.job.folder.name, "arm": self.arm.name} | arm | {"lam": self.strength, "first": first}
 
     def announce(self) -> None:
-        """Write :meth:`point` into the run's folder. UsageError where that holds another run."""
+        """Write :meth:`point` into the run's folder. Raises UsageError if the folder has another run."""
         file = self.job.folder / POINT
         if file.is_file() and json.loads(file.read_text()) != self.point():
             raise UsageError(f"{self.job.folder} holds a run of {file.read_text()}, not {self.point()}; name another folder with --out")
@@ -43,7 +43,7 @@ class Planned:
 
 
 def arms(patterns: Sequence[str], studies: Sequence[str]) -> list[Arm]:
-    """The arms of these studies, or else of the grid, whose name one of the patterns fits; UsageError where none does."""
+    """Return the arms of these studies, or of the grid, whose names match a pattern. Raises UsageError if none does."""
     every = [arm for name in studies for arm in study(name)] if studies else grid()
     chosen = [arm for arm in every if not patterns or any(fnmatch(arm.name, pattern) for pattern in patterns)]
     if not chosen:
@@ -52,14 +52,14 @@ def arms(patterns: Sequence[str], studies: Sequence[str]) -> list[Arm]:
 
 
 def everything() -> list[Arm]:
-    """The grid's arms and those of all studies."""
+    """Return the arms of the grid and of all studies."""
     return [*grid(), *(arm for name in STUDIES for arm in study(name))]
 
 
 def plan(
     chosen: Iterable[Arm], seeds: Iterable[int], out: Path, common: Words, epochs: int | None = None, strengths: Sequence[float] = ()
 ) -> list[Planned]:
-    """A run for each arm, strength and seed, seed by seed; ``common`` words stand in each, the data's folder among them."""
+    """Return a run for each arm, strength and seed, sorted by seed; ``common`` options apply to all."""
     whole = [(arm, strength, seed) for seed in dict.fromkeys(seeds) for arm in chosen for strength in (strengths or arm.strengths)]
     return [Planned(arm, strength, _job(arm, strength, seed, out, common, epochs or NETS[arm.net].epochs)) for arm, strength, seed in whole]
 

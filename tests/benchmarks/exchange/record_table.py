@@ -1,4 +1,4 @@
-"""What the recipes for a given compression reach: their goals beside the runs that were recorded in docs/records/."""
+"""Table of recipes for a given compression: goals and the runs in docs/records/."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_sparse.reproduction.written import RUNS, read_lines, read_runs
 
 @dataclass(frozen=True)
 class Goal:
-    """A network at a compression of at least ``times``, with a mean test error of at most ``error`` %; ``epochs`` of its recipes."""
+    """A goal: a compression of at least ``times`` with a mean test error of at most ``error`` %; ``epochs`` of its recipes."""
 
     net: str
     times: float
@@ -25,12 +25,12 @@ class Goal:
 
     @property
     def recipe(self) -> str:
-        """Ours; magnitude pruning's has the suffix ``_pruning``."""
+        """Name of our recipe; magnitude pruning's has the suffix ``_pruning``."""
         return f"mnist/{self.net}_{self.times:g}x"
 
     @property
     def folder(self) -> str:
-        """Where its runs are recorded: runs of one folder share their length."""
+        """Folder of its runs; runs of one folder have the same length."""
         return self.net if self.epochs == USUAL[self.net] else f"{self.net}_{self.epochs}_epochs"
 
 
@@ -45,18 +45,18 @@ GOALS = (
 SEEDS = {"lenet_300_100": "0 1 2 3 4", "lenet_5": "0 1"}
 TITLES = {"lenet_300_100": "LeNet-300-100", "lenet_5": "LeNet-5 (20-50-500)"}
 CHOICE, UNMOVED = "choice.csv", "unmoved.csv"
-_TRIED = ("recipe", "beside it", "epochs", "non-zero %", "validation error %", "minutes")
+_TRIED = ("recipe", "overrides", "epochs", "non-zero %", "validation error %", "minutes")
 _HEAD = ("network", "goal", "recipe", "compression", "non-zero %", "test error %", "goal met", "minutes a run", "seeds")
 
 
 def recorded(folder: Path) -> Runs:
-    """The runs of every CSV in ``folder``; none where it is missing."""
+    """Read the runs of all CSVs in ``folder``; an empty list if it is missing."""
     files = [folder / name / RUNS for name in dict.fromkeys(goal.folder for goal in GOALS)]
     return [run for file in files if file.is_file() for run in read_runs(file)]
 
 
 def tried(folder: Path) -> str:
-    """What was tried on held out images, each recipe's best first, from every network's ``choice.csv``, in which no test error stands."""
+    """Format the trials on held-out images, best first per recipe, from each network's ``choice.csv`` (without test errors)."""
     files = [folder / net / CHOICE for net in TITLES]
     runs = [run for file in files if file.is_file() for run in read_lines(file)]
     runs.sort(key=lambda run: (run["recipe"], run["val_error"]))
@@ -70,7 +70,7 @@ def _trial(run: dict[str, Any]) -> Sequence[str]:
 
 
 def unmoved(folder: Path) -> str:
-    """The table of the recipes trained on images that stay where they are, and the words that make it so, a KL weight with them."""
+    """Format the table of recipes trained without shifts, and their overrides."""
     file = folder / "lenet_300_100" / UNMOVED
     if not file.is_file():
         return f"{MISSING.capitalize()}."
@@ -80,13 +80,13 @@ def unmoved(folder: Path) -> str:
 
 
 def markdown(runs: Runs) -> str:
-    """The table, and the commands that make its runs."""
+    """Format the table and the commands of its runs."""
     commands = "\n".join(command(folder) for folder in dict.fromkeys(goal.folder for goal in GOALS))
     return f"{table(_HEAD, _rows(runs))}\n\n```sh\n{commands}\n```"
 
 
 def command(folder: str) -> str:
-    """What trains the recipes of a folder of records on all 60,000 images."""
+    """Return the command that trains the recipes of a folder on all 60,000 images."""
     goals = [goal for goal in GOALS if goal.folder == folder]
     rows = " ".join([*(goal.recipe for goal in goals), *(f"{goal.recipe}_pruning" for goal in goals)])
     given = f"--epochs {goals[0].epochs} --seeds {SEEDS[goals[0].net]} --data.validation 0"
@@ -94,7 +94,7 @@ def command(folder: str) -> str:
 
 
 def reached(runs: Runs) -> str:
-    """The rows of the table that have runs."""
+    """Format the rows that have runs."""
     return table(_HEAD, (row for row in _rows(runs) if row[3] != MISSING))
 
 

@@ -1,4 +1,4 @@
-"""The runs of the exchange as CSV: written from the folders of finished runs, laid out as such again, and read."""
+"""Records as CSV: write them from finished runs, restore run folders from them, and read them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _POINT = ("run", "arm", "study", "variant", "net", "penalty", "form", "calibrate
 _REACHED = ("val_error", "test_error", "nonzero", "nonzero_file", "weights", "seconds")
 COLUMNS = (*_POINT, "seed", "epochs", *_REACHED, "recipe", "overrides", "first", "versions")
 _TEXT = (*_POINT[:-1], "recipe", "overrides", "first", "versions")
+FOLDER = Path(__file__).resolve().parent / "results"
 _WHOLE = ("seed", "epochs", "weights")
 Gaps = dict[str, list[dict[str, float]]]  # run, one line an epoch
 
@@ -37,7 +38,7 @@ def _line(folder: Path) -> dict[str, Any]:
 
 
 def lay_out(recorded: Path, out: Path) -> int:
-    """Put every run that the CSVs of ``recorded`` hold into ``out``, unless it has one of that name; how many were put there."""
+    """Restore the runs in the CSVs of ``recorded`` to ``out``, unless they exist; return their number."""
     epochs, given = read_trajectories(recorded / written.TRAJECTORIES), 0
     for run in read_runs(recorded / written.RUNS):
         job = Job(run["recipe"], run["seed"], run["epochs"], out / run["run"])
@@ -49,7 +50,7 @@ def lay_out(recorded: Path, out: Path) -> int:
 
 
 def read_runs(file: Path) -> list[dict[str, Any]]:
-    """The lines of ``runs.csv`` as they were written; ValueError, naming the file, where one network has runs of two lengths."""
+    """Read ``runs.csv`` with typed values. Raises ValueError naming the file if a network has runs of two lengths."""
     with file.open(newline="", encoding="utf-8") as text:
         found = [{name: _value(name, value) for name, value in line.items()} for line in csv.DictReader(text)]
     for net in {run["net"] for run in found}:
@@ -64,7 +65,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def read_trajectories(file: Path) -> Gaps:
-    """Run, then the epochs' lines in their order; a column that a run does not have is left out of its lines."""
+    """Read trajectories by run; columns without values are left out."""
     found: Gaps = {}
     with file.open(newline="", encoding="utf-8") as text:
         for line in csv.DictReader(text):
@@ -73,7 +74,7 @@ def read_trajectories(file: Path) -> Gaps:
 
 
 def recorded(folder: Path) -> tuple[list[dict[str, Any]], Gaps]:
-    """Runs and trajectories; nothing where the files are missing."""
+    """Read runs and trajectories; empty if the files are missing."""
     files = folder / written.RUNS, folder / written.TRAJECTORIES
     if not all(file.is_file() for file in files):
         return [], {}
@@ -81,6 +82,6 @@ def recorded(folder: Path) -> tuple[list[dict[str, Any]], Gaps]:
 
 
 def announce(planned: Iterable[Planned]) -> None:
-    """Each run's folder says what it is."""
+    """Write each run's description into its folder."""
     for run in planned:
         run.announce()

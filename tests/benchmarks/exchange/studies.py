@@ -1,4 +1,4 @@
-"""What might close the gap between the forms: one change of the mask form at a time, LeNet-300-100, LogSum(2)."""
+"""Studies: changes of one setting of the mask form, for LeNet-300-100 and LogSum(2)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _frozen(share: float) -> Words:
 # study: (variant, words); what is as in the grid is not run again
 _VARIANTS: dict[str, dict[str, Words]] = {
     "mask": {
-        "decay 0.9, tol 0.05, the defaults": (),
+        "decay 0.9, tol 0.05": _curvature("EmpiricalFisher", decay=0.9),
         "decay 0.99, tol 0.05": _curvature("EmpiricalFisher", decay=0.99),
         "decay 0.999, tol 0.05": _curvature("EmpiricalFisher", decay=0.999),
         "SampledFisher, decay 0.999, tol 0.05": _curvature("SampledFisher", decay=0.999),
@@ -59,8 +59,8 @@ ABOUT = {
     "mask": "how long H is averaged (decay, the weight of the past in its mean, a step; elsewhere 0.999) and where a weight counts as "
     "zero (alpha < tol; elsewhere 0.01), all with freeze 0.25",
     "curvature": "the estimate of H (elsewhere: EmpiricalFisher, every 10 steps)",
-    "ceiling": "the largest lam / H (default 10)",
-    "alpha_min": "the smallest keep probability that noise is drawn with (default 1e-3)",
+    "ceiling": "the largest lam / H (10 elsewhere)",
+    "alpha_min": "the smallest keep probability that noise is drawn with (1e-3 elsewhere)",
     "tol": "the keep probability below which a weight counts as zero (0.01 elsewhere), in the mask form",
     "freeze": "the last share of training, without noise and with the support frozen (0.5 elsewhere), in both forms",
     "rate": "the learning rate (elsewhere it falls to 0 before the support is frozen, and again after), in both forms",
@@ -72,7 +72,7 @@ ABOUT = {
 
 
 def study(name: str) -> list[Arm]:
-    """The arms of a study."""
+    """Return the arms of a study."""
     if name == "switch":
         return [_switched(share) for share in SWITCHES]
     net = "lenet_5" if name == "samples" else "lenet_300_100"
@@ -85,14 +85,14 @@ def study(name: str) -> list[Arm]:
 
 
 def references(made: Sequence[Arm]) -> tuple[str, str, str]:
-    """What a study's arms stand beside: a word for it, and the arms of the penalty and of the mask form."""
+    """Return a study's references: a label, and the arms of the penalty form and the mask form."""
     if made[0].study == "mask":
         return "freeze 0.25, tol 0.01", "study/freeze/penalty/freeze_0.25", "study/freeze/mask/freeze_0.25"
     return "as elsewhere", f"{made[0].net}/logsum/penalty", f"{made[0].net}/logsum/mask"
 
 
 def same_schedule(made: Arm, penalty: str) -> str:
-    """The arm of the penalty form under the schedule of this one; ``penalty`` is that of its study's references."""
+    """Return the penalty form's arm with the schedule of this arm; ``penalty`` is the study's reference."""
     return made.name.replace("/mask/", "/penalty/") if made.study in _OF_BOTH else penalty
 
 

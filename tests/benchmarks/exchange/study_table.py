@@ -1,4 +1,4 @@
-"""The table of the studies: each change beside the two forms without it, at the same lam."""
+"""Tables of the studies: each change and the two forms without it, at the same lam."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEAD = ("variant", "form", "lam", "non-zero %", "to the penalty form's", "val e
 
 
 def markdown(runs: Runs) -> str:
-    """One table a study, each begun by the penalty form and the mask form that it starts from."""
+    """Format one table per study, starting with its reference penalty form and mask form."""
     return "\n\n".join(f"**{name}**: {ABOUT[name]}.{_table(study(name), runs)}" for name in STUDIES)
 
 
@@ -41,7 +41,7 @@ def _row(what: tuple[str, str], lam: float, own: Runs, base: Runs, runs: Runs) -
 
 
 def at(runs: Runs, name: str, lam: float) -> Runs:
-    """The runs of an arm at one strength."""
+    """Return the runs of an arm at one strength."""
     return [run for run in of_arm(runs, name) if run["lam"] == lam]
 
 

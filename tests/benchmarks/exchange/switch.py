@@ -24,7 +24,7 @@ class Switched(Job):
 
     @property
     def before(self) -> Job:
-        """The first stage."""
+        """Return the job of the first stage."""
         return Job(self.recipe, self.seed, self.epochs, self.folder / "first", self.first, until=self.switch)
 
     def epochs_done(self) -> int:
@@ -32,7 +32,7 @@ class Switched(Job):
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Run a job, of two stages or of one, from where it stands; its result."""
+    """Run or resume a job of one or two stages; return its result."""
     if isinstance(job, Switched) and not job.result.is_file() and not any(job.folder.glob("checkpoints/*.ckpt")):
         runs.train(job.before)
         _carry_over(job)
@@ -40,7 +40,7 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def _carry_over(job: Switched) -> None:
-    """The first stage's epochs and last checkpoint, as if the second had written them; the checkpoint last and at once."""
+    """Copy the first stage's trajectory and last checkpoint to the second; the checkpoint last and atomically."""
     shutil.copyfile(job.before.trajectory, job.trajectory)
     last = max(job.before.folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
     target = job.folder / "checkpoints" / f"first-{last.name}"

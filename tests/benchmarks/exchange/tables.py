@@ -1,4 +1,4 @@
-"""The tables of docs/exchange.md from the recorded runs; what has no run says so."""
+"""Tables of docs/exchange.md from the recorded runs; missing runs are marked."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ WITHIN_FACTOR, WITHIN_POINTS = 1.3, 0.3
 
 
 def of_arm(runs: Runs, name: str) -> Runs:
-    """The runs of one arm."""
+    """Return the runs of one arm."""
     return [run for run in runs if run["arm"] == name]
 
 
 def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
-    """Markdown."""
+    """Format a Markdown table."""
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def equal_lambda(runs: Runs) -> str:
-    """Non-zero shares of both forms at each lam, and how far apart they are."""
+    """Format the non-zero shares of both forms at each lam, and their ratio."""
     head = ["penalty", "lam", "penalty form: non-zero %", "test error %", "mask form: non-zero %", "test error %", "mask / penalty"]
     head += [f"within {WITHIN_FACTOR:g}", "mask, uncalibrated: non-zero %", "test error %"]
     return table([*head, "pruning at the penalty form's share: test error %"], equal_lambda_rows(runs))
@@ -45,18 +45,18 @@ _FORMS = ("penalty", "mask", "mask_uncalibrated")
 
 
 def figures(runs: Runs) -> tuple[str, str]:
-    """Share of non-zero weights in the file, and test error: mean (standard deviation), both in %."""
+    """Format share of non-zero weights in the file and test error as mean (standard deviation), in %."""
     share, error = (spread([run[name] for run in runs]) for name in ("nonzero_file", "test_error"))
     return share or MISSING, error or MISSING
 
 
 def mean_share(runs: Runs) -> float:
-    """Mean share of non-zero weights in the file, %."""
+    """Return the mean share of non-zero weights in the file, in %."""
     return float(statistics.mean(run["nonzero_file"] for run in runs))
 
 
 def ratio(runs: Runs, reference: Runs) -> tuple[str, str]:
-    """The quotient of the mean shares, and whether it is within the factor; empty without runs."""
+    """Format the ratio of mean shares, and whether it is within the factor; empty without runs."""
     if not runs or not reference or not mean_share(reference):
         return "", ""
     found = round(mean_share(runs) / mean_share(reference), 2)
@@ -64,7 +64,7 @@ def ratio(runs: Runs, reference: Runs) -> tuple[str, str]:
 
 
 def _read(found: Sequence[Point], at: Runs) -> str:
-    """A frontier's test error at the share of some runs."""
+    """Return a frontier's test error at the share of some runs."""
     if not found or not at:
         return MISSING
     error = error_at(found, mean_share(at))
@@ -77,7 +77,7 @@ def _outside(found: Sequence[Point]) -> str:
 
 
 def levels(runs: Runs) -> str:
-    """Test errors at given shares of zeros, read from the frontiers."""
+    """Format test errors at given shares of zeros, from the frontiers."""
     head = ["penalty", "zeros %", "penalty form: test error %", "mask form: test error %", "mask - penalty, points"]
     head += [f"at most {WITHIN_POINTS:g} above", "mask, uncalibrated", "pruning"]
     return table(head, level_rows(runs))
@@ -107,7 +107,7 @@ def _difference(found: Sequence[Point], reference: Sequence[Point], zeros: float
 
 
 def networks(runs: Runs) -> str:
-    """The other networks: every form at one lam, pruning at some shares of zeros, with what a run takes."""
+    """Format the other networks: every form at one lam, pruning at some shares, and minutes per run."""
     head = ["network", "form", "penalty", "lam, or pruning's zeros", "non-zero %", "val error %", "test error %", "mask / penalty"]
     head += [f"within {WITHIN_FACTOR:g}", "minutes a run", "seeds"]
     return table(head, _networks(runs))

@@ -1,4 +1,4 @@
-"""How often the two forms agree, and where magnitude pruning wins: counted from the same rows that the tables show."""
+"""Verdicts from the rows of the tables: how often the two forms agree, and how often magnitude pruning is best."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from exchange.frontier import Runs
 from exchange.tables import MISSING, WITHIN_FACTOR, WITHIN_POINTS, equal_lambda_rows, level_rows
 
-_SHARES, _POINTS = 7, 5  # the columns that say yes or no
+_SHARES, _POINTS = 7, 5  # columns with yes or no
 _ERRORS = (2, 3, 7)  # penalty form, mask form, pruning
 
 
 def markdown(runs: Runs) -> str:
-    """Three lines; what has not been run is not counted."""
+    """Return three list items; missing runs are not counted."""
     shares, levels = list(equal_lambda_rows(runs)), list(level_rows(runs))
     near = f"At equal lam the mask form's share of non-zero weights is within a factor of {WITHIN_FACTOR:g} of the penalty form's"
     close = f"At equal sparsity the mask form's error is at most {WITHIN_POINTS:g} points above the penalty form's"
@@ -27,11 +27,11 @@ def _count(rows: Sequence[Sequence[str]], column: int) -> str:
 
 
 def _left_out(count: int) -> str:
-    return f" ({count} more are not run or out of reach)" if count else ""
+    return f" ({count} more not run or out of range)" if count else ""
 
 
 def pruning_wins(rows: Sequence[Sequence[str]]) -> str:
-    """Among the rows of the table at equal sparsity in which all three frontiers reach the share."""
+    """Count the rows at equal sparsity in which pruning is best, among those that all three frontiers reach."""
     errors = [[float(row[column]) for column in _ERRORS] for row in rows if all(_is_number(row[column]) for column in _ERRORS)]
     won = sum(pruned < min(others) for *others, pruned in errors)
     return f"{won} of {len(errors)}{_left_out(len(rows) - len(errors))}" if errors else MISSING

@@ -1,1 +1,1 @@
-"""What sparse training costs: arms that are run in turn, and what is read from their times."""
+"""Cost of sparse training: arms that run in turn, and statistics of their times."""

@@ -1,4 +1,4 @@
-"""Arguments that the benchmarks share, with errors that say what is accepted."""
+"""Arguments shared by the benchmarks, with clear errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from performance.record import FOLDER
 
 
 def whole(least: int = 1) -> Callable[[str], int]:
-    """A reader of whole numbers >= ``least``, also written as 1e7."""
+    """Return a parser of whole numbers >= ``least``, also written as 1e7."""
 
     def read(text: str) -> int:
         wanted = f"must be a whole number >= {least}, got {text!r}"
@@ -28,7 +28,7 @@ def whole(least: int = 1) -> Callable[[str], int]:
 
 
 def parser(text: str | None, name: str, rounds: int = 9) -> argparse.ArgumentParser:
-    """``--rounds``, ``--threads`` and ``--out``, by default docs/performance/NAME.json; ``text`` is the command's docstring."""
+    """Make a parser with ``--rounds``, ``--threads`` and ``--out`` (default results/NAME.json); ``text`` is the command's docstring."""
     found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--rounds", type=whole(), default=rounds, help="rounds that count, after one that warms up")
     found.add_argument("--threads", type=whole(), default=2, help="torch's threads")
@@ -37,12 +37,11 @@ def parser(text: str | None, name: str, rounds: int = 9) -> argparse.ArgumentPar
 
 
 def command(words: Sequence[str] | None = None) -> str:
-    """How this run was started, without ``--out``, and with the names of folders alone: where they lie here is of no interest."""
+    """Return the command line of this run, without ``--out`` and with folder names instead of full paths."""
     script, *rest = sys.argv if words is None else words
     kept = [word for before, word in zip([script, *rest], rest, strict=False) if "--out" not in (before, word)]
-    return shlex.join(
-        ["python", f"tests/benchmarks/{Path(script).name}", *(_named(word) for word in kept if not word.startswith("--out="))]
-    )
+    words = [_named(word) for word in kept if not word.startswith("--out=")]
+    return shlex.join(["python", "tests/benchmarks/performance", Path(script).stem.rpartition(" ")[2], *words])
 
 
 def _named(word: str) -> str:

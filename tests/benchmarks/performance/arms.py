@@ -1,14 +1,16 @@
-"""The arms of the step's cost: every form of the package, by the name that its goal and its floor go by."""
+"""Arms of the step cost: every callback of the package, by the name of its goal and floor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from lightning.pytorch import Callback
 
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, SparsityMonitor, VariationalDropout
 from lightning_sparse.noise import Gaussian, ScaledBernoulli
 from lightning_sparse.penalties import LogSum
+from lightning_sparse.structure import NM, Blocks, Channels, Rows
 from performance import jobs
 
 PLAIN = "plain"
@@ -17,20 +19,29 @@ PENALTY = LogSum(2.0)
 
 
 def only(make: Callable[[], Callback]) -> jobs.Prepare:
-    """An arm that is one callback, made afresh for each run."""
+    """Make an arm of one callback, created anew for each run."""
     return lambda module: [make()]
 
 
 def forms(compiled: bool) -> dict[str, jobs.Prepare]:
-    """The forms that can be compiled."""
+    """Return the callbacks that can be compiled."""
     return {
         "penalty": only(lambda: ReweightedPenalty(PENALTY, LAM, compile=compiled)),
         "prox": only(lambda: AdaptiveProx(PENALTY, LAM, metric="adam", compile=compiled)),
         "prox exact": only(lambda: AdaptiveProx(PENALTY, LAM, metric="adam", exact=True, compile=compiled)),
         "mask": only(lambda: AdaptiveMask(PENALTY, LAM, noise=ScaledBernoulli(), compile=compiled)),
-        "mask local": only(lambda: AdaptiveMask(PENALTY, LAM, noise=Gaussian(local=True), compile=compiled)),
+        "mask local": only(lambda: AdaptiveMask(PENALTY, LAM, noise=Gaussian(local=True, share=1.0), compile=compiled)),
         QUARTER: only(lambda: AdaptiveMask(PENALTY, LAM, noise=Gaussian(local=True, share=0.25), compile=compiled)),
     }
+
+
+def grouped() -> dict[str, jobs.Prepare]:
+    """Return penalty and mask on groups."""
+    made: dict[str, jobs.Prepare] = {}
+    for name, structure in (("channels", Channels()), ("rows", Rows()), ("blocks", Blocks((16, 16))), ("2:4", NM(2, 4))):
+        made[f"penalty, {name}"] = only(partial(ReweightedPenalty, PENALTY, LAM, structure=structure))
+        made[f"mask, {name}"] = only(partial(AdaptiveMask, PENALTY, LAM, noise=ScaledBernoulli(), structure=structure))
+    return made
 
 
 COMPILED, QUARTER = ", compiled", "mask local, a quarter"
@@ -38,13 +49,14 @@ ARMS: dict[str, jobs.Prepare] = {
     PLAIN: jobs.plain,
     **forms(compiled=False),
     **{f"{name}{COMPILED}": prepare for name, prepare in forms(compiled=True).items()},
+    **grouped(),
     "variational dropout": only(lambda: VariationalDropout(KL_WEIGHT)),
     "monitor": only(lambda: SparsityMonitor()),
 }
 
 
 def of(arm: str) -> jobs.Prepare:
-    """By name, for a process that is told no more."""
+    """Return an arm by name, for a child process."""
     return ARMS[arm]
 
 
@@ -58,3 +70,4 @@ GOALS = {
     net: {f"{arm}{kernel}": goal for arm, goal in (goals | {QUARTER: goals["mask local"]}).items() for kernel in ("", COMPILED)}
     for net, goals in _OF_FORMS.items()
 }
+GOALS["resnet18"] |= {arm: 1.05 if arm.startswith("penalty") else 1.10 for arm in grouped()}

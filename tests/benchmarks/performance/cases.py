@@ -1,4 +1,4 @@
-"""Ways to train one Linear layer sparsely: every form of this package, and what others offer."""
+"""Cases of sparse training of one Linear layer: every callback of this package, and other packages."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def linear(width: int) -> nn.Module:
 
 
 def adam(module: nn.Module) -> torch.optim.Optimizer:
-    """The fused one, which needs no memory for a step's intermediate results."""
+    """Make fused Adam, which needs no memory for intermediate results."""
     return torch.optim.Adam(module.parameters(), 1e-3, fused=True)
 
 
 @dataclass(frozen=True)
 class Case:
-    """``layer(width)`` has width^2 weights; ``price`` is added to the loss; ``package`` must be installed."""
+    """A case: ``layer(width)`` has width^2 weights; ``price`` is added to the loss; ``package`` must be installed."""
 
     callbacks: Callable[[], Sequence[Callback]] = tuple
     layer: Callable[[int], nn.Module] = linear
@@ -77,7 +77,7 @@ def pruned(width: int) -> nn.Module:
 
 
 class Masked(nn.Module):
-    """A parametrisation that multiplies a fixed mask into the weight at each read."""
+    """A parametrisation that multiplies the weight by a fixed mask at each access."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def parametrised(width: int) -> nn.Module:
 
 
 def log_sum(layer: nn.Module) -> Tensor:
-    """A user's own penalty in the loss."""
+    """Compute a hand-written penalty for the loss."""
     return 1e-4 * sum(torch.log1p(p.abs() / LOG_SUM.eps).sum() for p in layer.parameters())  # type: ignore[return-value]
 
 
@@ -106,7 +106,7 @@ def bayesian(width: int) -> nn.Module:
 
 
 def lasso(module: nn.Module) -> torch.optim.Optimizer:
-    """torchao's proximal optimiser around the same Adam."""
+    """Make torchao's proximal optimiser around the same Adam."""
     from torchao.prototype.pat.optim import PruneOptimizer
 
     group: dict[str, Any] = {"params": [*module.parameters()], "prox_type": "ProxLasso", "group_type": "ElemGrouper", "reg_lambda": 1e-4}
@@ -127,7 +127,7 @@ CASES = {PLAIN: Case(), **{name: Case(callbacks=lambda make=make: [make()]) for 
 
 
 class Network(LightningModule):
-    """One layer of a case, about ``weights`` weights, on a mean square."""
+    """One layer of a case with about ``weights`` weights, trained on a mean square."""
 
     def __init__(self, case: Case, weights: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What something takes beyond a plain run, against a measure of its own: a floor, an epoch, the same in one tensor."""
+"""Cost in addition to a plain run, relative to a base: a floor, an epoch, or the cost in one tensor."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from performance import rounds
 
 
 def above(values: Sequence[float], plain: Sequence[float]) -> list[float]:
-    """What each value has beyond the plain run of its round."""
+    """Subtract the plain run of the same round from each value."""
     return [value - base for value, base in zip(values, plain, strict=True)]
 
 
 def row(cost: Sequence[float], again: Sequence[float], base: tuple[str, Sequence[float]], goal: float | None, of: str) -> dict[str, Any]:
-    """The medians of ``cost``, under the name ``of``, and of the base, and the ratio: median and quartiles over rounds.
+    """Return the medians of ``cost`` (named ``of``) and of the base, and the ratio's median and quartiles over rounds.
 
     ``again`` is what the plain run takes beyond itself; on top of the base it is the A/A arm, whose ``stray`` from 1 is in
     the base's unit and is taken off the ratio before it is held against the goal.
@@ -29,5 +29,5 @@ def row(cost: Sequence[float], again: Sequence[float], base: tuple[str, Sequence
 
 
 def scaled(found: Mapping[str, Any], unit: float, *names: str) -> dict[str, Any]:
-    """Some values of a row in another unit."""
+    """Convert some values of a row to another unit."""
     return {name: value * unit if name in names else value for name, value in found.items()}

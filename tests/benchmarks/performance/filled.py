@@ -1,4 +1,4 @@
-"""A network whose gradients are filled by hand: what a step takes beyond such a step, the callback takes."""
+"""A network with given gradients, so that the additional time of a step is the callback's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.conformance import toys
 
-WARM_UP = 2  # steps of each fit that do not count: they allocate
+WARM_UP = 2  # first steps of each fit, which allocate, are not counted
 
 
 class Filled(LightningModule):
@@ -42,7 +42,7 @@ class Filled(LightningModule):
 
 
 class _ByHand(torch.autograd.Function):
-    """0 in the forward, 1e-3 as every gradient."""
+    """Return 0 in the forward and 1e-3 as every gradient."""
 
     @staticmethod
     def forward(ctx: Any, *weights: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class _ByHand(torch.autograd.Function):
 
 
 class Still(torch.optim.Optimizer):
-    """Steps nowhere, at a learning rate of 0.01."""
+    """An optimiser with learning rate 0.01 whose steps change nothing."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.01})
@@ -65,11 +65,11 @@ class Still(torch.optim.Optimizer):
 
 
 class Over(Exception):
-    """Enough steps: the fit ends here, without the work of an epoch's end."""
+    """Raised to end the fit without the work at the end of an epoch."""
 
 
 class Asked:
-    """A loader of ``steps`` batches that calls ``look`` whenever one is asked for; at one more, it ends the fit."""
+    """A loader of ``steps`` batches that calls ``look`` before each batch, and ends the fit after the last."""
 
     def __init__(self, steps: int, look: Callable[[], None], batch: Any = None) -> None:
         self.steps, self.look, self.batch = steps, look, torch.zeros(1) if batch is None else batch
@@ -86,13 +86,13 @@ class Asked:
 
 
 def fit(module: LightningModule, callbacks: Sequence[Callback], loader: Asked) -> None:
-    """In a quiet Trainer, until the loader ends it."""
+    """Fit in a quiet Trainer until the loader ends it."""
     with suppress(Over):
         toys.trainer(*callbacks, epochs=1).fit(module, loader)
 
 
 def seconds(module: LightningModule, callbacks: Sequence[Callback], steps: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Median duration of ``steps`` training steps in a Trainer with ``callbacks``, from one batch to the next."""
+    """Measure the median duration of ``steps`` training steps with ``callbacks``, from one batch to the next."""
     times: list[float] = []
     fit(module, callbacks, Asked(steps + WARM_UP, lambda: times.append(clock())))
     taken = [after - before for before, after in itertools.pairwise(times)]

@@ -1,4 +1,4 @@
-"""The least that an arm's extra work can take: the bytes that it must read and write, at the bandwidth that a copy reaches.
+"""Floor of an arm's extra time: the bytes that it must read and write, at the bandwidth of a copy.
 
 Counts are of float32 values, 4 bytes each. What happens at one moment of a step is one pass, in which each value is read or
 written once; what happens before the forward, in it, after backward and after the optimiser's step are different ones, and
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.attach import LAYERS
+from lightning_sparse.layers import LAYERS
 from lightning_sparse.select import default_selection
 from performance.arms import COMPILED
 from performance.jobs import Job
@@ -26,7 +26,7 @@ _LARGE = 1 << 26  # values: far beyond any cache
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes in a step for each selected weight, and for each value that enters, leaves or returns to a selected layer.
+    """Bytes per step for each selected weight, and for each value that enters, leaves or returns to a selected layer.
 
     A value returns where the loss has a gradient in it: not to a network's first layer.
     """
@@ -78,7 +78,7 @@ MONITOR = Traffic("at an epoch's end: read w", _SIZE)  # bytes an epoch
 
 
 def of_arm(arm: str, job: Job) -> Traffic | None:
-    """What ``arm`` must move in a step; None for the arms that have no extra work."""
+    """Return the traffic of ``arm`` per step; None for arms without extra work."""
     if arm == "monitor":
         return replace(MONITOR, weight=MONITOR.weight / job.epoch)
     return TRAFFIC.get(arm.removesuffix(COMPILED))
@@ -86,7 +86,7 @@ def of_arm(arm: str, job: Job) -> Traffic | None:
 
 @dataclass(frozen=True)
 class Size:
-    """What a job's selected layers hold: weights, and the values that enter, return to and leave them in a step."""
+    """Sizes of a job's selected layers: weights, and values that enter, return to and leave them per step."""
 
     weights: int
     entering: int
@@ -99,7 +99,7 @@ class Size:
 
 
 def size_of(job: Job) -> Size:
-    """Of one batch through a fresh network."""
+    """Count the sizes with one batch through a new network."""
     module = job.build()
     passed: list[tuple[int, int, int]] = []
 
@@ -114,7 +114,7 @@ def size_of(job: Job) -> Size:
 
 
 def bandwidth(values: int = _LARGE, times: int = 21) -> float:
-    """Bytes a second, read and written, that a copy of so many float32 values reaches: the median of some copies."""
+    """Measure the bandwidth of a copy of ``count`` float32 values (bytes read and written per second, median of some copies)."""
     source, target = torch.ones(values), torch.ones(values)
     inner = max(1, (1 << 20) // values)  # a small copy is repeated, so that the clock's own time does not count
     found = []

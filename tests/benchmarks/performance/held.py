@@ -1,4 +1,4 @@
-"""Bytes that a training run holds, after each step and at the most within it: of all tensors, or of the whole process.
+"""Memory of a training run between steps and at the peak of a step: of all tensors, or of the process.
 
 Tensors are counted exactly: every storage that an operation takes or gives, from then until it is freed, numpy's memory
 behind a tensor included. What a kernel allocates and frees by itself is not seen; the process's resident set shows it.
@@ -28,7 +28,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Meter(Protocol):
-    """``take()`` gives the bytes held now and the most since it was last asked."""
+    """Interface: ``take()`` returns the current bytes and the peak since the last call."""
 
     def take(self) -> tuple[int, int]: ...
 
@@ -36,7 +36,7 @@ class Meter(Protocol):
 
 
 class Storages(TorchDispatchMode):
-    """Counts tensors' storages while it is entered."""
+    """Count tensors' storages inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Storages(TorchDispatchMode):
 
 
 class Resident:
-    """The process's resident set, and its high-water mark, which Linux lets a process reset.
+    """Read the process's resident set and its high-water mark, which Linux can reset.
 
     Exact where malloc gives back at once what is freed: see ``ENVIRONMENT``.
     """
@@ -94,7 +94,7 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "655
 
 
 class Watched:
-    """A loader that has a meter read whenever a batch is asked for; gradients, which a run without callbacks has too, apart."""
+    """A loader that reads a meter before each batch, without gradients, which every run has."""
 
     def __init__(self, network: Network, meter: Meter) -> None:
         self.network, self.meter, self.batch = network, meter, torch.randn(BATCH, network.width)
@@ -116,7 +116,7 @@ class Watched:
 
 
 def held(case: Case, weights: int, by: str) -> dict[str, int]:
-    """Bytes ``persistent`` between steps and at the ``peak`` of one, the largest of the second epoch's, and the ``weights``.
+    """Measure bytes ``persistent`` between steps and at the ``peak`` (largest of the second epoch), and ``weights``.
 
     A small network goes first: what is imported and cached on the way is no memory of the large one's.
     """

@@ -1,4 +1,4 @@
-"""How long each hook of a callback takes."""
+"""Timing of a callback's hooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMES = [name for name in vars(Callback) if name.startswith("on_") or name in ("
 
 
 def timed(callback: Callback, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
-    """Seconds by hook of ``callback``, which go up while a Trainer calls them; its hooks are wrapped for that."""
+    """Wrap the hooks of ``callback``; return seconds by hook, updated while a Trainer calls them."""
     spent = dict.fromkeys(NAMES, 0.0)
     for name in NAMES:
         setattr(callback, name, _wrapped(getattr(callback, name), name, spent, clock))

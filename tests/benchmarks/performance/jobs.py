@@ -1,4 +1,4 @@
-"""A job is a network, its batches and an epoch's length; an arm is what a run of it does beyond the plain one."""
+"""Jobs (a network, its batches and an epoch's length) and arms (changes to a plain run)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUND = 10  # steps between two estimates of the curvature, by default: a window
 
 @dataclass(frozen=True)
 class Job:
-    """``build`` makes the network; ``inputs`` makes x of a batch. ``samples`` of an epoch of the data that it stands for."""
+    """``build`` makes the network, ``inputs`` the x of a batch; ``samples`` is the size of the original data's epoch."""
 
     name: str
     build: Callable[[], LightningModule]
@@ -34,11 +34,11 @@ class Job:
 
     @property
     def epoch(self) -> int:
-        """Optimiser steps in an epoch: what happens at its end is charged to a step in this proportion."""
+        """Optimiser steps per epoch; the work at the end of an epoch is divided by this number."""
         return -(-self.samples // self.batch)
 
     def batches(self) -> list[Batch]:
-        """The same for every arm: noise as inputs, labels at random."""
+        """Make batches of random inputs and labels, the same for every arm."""
         torch.manual_seed(0)
         return [(self.inputs(self.batch), torch.randint(networks.CLASSES, (self.batch,))) for _ in range(DISTINCT)]
 
@@ -55,7 +55,7 @@ JOBS = {
 
 
 class Rounds(DataLoader[Batch]):
-    """An epoch of ``steps`` ready batches, taken in turn: no worker, no copy."""
+    """A loader of ``steps`` stored batches in turn, without workers and copies."""
 
     def __init__(self, batches: list[Batch], steps: int) -> None:
         super().__init__(range(steps), batch_size=None)  # type: ignore[arg-type]
@@ -77,17 +77,17 @@ SETTINGS: dict[str, Any] = {
 
 
 def settings() -> dict[str, Any]:
-    """What every run here is made with, for a benchmark's JSON file."""
+    """Return the settings of every run, for a benchmark's JSON file."""
     return {"trainer": SETTINGS, "logger": "CSVLogger", "optimizer": "Adam(fused=True)", "flush_denormal": True}
 
 
 def plain(module: LightningModule) -> list[Callback]:
-    """Nothing more than the Trainer."""
+    """Return no callbacks."""
     return []
 
 
 def be_quiet(threads: int) -> None:
-    """Before the first run: threads, no denormals (a pruned weight's moments decay into them), and no remarks between the lines."""
+    """Set threads, flush denormals (moments of pruned weights decay to them) and silence messages."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""The three networks whose steps are timed, as LightningModules of the repository's own Classifier with a fused Adam."""
+"""The three timed networks, as Classifiers with fused Adam."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ResNet18(Classifier):
 
 
 class Words(nn.Module):
-    """(batch, tokens) of word numbers to (batch, tokens, width): each word's vector plus its position's."""
+    """Embed word numbers (batch, tokens) as (batch, tokens, width): word vector plus position vector."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,5 +52,5 @@ class Transformer(Classifier):
 
 
 def lenet() -> MLP:
-    """LeNet-300-100; x is (batch, 1, 28, 28)."""
+    """Build LeNet-300-100; x is (batch, 1, 28, 28)."""
     return MLP([784, 300, 100, CLASSES], fused=True)

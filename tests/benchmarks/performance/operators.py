@@ -1,4 +1,4 @@
-"""What torch's profiler says of training steps: time by operator, and by the function of this package that called them."""
+"""Profiles of training steps: time by operator, and by the calling function of this package."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _USERS = ("examples/", "conformance/")  # the network and the Trainer are the us
 
 
 class Cost(NamedTuple):
-    """Microseconds a step, and calls a step."""
+    """Microseconds and calls per step."""
 
     us: float
     calls: float
 
 
 class Profiled:
-    """A loader that has ``steps`` steps recorded, after some that warm up."""
+    """A loader that records ``steps`` steps after a warm-up."""
 
     def __init__(self, batches: Sequence[Batch], steps: int, stack: bool) -> None:
         self.batches, self.steps, self.seconds = batches, steps, 0.0
@@ -49,19 +49,19 @@ class Profiled:
 
 
 def profiled(job: Job, callbacks: Sequence[Callback], steps: int, stack: bool = False) -> Profiled:
-    """A run of ``steps`` steps; ``stack`` records the Python functions as well, which takes long and stretches them."""
+    """Profile ``steps`` steps; ``stack`` also records Python functions, which is slow and lengthens the times."""
     loader = Profiled(job.batches(), steps, stack)
     toys.trainer(*callbacks, epochs=1).fit(job.build(), loader)
     return loader
 
 
 def by_operator(run: Profiled) -> dict[str, Cost]:
-    """Of torch's operators: time in each itself, without those that it calls."""
+    """Return the self time of each operator."""
     return _summed(run, lambda event: str(event.name).removeprefix(PREFIX))
 
 
 def by_function(run: Profiled) -> dict[str, Cost]:
-    """The operators' time by the innermost function of this package that they were called from; needs ``stack``."""
+    """Return operator time by the innermost calling function of this package; needs ``stack``."""
     return _summed(run, caller)
 
 
@@ -76,12 +76,12 @@ def _summed(run: Profiled, key: Callable[[Any], str | None]) -> dict[str, Cost]:
 
 
 def is_operator(name: str) -> bool:
-    """torch's own, a library's or a compiled kernel; not autograd's nodes around them, and not a Python function."""
+    """Return True for an operator or compiled kernel; False for autograd nodes and Python functions."""
     return ("::" in name and not name.startswith("autograd::")) or "cpp_fused" in name
 
 
 def caller(event: Any) -> str | None:
-    """``file.py: function`` of the package's innermost frame around an event; None where there is none."""
+    """Return ``file.py: function`` of the package's innermost frame around an event, or None."""
     above = event.cpu_parent
     while above is not None:
         found = _FRAME.search(str(above.name))
@@ -92,6 +92,6 @@ def caller(event: Any) -> str | None:
 
 
 def beyond(own: dict[str, Cost], plain: dict[str, Cost]) -> dict[str, float]:
-    """Microseconds a step by operator beyond the plain run's, largest first."""
+    """Return microseconds per step by operator in addition to the plain run, largest first."""
     extra = {name: cost.us - plain.get(name, Cost(0, 0)).us for name, cost in own.items()}
     return dict(sorted(extra.items(), key=lambda pair: -pair[1]))

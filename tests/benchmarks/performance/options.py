@@ -1,4 +1,4 @@
-"""The options of the commands that time training steps, checked before anything is run."""
+"""Options of the commands that time training steps, checked before any run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from performance import arguments, jobs, rounds, runs
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
-    """The shared ones, and which networks, how long a round, by which clock."""
+    """Make a parser with the shared options, networks, length of a round and clock."""
     made = arguments.parser(description, name)
     made.add_argument("--nets", nargs="+", choices=list(jobs.JOBS), default=list(jobs.JOBS), help="networks (default: all)")
     made.add_argument("--steps", type=_steps, help=f"of a turn, a multiple of {jobs.ROUND} (default: {_defaults()})")
@@ -23,7 +23,7 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def stillest(measure: Callable[[], dict[str, Any]], given: argparse.Namespace) -> dict[str, Any]:
-    """What ``measure`` finds, whose ``stray`` is the A/A arm's: the first that is still enough, or the one that strays least."""
+    """Repeat ``measure`` until A/A is small enough; return that result, or the one with the smallest A/A."""
     tried: list[dict[str, Any]] = []
     while not tried or (tried[-1]["stray"] > given.still and len(tried) < given.tries):
         tried.append(measure())
@@ -31,7 +31,7 @@ def stillest(measure: Callable[[], dict[str, Any]], given: argparse.Namespace) -
 
 
 def setting(name: str, given: argparse.Namespace) -> runs.Setting:
-    """Of the job ``name``, with a turn for each round and the one that warms up."""
+    """Make the setting of job ``name``, with one turn per round and one for warm-up."""
     return runs.Setting(name, given.steps or jobs.JOBS[name].steps, given.rounds + rounds.WARM_UP, given.clock, given.threads)
 
 
@@ -49,5 +49,5 @@ def _steps(text: str) -> int:
 
 
 def picked(given: Sequence[str], among: Sequence[str], first: str) -> list[str]:
-    """``given`` in the order of ``among``, with ``first`` before them."""
+    """Return ``first``, then ``given`` in the order of ``among``."""
     return [first, *(name for name in among if name in given and name != first)]

@@ -1,4 +1,4 @@
-"""What others train towards zeros with: a term in the loss, torchao's PruneOptimizer, a Bayesian layer of bayesian-torch."""
+"""Peers with penalties: a term in the loss, torchao's PruneOptimizer, bayesian-torch's layers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from performance.peers_masks import weights_of
 
 
 def loss_term(module: LightningModule) -> list[Callback]:
-    """lam times the sum of log(1 + |w| / eps) in the loss, as one writes it."""
+    """Add lam * sum log(1 + |w| / eps) to the loss."""
     weights = [layer.weight for layer, _ in weights_of(module)]
     add_to_loss(module, lambda: LAM * log_sum(weights))
     return []
 
 
 def log_sum(weights: Iterable[Tensor]) -> Tensor:
-    """Written out, so that nothing of this package is in it."""
+    """Compute the penalty without code of this package."""
     return torch.stack([torch.log(1 + w.abs() / PENALTY.eps).sum() for w in weights]).sum()
 
 
 def add_to_loss(module: LightningModule, term: Callable[[], Tensor]) -> None:
-    """The module's own training step with one more term."""
+    """Add a term to the module's training step."""
     step = module.training_step
 
-    def training_step(batch: Any, batch_idx: int) -> Tensor:  # by this name Lightning knows that it is asked for
+    def training_step(batch: Any, batch_idx: int) -> Tensor:  # because Lightning detects an override by this name
         loss: Tensor = step(batch, batch_idx)
         return loss + term()
 
@@ -38,13 +38,13 @@ def add_to_loss(module: LightningModule, term: Callable[[], Tensor]) -> None:
 
 
 def prune_optimizer(module: LightningModule) -> list[Callback]:
-    """torchao's proximal optimiser around the same Adam, with a lasso on every weight matrix and the same decay of the rate."""
+    """Make torchao's proximal optimiser around the same Adam, with a lasso on every weight matrix and the same rate decay."""
     wrap(module, {"prox_type": "ProxLasso", "group_type": "ElemGrouper", "reg_lambda": LAM}, lambda steps: {})
     return []
 
 
 def wrap(module: LightningModule, group: dict[str, Any], options: Callable[[int], dict[str, Any]]) -> None:
-    """``group`` are the pruned parameters' own settings; ``options`` those of PruneOptimizer for a run of so many steps."""
+    """Wrap the optimiser; ``group`` are settings of the pruned parameters, ``options`` of PruneOptimizer for ``steps`` steps."""
     from torchao.prototype.pat.optim import PruneOptimizer
 
     def configure_optimizers() -> dict[str, Any]:
@@ -58,19 +58,19 @@ def wrap(module: LightningModule, group: dict[str, Any], options: Callable[[int]
 
 
 def groups(module: LightningModule, group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The weight matrices with their settings, and the rest."""
+    """Return the param groups: weight matrices with their settings, and the rest."""
     pruned: list[Parameter] = [layer.weight for layer, _ in weights_of(module)]
     chosen = {id(parameter) for parameter in pruned}
     return [{"params": pruned, **group}, {"params": [p for p in module.parameters() if id(p) not in chosen]}]
 
 
 def reparametrised(module: LightningModule) -> list[Callback]:
-    """bayesian-torch, one draw a batch for each weight."""
+    """Use bayesian-torch's layers with one draw per batch and weight."""
     return _bayesian(module, "Reparameterization")
 
 
 def flipout(module: LightningModule) -> list[Callback]:
-    """bayesian-torch, draws that differ between samples by signs."""
+    """Use bayesian-torch's Flipout layers, whose draws differ between samples by signs."""
     return _bayesian(module, "Flipout")
 
 

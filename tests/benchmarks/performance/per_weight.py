@@ -21,7 +21,7 @@ ITEMS: dict[str, Bytes] = {
     "mask": (
         ("read w", 4),
         ("read H", 4),
-        ("write s w beside w, which so needs no copy and no restoring", 4),
+        ("write s w to a separate buffer, so that w needs no copy", 4),
         ("read g", 4),
         ("read w", 4),
         ("read s w, for s", 4),
@@ -31,12 +31,12 @@ ITEMS: dict[str, Bytes] = {
 
 
 def bytes_of(form: str) -> float:
-    """Bytes per weight of a form in one step."""
+    """Return bytes per weight and step."""
     return sum(size for _, size in ITEMS[form])
 
 
 def copier(count: int, clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
-    """A function that copies ``count`` float32 from one array to another, three times, and returns the fastest's seconds per byte.
+    """Make a function that copies ``count`` float32 three times and returns seconds per byte of the fastest copy.
 
     A byte is counted when it is read and when it is written. The arrays should be larger than the caches.
     """
@@ -55,7 +55,7 @@ def copier(count: int, clock: Callable[[], float] = time.perf_counter) -> Callab
 
 @dataclass(frozen=True)
 class Line:
-    """``slope * count + start``, and how far the points lie from it at most, as a share of the line there."""
+    """A line ``slope * count + start``, and the largest relative deviation of the points."""
 
     slope: float
     start: float
@@ -63,7 +63,7 @@ class Line:
 
 
 def line(points: Mapping[float, float]) -> Line:
-    """Least squares through {count: value}; through the origin where there is one point only."""
+    """Fit a line to {count: value} by least squares; through the origin for a single point."""
     counts, values = list(points), list(points.values())
     slope, start = statistics.linear_regression(counts, values) if len(points) > 1 else (values[0] / counts[0], 0.0)
     return Line(slope, start, max(abs(value / (slope * count + start) - 1) for count, value in points.items()))

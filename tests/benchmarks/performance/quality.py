@@ -1,4 +1,4 @@
-"""One training run of LeNet-300-100 on MNIST: how long it took, and what came of it; kept as a line of a file."""
+"""One training run of LeNet-300-100 on MNIST: time and results, recorded as a line of a file."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ KEY = ("method", "variant", "lr", "epochs", "seed", "threads", "shift")
 
 
 def key(recipe: Recipe, lr: float, epochs: int, seed: int, shift: int) -> dict[str, Any]:
-    """By which a run is found again; ``shift`` is MNIST's."""
+    """Return the key of a run; ``shift`` is that of MNIST."""
     return dict(zip(KEY, (recipe.method, recipe.variant, lr, epochs, seed, torch.get_num_threads(), shift), strict=True))
 
 
 def train(recipe: Recipe, lr: float, epochs: int, seed: int, data: MNIST) -> dict[str, Any]:
-    """Minutes of ``fit``, by the wall and of all threads' processor time, and the final network's zeros and errors in [0, 1].
+    """Train; return minutes of ``fit`` (wall clock and processor time), and the final network's zeros and errors in [0, 1].
 
     A run that stops itself, since its target is out of reach in so few steps, has no zeros, errs always, and says why.
     """
@@ -47,37 +47,37 @@ def train(recipe: Recipe, lr: float, epochs: int, seed: int, data: MNIST) -> dic
 
 
 def measured(module: LightningModule, data: MNIST) -> dict[str, Any]:
-    """Of a trained network."""
+    """Measure a trained network."""
     return {"zeros": zeros(module), "val_error": error(module, data, "validation"), "test_error": error(module, data, "test")}
 
 
 def fit(module: LightningModule, callbacks: list[Callback], epochs: int, data: MNIST) -> None:
-    """With a logger and without validation, as every run here."""
+    """Fit with a logger and without validation."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(callbacks=callbacks, logger=CSVLogger(folder), max_epochs=epochs, **jobs.SETTINGS)
         trainer.fit(module, data.train_dataloader())
 
 
 def zeros(module: LightningModule) -> float:
-    """The share of zeros among the weights that the forward uses."""
+    """Return the share of zeros among the weights used in the forward."""
     weights = dict(counts.weight_in_use(module, name) for name in countable(module))
     return counts.share(counts.count_zeros(weights))
 
 
 @torch.no_grad()
 def error(module: LightningModule, data: MNIST, part: str) -> float:
-    """The share of a part's images that are classified wrongly."""
+    """Return the share of misclassified images of a part."""
     x, y = data.parts[part]
     return float((module.eval()(x).argmax(1) != y).float().mean())
 
 
 def is_reached(run: dict[str, Any]) -> bool:
-    """Both goals; the zeros to a hundredth of a per cent, which is 27 of the 266,200 weights."""
+    """Return True if both goals are met, with zeros to 0.01 % (27 of 266,200 weights)."""
     return round(run["zeros"], 4) >= SHARE and run["val_error"] <= ERROR
 
 
 class Kept:
-    """Runs in a file, a JSON line each, so that a command that was stopped goes on."""
+    """Runs in a file, one JSON line each, so that an interrupted command can continue."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -85,7 +85,7 @@ class Kept:
         self.runs: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
     def find(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
-        """The run of this key."""
+        """Return the run with this key, or None."""
         return next((run for run in self.runs if run.items() >= wanted.items()), None)
 
     def add(self, run: dict[str, Any]) -> None:
@@ -96,6 +96,6 @@ class Kept:
 
 
 def spread(values: Iterable[float]) -> float:
-    """The mean over seeds."""
+    """Average over seeds."""
     found = [*values]
     return sum(found) / len(found)

@@ -1,4 +1,4 @@
-"""Recipes that take LeNet-300-100 to a share of zeros in a given number of epochs: ours, gradual pruning's, and the peers'."""
+"""Recipes that train LeNet-300-100 to a share of zeros in a given number of epochs: ours, gradual pruning, and peers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Prepare = Callable[[LightningModule, int], list[Callback]]  # changes a fresh mo
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to train: ``method`` is what is compared, ``variant`` one of the settings that it is tuned over."""
+    """A recipe: ``method`` is compared, ``variant`` is one of the settings tuned for it."""
 
     method: str
     variant: str
@@ -36,7 +36,7 @@ _WINDOWS = ((0.0, 0.5), (0.1, 0.6), (0.0, 0.75))  # of a pruning ramp, as shares
 
 
 def ours() -> list[Recipe]:
-    """Forms that find their own strength."""
+    """Return recipes of callbacks with target_sparsity."""
     common = {"target_sparsity": SHARE}
     forms: dict[str, Callable[[float], Callback]] = {
         "ReweightedPenalty": lambda freeze: ReweightedPenalty(PENALTY, freeze=freeze, **common),
@@ -51,7 +51,7 @@ def ours() -> list[Recipe]:
 
 
 def gradual() -> list[Recipe]:
-    """This package's gradual magnitude pruning, over all layers together."""
+    """Return recipes of this package's global gradual magnitude pruning."""
     return [
         Recipe("MagnitudePruning", _ramp(*window), lambda module, epochs, window=window: [MagnitudePruning(SHARE, *window)])
         for window in _WINDOWS
@@ -63,7 +63,7 @@ def _ramp(begin: float, end: float) -> str:
 
 
 def model_pruning() -> list[Recipe]:
-    """Lightning's, global, at each epoch's end along the same ramps, or all at once at half-time; the rest is fine-tuned."""
+    """Return recipes of Lightning's global pruning: along the same ramps at the end of epochs, or once at half-time, then fine-tuning."""
     ramps = [
         Recipe("ModelPruning", _ramp(*window), lambda module, epochs, window=window: [_pruner(module, amounts(epochs, *window))])
         for window in _WINDOWS
@@ -72,14 +72,14 @@ def model_pruning() -> list[Recipe]:
 
 
 def amounts(epochs: int, begin: float, end: float) -> list[float]:
-    """What share of the remaining weights is pruned at each epoch's end, so that the zeros follow the cubic ramp."""
+    """Return the share of remaining weights to prune at the end of each epoch, so that zeros follow the cubic ramp."""
     ramp = Cubic(SHARE, begin, end)
     wanted = [0.0, *(ramp(epoch + 1, epochs) for epoch in range(epochs))]
     return [(after - before) / (1 - before) for before, after in itertools.pairwise(wanted)]
 
 
 def at_once(epochs: int) -> list[float]:
-    """All of it in the middle."""
+    """Return the amounts for pruning once in the middle."""
     return [SHARE if epoch + 1 == max(1, epochs // 2) else 0.0 for epoch in range(epochs)]
 
 
@@ -89,7 +89,7 @@ def _pruner(module: LightningModule, shares: list[float]) -> ModelPruning:
 
 
 def prune_optimizer() -> list[Recipe]:
-    """torchao's with its cubic ramp of a global constraint on single weights, then its healing with the zeros frozen."""
+    """Return recipes of torchao's global constraint with a cubic ramp, then fine-tuning with frozen zeros."""
     return [Recipe("PruneOptimizer", _ramp(*window), _prune_optimizer(*window), "torchao") for window in _WINDOWS]
 
 
@@ -105,7 +105,7 @@ def _prune_optimizer(begin: float, end: float) -> Prepare:
 
 
 def loss_term() -> list[Recipe]:
-    """A log-sum penalty written into the loss, then the smallest weights cut at three quarters and the rest fine-tuned."""
+    """Return recipes with a log-sum penalty in the loss, a cut of the smallest weights at three quarters, then fine-tuning."""
     return [Recipe("loss term and threshold", f"lam {lam:g}", _loss_term(lam)) for lam in (3e-4, 1e-3)]
 
 
@@ -119,7 +119,7 @@ def _loss_term(lam: float) -> Prepare:
 
 
 class Cut(Callback):
-    """At three quarters of the epochs the penalty ends (``strength`` falls from 1 to 0) and torch's pruning holds the zeros."""
+    """At three quarters of the epochs, end the penalty (``strength`` from 1 to 0) and prune with torch's pruning."""
 
     def __init__(self, epochs: int) -> None:
         self.at, self.strength = max(1, round(0.75 * epochs)), 1.0

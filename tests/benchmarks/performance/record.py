@@ -1,4 +1,4 @@
-"""What a benchmark measured, as JSON with the command, versions and settings that it was measured with."""
+"""Records of benchmarks: JSON with results, command, versions and settings."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).resolve().parents[3] / "docs" / "performance"
+FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Of Python, torch, Lightning and this package, and of the distributions named in ``more``."""
+    """Return versions of Python, torch, Lightning, this package and the distributions in ``more``."""
     names = ("torch", "lightning", "lightning-sparse", *more)
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def write(file: Path, command: str, settings: Mapping[str, Any], results: Any, packages: Sequence[str] = ()) -> Path:
-    """One JSON file; ``results`` is the benchmark's own. Numbers keep six digits, which is more than was measured."""
+    """Write a JSON file; ``results`` depends on the benchmark. Numbers are rounded to six digits."""
     found = {"command": command, "versions": versions(*packages), "threads": torch.get_num_threads(), "settings": dict(settings)}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(rounded(found | {"results": results}), indent=1) + "\n", encoding="utf-8")
@@ -29,7 +29,7 @@ def write(file: Path, command: str, settings: Mapping[str, Any], results: Any, p
 
 
 def rounded(value: Any) -> Any:
-    """Floats to six significant digits, in whatever holds them."""
+    """Round floats to six significant digits, also inside containers."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
@@ -38,7 +38,7 @@ def rounded(value: Any) -> Any:
 
 
 def read(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:
-    """What a benchmark wrote under ``name``.json; None where it has not been run."""
+    """Read the record ``name``.json; None if it is missing."""
     file = folder / f"{name}.json"
     if not file.is_file():
         return None

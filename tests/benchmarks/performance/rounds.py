@@ -1,4 +1,4 @@
-"""Arms run in turn, round after round, as ratios to a base of the same round; the base runs twice (A/A)."""
+"""Run arms in turn in each round; ratios are to the base of the same round, which runs twice (A/A)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-AGAIN = "A/A"  # the base once more
-WARM_UP = 1  # rounds that go first and are left out
+AGAIN = "A/A"  # the base again
+WARM_UP = 1  # first rounds, not counted
 Times = dict[str, list[float]]
 
 
@@ -24,12 +24,12 @@ class Ratio:
     goal: float | None = None
 
     def met(self, stray: float) -> bool | None:
-        """Whether the ratio, less what the A/A arm strays by itself, is at most the goal; None without a goal."""
+        """Return True if the ratio minus A/A is at most the goal; None without a goal."""
         return None if self.goal is None else self.ratio - stray <= self.goal
 
 
 def measure(arms: Mapping[str, Callable[[], float]], base: str, rounds: int, warm_up: int = WARM_UP) -> Times:
-    """Each arm's value, round by round; ``warm_up`` more rounds go first and are left out. AGAIN is the base, unless given.
+    """Measure each arm in each round, after ``warm_up`` uncounted rounds. AGAIN is the base, unless given.
 
     An arm is called once a round and returns what it took, in a unit of its own choice. Every second round goes backwards,
     so that a machine that slows down for a while burdens no arm more than another. AGAIN stands in the middle of the others,
@@ -49,7 +49,7 @@ def measure(arms: Mapping[str, Callable[[], float]], base: str, rounds: int, war
 
 
 def ratios(times: Times, base: str, goals: Mapping[str, float] | None = None) -> list[Ratio]:
-    """One line for each arm, in the order of ``times``."""
+    """Return one line per arm, in the order of ``times``."""
     return [_ratio(name, times[name], times[base], (goals or {}).get(name)) for name in times]
 
 
@@ -60,11 +60,11 @@ def _ratio(name: str, values: Sequence[float], base: Sequence[float], goal: floa
 
 
 def stray(found: Sequence[Ratio]) -> float:
-    """How far the A/A arm's quartiles lie from 1: what a ratio strays here by itself."""
+    """Return A/A: the largest deviation of its quartiles from 1."""
     again = next(line for line in found if line.arm == AGAIN)
     return max(again.high - 1, 1 - again.low, 0.0)
 
 
 def lines(found: Sequence[Ratio]) -> list[dict[str, Any]]:
-    """For a JSON file, each with whether its goal is ``met``."""
+    """Convert to rows for a JSON file, with ``met`` for each goal."""
     return [asdict(line) | {"met": line.met(stray(found))} for line in found]

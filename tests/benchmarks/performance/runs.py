@@ -1,4 +1,4 @@
-"""Runs that take turns: each arm's fit in a process of its own, which goes on by one epoch when it is its turn.
+"""Fits in turn: each arm's fit runs in its own process and trains one epoch per turn.
 
 So an arm has its own memory, allocator and caches, is warm before it counts, and what the machine does meanwhile falls on
 neighbours alike: a turn is an epoch of a tenth of a second to a few seconds.
@@ -27,7 +27,7 @@ Find = Callable[[str], jobs.Prepare]  # by an arm's name; a function of a module
 
 @dataclass(frozen=True)
 class Setting:
-    """What all arms of a measurement share: a key of jobs.JOBS, steps of a turn, turns, which clock, torch's threads."""
+    """Shared settings of all arms: a key of jobs.JOBS, steps per turn, turns, clock, torch's threads."""
 
     job: str
     steps: int
@@ -37,7 +37,7 @@ class Setting:
 
 
 class Turns(Callback):
-    """Reports an epoch's seconds a step when the next one is to begin, and waits there for its turn.
+    """Report seconds per step of an epoch before the next one begins, and wait for the next turn.
 
     From the start of the epoch to its last batch's end, hooks of the other callbacks and logging included; what lies between
     that and the next start, once an epoch, is charged in proportion to an epoch of the usual length.
@@ -58,7 +58,7 @@ class Turns(Callback):
 
 
 def work(setting: Setting, find: Find, arm: str, pipe: Connection) -> None:
-    """One arm's process: trains an epoch at each message, answers with its seconds a step or with what went wrong."""
+    """Run one arm's process: train an epoch per message; answer with seconds per step or an error."""
 
     def answer(seconds: float) -> None:
         pipe.send(seconds)
@@ -74,7 +74,7 @@ def work(setting: Setting, find: Find, arm: str, pipe: Connection) -> None:
 
 
 def fit(setting: Setting, prepare: jobs.Prepare, turns: Turns) -> None:
-    """One run, always of the same start; its last epoch only begins."""
+    """Fit from a fixed start; the last epoch only begins."""
     jobs.be_quiet(setting.threads)
     job = jobs.JOBS[setting.job]
     batches = job.batches()
@@ -87,7 +87,7 @@ def fit(setting: Setting, prepare: jobs.Prepare, turns: Turns) -> None:
 
 @contextmanager
 def calls(setting: Setting, find: Find, arms: Mapping[str, str]) -> Iterator[dict[str, Callable[[], float]]]:
-    """For each name a function that lets its arm train one epoch and says the seconds a step; RuntimeError if that fails."""
+    """Return, by name, functions that train one epoch of an arm and return seconds per step. They raise RuntimeError on failure."""
     spawned = multiprocessing.get_context("spawn")
     pipes, started = {}, []
     for name, arm in arms.items():

@@ -1,4 +1,4 @@
-"""Sections of the performance page: tables of what a benchmark recorded, with verdicts, and how it was recorded."""
+"""Sections of the performance page: tables of a record with verdicts, and its command and settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMES = {"python": "Python"}
 
 
 def found_in(results: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Rows]]:
-    """Every list of rows in what a benchmark recorded, with the keys that lead to it."""
+    """Yield every list of rows in a record, with its path of keys."""
     if isinstance(results, Mapping):
         for key, part in results.items():
             yield from found_in(part, (*path, str(key)))
@@ -24,12 +24,12 @@ def found_in(results: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 def markdown(rows: Rows) -> str:
-    """A table with a verdict for each goal; what is no number or text in a row is left out."""
+    """Format a table with verdicts; values other than numbers and strings are left out."""
     return tables.markdown([judged(row, stray_of(row, rows)) for row in rows])
 
 
 def judged(row: Mapping[str, Any], stray: float | None) -> dict[str, Any]:
-    """A row for the page: quartiles in one cell, and by how much a goal is met or missed once the A/A arm's part is off."""
+    """Convert a row for the page: quartiles in one cell, and the verdict after subtracting A/A."""
     plain = {key: value for key, value in row.items() if key not in _HIDDEN and not isinstance(value, (Mapping, list))}
     if "value" in plain:  # of an arm that was timed
         plain = {"ms" if key == "value" else key: value * 1e3 if key == "value" else value for key, value in plain.items()}
@@ -39,7 +39,7 @@ def judged(row: Mapping[str, Any], stray: float | None) -> dict[str, Any]:
 
 
 def verdict(row: Mapping[str, Any], stray: float) -> str | None:
-    """``met`` is taken from the row, where it was decided, and so is the ``standing`` of what has no goal; else None."""
+    """Format the verdict from the row's ``met``, or its ``standing`` without a goal, or None."""
     if row.get("goal") is None or row.get("met") is None:
         return row.get("standing")
     over = row.get("ratio", row.get("both", 0.0)) - stray - row["goal"]
@@ -47,7 +47,7 @@ def verdict(row: Mapping[str, Any], stray: float) -> str | None:
 
 
 def stray_of(row: Mapping[str, Any], rows: Rows) -> float | None:
-    """A row's own, or that of the A/A arm among its neighbours that are held against the same base."""
+    """Return a row's own A/A, or that of the A/A arm with the same base."""
     if "stray" in row:
         return float(row["stray"])
     again = [one for one in rows if rounds.AGAIN in one.values() and one.get("against") == row.get("against")]
@@ -55,7 +55,7 @@ def stray_of(row: Mapping[str, Any], rows: Rows) -> float | None:
 
 
 def made_by(found: Mapping[str, Any]) -> str:
-    """The command, versions and settings of a record."""
+    """Format command, versions and settings of a record."""
     versions = ", ".join(f"{_NAMES.get(name, name)} {number}" for name, number in found["versions"].items())
     settings = ", ".join(f"{name.replace('_', ' ')} {_said(value)}" for name, value in found["settings"].items())
     threads = f"{found['threads']} {'thread' if found['threads'] == 1 else 'threads'}"
@@ -69,7 +69,7 @@ def _said(value: Any) -> str:
 
 
 def section(found: Mapping[str, Any] | None, command: str, titles: Mapping[str, str] | None = None) -> str:
-    """Every table of a record with its title, the last of the keys that lead to it by default; ``titles`` may rename one."""
+    """Format every table of a record with its title: the last key of its path, or its name in ``titles``."""
     if found is None:
         return f"{NOT_YET}: `{command}`."
     parts = []

@@ -1,4 +1,4 @@
-"""Rows of results, each a dict with the same keys, as a table in a terminal and in Markdown."""
+"""Tables from rows (dicts with the same keys), for a terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def cell(value: Any) -> str:
-    """Numbers to three digits, large ones in full; yes and no; nothing for None."""
+    """Format a value: numbers to three digits, large ones in full, yes or no, empty for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -20,25 +20,25 @@ def cell(value: Any) -> str:
 
 
 def columns(rows: Rows) -> list[str]:
-    """Every key that occurs, in the order of its first row, but for those that hold nothing in any row."""
+    """Return all keys with a value in some row, in order of first occurrence."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [name for name in names if any(row.get(name) is not None for row in rows)]
 
 
 def cells(rows: Rows) -> list[list[str]]:
-    """The heads, with spaces for underscores, and then a line a row."""
+    """Return the titles, with spaces for underscores, then one line per row."""
     names = columns(rows)
     return [[name.replace("_", " ") for name in names], *([cell(row.get(name)) for name in names] for row in rows)]
 
 
 def aligned(rows: Rows) -> str:
-    """For a terminal: the first column to the left, the others to the right."""
+    """Format for a terminal: the first column left-aligned, the others right-aligned."""
     lines = cells(rows)
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
 def markdown(rows: Rows) -> str:
-    """For a page."""
+    """Format as Markdown."""
     head, *lines = [[text.replace("|", "\\|") for text in line] for line in cells(rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])

@@ -1,4 +1,4 @@
-"""How long a fit goes on after its last step: figures, logging and the final thresholding, beside the length of a step."""
+"""Time of a fit after its last step (figures, logging, final thresholding), and time of a step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ END = ("on_train_epoch_end", "on_train_end", "on_fit_end")
 
 
 class Wide(LightningModule):
-    """``tensors`` Linear layers of WIDTH x WIDTH side by side, on one batch and with a fused Adam."""
+    """``tensors`` parallel Linear layers of WIDTH x WIDTH, with one batch and fused Adam."""
 
     def __init__(self, tensors: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Wide(LightningModule):
 
 
 class Ends(Callback):
-    """When each step ended."""
+    """Record the end time of each step."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock, self.times = clock, list[float]()
@@ -47,14 +47,14 @@ class Ends(Callback):
 
     @property
     def step(self) -> float:
-        """Median seconds a step, without the first, which allocate."""
+        """Median seconds per step, without the first steps, which allocate."""
         return statistics.median(after - before for before, after in itertools.pairwise(self.times[WARM_UP - 1 :]))
 
 
 def after_the_last_step(
     module: LightningModule, callbacks: Sequence[Callback], steps: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Seconds: a ``step``, the whole ``tail`` up to the return of ``fit``, and each of END's hooks of the callbacks."""
+    """Return seconds of a ``step``, of the ``tail`` until ``fit`` returns, and of the callbacks' hooks in END."""
     ends, spent = Ends(clock), [hooks.timed(callback, clock) for callback in callbacks]
     loader = toys.Repeated(torch.randn(BATCH, WIDTH), WARM_UP + steps)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,1 +1,1 @@
-"""Programs that train through Lightning by their own means, each with small data made on the spot; run by ``clients.py``."""
+"""Packages that train through Lightning, each with small generated data; run by ``clients``."""

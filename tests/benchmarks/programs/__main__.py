@@ -1,4 +1,4 @@
-"""Run one program with every form that the results file does not hold yet: python -m programs NAME RESULTS"""
+"""Run one program with every callback that is missing in the results file: python -m programs NAME RESULTS"""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from programs.measure import Program, forms, run
 
-ROOMS = ("forecasting", "tabular", "modules")
+ROOMS = ("forecasting", "tabular", "modules", "graphs")
 
 
 def programs() -> dict[str, Program]:
-    """Every program by its name."""
+    """Return every program by name."""
     rooms = (importlib.import_module(f"programs.{room}") for room in ROOMS)
     return {program.name: program for room in rooms for program in room.PROGRAMS}
 
@@ -31,7 +31,7 @@ def main() -> None:
     program = programs()[given.name]
     known = given.results.read_text(encoding="utf-8").splitlines() if given.results.exists() else []
     done = {(row["program"], row["form"]) for row in map(json.loads, known)}
-    offered = list(forms(program.restores))
+    offered = list(forms(program))
     for form in given.forms or offered:
         if form in offered and (program.name, form) not in done:
             row = run(program, form)

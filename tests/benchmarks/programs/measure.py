@@ -1,4 +1,4 @@
-"""What is run in every program, and what is read off a run."""
+"""Runs in every program, and their measured figures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PENALTY = penalties.LogSum(eps=2.0)
 
 @dataclass
 class Trained:
-    """What a program ends with: its module, what its own file holds, what its own load makes of that, and both errors."""
+    """Result of a program: final module, content of its file, module loaded from it, and both errors."""
 
     module: nn.Module
     file: Mapping[str, Tensor]
@@ -39,7 +39,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Program:
-    """``train(callbacks, folder)`` trains by the program's own means; ``guess`` is the error of the best constant answer."""
+    """A program: ``train(callbacks, folder)`` trains through it; ``guess`` is the error of the best constant prediction."""
 
     name: str
     distribution: str  # what is installed
@@ -48,40 +48,42 @@ class Program:
     guess: float
     train: Callable[[list[Callback], Path], Trained]
     restores: bool = False  # its best epoch at the end of fit
+    select: tuple[str, ...] | None = None  # handed to every callback
 
 
 BY_PENALTY = (callbacks.ReweightedPenalty, callbacks.PenaltyLoss, callbacks.AdaptiveProx, callbacks.AdaptiveMask, callbacks.EtaTrick)
 BY_LAM = tuple(form for form in BY_PENALTY if form is not callbacks.PenaltyLoss)  # which has ReweightedPenalty's numbers
 
 
-def forms(restores: bool = False) -> dict[str, Callable[[], list[Callback]]]:
+def forms(program: Program) -> dict[str, Callable[[], list[Callback]]]:
     """By "callback, setting": fresh callbacks. Every form with a target, and with a strength where it has one.
 
-    ``restores``: of a program that restores its best epoch; a target then goes with BestAfterTarget, once also without.
+    In a program that restores its best epoch, a target goes with BestAfterTarget, once also without.
     """
-    found = _forms()
-    if restores:
+    found = _forms(list(program.select) if program.select else None)
+    if program.restores:
         pruning = found["MagnitudePruning, target"]
         beside = {name: lambda make=make: [*make(), callbacks.BestAfterTarget()] for name, make in found.items() if name.endswith("target")}
         found |= beside | {"MagnitudePruning, target alone": pruning}
     return found
 
 
-def _forms() -> dict[str, Callable[[], list[Callback]]]:
+def _forms(select: list[str] | None) -> dict[str, Callable[[], list[Callback]]]:
+    target = {"target_sparsity": TARGET, "select": select}
     found: dict[str, Callable[[], list[Callback]]] = {"dense": list}
-    found |= {f"{form.__name__}, target": lambda form=form: [form(PENALTY, target_sparsity=TARGET)] for form in BY_PENALTY}
-    found["VariationalDropout, target"] = lambda: [callbacks.VariationalDropout(target_sparsity=TARGET)]
-    found["HardConcrete, target"] = lambda: [callbacks.HardConcrete(target_sparsity=TARGET)]
-    found["MagnitudePruning, target"] = lambda: [callbacks.MagnitudePruning(TARGET, every=10)]
-    found["SparsityMonitor, alone"] = lambda: [callbacks.SparsityMonitor()]
-    found |= {f"{form.__name__}, lam": lambda form=form: [form(PENALTY, lam=LAM)] for form in BY_LAM}
-    found["VariationalDropout, default"] = lambda: [callbacks.VariationalDropout()]
-    found["HardConcrete, lam"] = lambda: [callbacks.HardConcrete(LAM)]
+    found |= {f"{form.__name__}, target": lambda form=form: [form(PENALTY, **target)] for form in BY_PENALTY}
+    found["VariationalDropout, target"] = lambda: [callbacks.VariationalDropout(**target)]  # type: ignore[arg-type]
+    found["HardConcrete, target"] = lambda: [callbacks.HardConcrete(**target)]  # type: ignore[arg-type]
+    found["MagnitudePruning, target"] = lambda: [callbacks.MagnitudePruning(TARGET, every=10, select=select)]
+    found["SparsityMonitor, alone"] = lambda: [callbacks.SparsityMonitor(select)]
+    found |= {f"{form.__name__}, lam": lambda form=form: [form(PENALTY, lam=LAM, select=select)] for form in BY_LAM}
+    found["VariationalDropout, default"] = lambda: [callbacks.VariationalDropout(select=select)]
+    found["HardConcrete, lam"] = lambda: [callbacks.HardConcrete(LAM, select=select)]
     return found
 
 
 class Witness(Callback):
-    """Keeps, outside of itself since programs copy and pickle callbacks, what a run logged last and which weights were selected."""
+    """Record the last logged figures and the selected weights outside the callback, because programs copy and pickle callbacks."""
 
     logged: dict[str, float] = {}
     selected: list[str] = []
@@ -95,19 +97,19 @@ class Witness(Callback):
 
 
 def run(program: Program, form: str) -> dict[str, Any]:
-    """One row: what came of ``form`` in ``program``."""
+    """Run ``form`` in ``program`` and return a row."""
     Witness.logged, Witness.selected, Witness.steps = {}, [], 0
     seed_everything(SEED, verbose=False)
     row: dict[str, Any] = {"program": program.name, "form": form, "package": program.package}
-    row |= {"measure": program.measure, "guess": program.guess, "restores": program.restores}
+    row |= {"measure": program.measure, "guess": program.guess, "restores": program.restores, "select": program.select}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said, _quiet():
         warnings.simplefilter("always")
         before = os.getcwd()
         os.chdir(folder)  # some write beside themselves
         try:
-            trained = program.train([*forms(program.restores)[form](), Witness()], Path(folder))
-            row |= {"outcome": "runs"} | _figures(trained)
+            trained = program.train([*forms(program)[form](), Witness()], Path(folder))
+            row |= {"outcome": "runs"} | _figures(trained, list(program.select) if program.select else None)
         except Exception as error:
             ours = [line for line in traceback.format_exc().splitlines() if "lightning_sparse" in line or "/callbacks/" in line]
             row |= {"outcome": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "raised_by_us": bool(ours)}
@@ -119,9 +121,9 @@ def run(program: Program, form: str) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - started, 1), "steps": Witness.steps}
 
 
-def _figures(trained: Trained) -> dict[str, Any]:
+def _figures(trained: Trained, chosen: list[str] | None) -> dict[str, Any]:
     module = dict(trained.module.named_parameters(remove_duplicate=False))
-    names = Witness.selected or list(select.countable(trained.module, None))
+    names = Witness.selected or list(select.countable(trained.module, chosen))
     loaded = dict(trained.loaded.named_parameters(remove_duplicate=False))
     return {
         "logged": Witness.logged.get("sparsity/total"),
@@ -142,7 +144,7 @@ def _zeros(weights: Mapping[str, Tensor], names: list[str]) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Programs print much."""
+    """Silence the program's output."""
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

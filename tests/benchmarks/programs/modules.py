@@ -1,7 +1,8 @@
-"""Modules of one's own around networks and losses of lightly, timm and transformers."""
+"""Modules with networks and losses of lightly, timm, transformers and peft."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,8 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[order[:1400]], y[order[:1400]], x[order[1400:]], y[order[1400:]]
 
 
-def _fit(package: Any, module: Any, loader: Any, callbacks: list[Any], folder: Path, error: Callable[[Any], float], epochs: int) -> Trained:
-    """By a Trainer of ``package`` with its default checkpoint callback; the file is that of the last epoch."""
+def fit(package: Any, module: Any, loader: Any, callbacks: list[Any], folder: Path, error: Callable[[Any], float], epochs: int) -> Trained:
+    """Fit with a Trainer of ``package`` and its default checkpoint callback; the file is that of the last epoch."""
     trainer = package.Trainer(max_epochs=epochs, default_root_dir=folder, callbacks=callbacks, **QUIET)
     trainer.fit(module, loader)
     path = trainer.checkpoint_callback.best_model_path
@@ -69,7 +70,7 @@ def _timm(callbacks: list[Any], folder: Path) -> Trained:
         return float((module.eval()(x_test).argmax(1) != y_test).float().mean())
 
     loader = DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True)
-    return _fit(package, Classifier(), loader, callbacks, folder, error, epochs=10)
+    return fit(package, Classifier(), loader, callbacks, folder, error, epochs=10)
 
 
 def _lightly(callbacks: list[Any], folder: Path) -> Trained:
@@ -112,22 +113,22 @@ def _lightly(callbacks: list[Any], folder: Path) -> Trained:
         return float((y[(asked @ known.T).argmax(1)] != y_test).float().mean())
 
     loader = DataLoader(TensorDataset(x, y), batch_size=128, shuffle=True, drop_last=True)
-    return _fit(package, SimCLR(), loader, callbacks, folder, error, epochs=12)
+    return fit(package, SimCLR(), loader, callbacks, folder, error, epochs=12)
 
 
 VOCABULARY, LENGTH = 24, 16
 
 
-def _sentences(count: int, seed: int) -> Tensor:
+def _sentences(count: int, seed: int, strides: tuple[int, int] = (1, 4)) -> Tensor:
     """Walks of one of three strides round the vocabulary, one token in twenty at random: a next token that can be learned."""
     rng = np.random.default_rng(seed)
-    start, stride = rng.integers(VOCABULARY, size=(count, 1)), rng.integers(1, 4, size=(count, 1))
+    start, stride = rng.integers(VOCABULARY, size=(count, 1)), rng.integers(*strides, size=(count, 1))
     walk = (start + stride * np.arange(LENGTH)) % VOCABULARY
     odd = rng.random(walk.shape) < 0.05
     return torch.from_numpy(np.where(odd, rng.integers(VOCABULARY, size=walk.shape), walk))
 
 
-def _language(make: Callable[[], nn.Module]) -> Callable[[list[Any], Path], Trained]:
+def _language(make: Callable[[], nn.Module], strides: tuple[int, int] = (1, 4)) -> Callable[[list[Any], Path], Trained]:
     """A causal language model of transformers in a module of lightning.pytorch, fed by a collator that returns a BatchEncoding."""
 
     def train(callbacks: list[Any], folder: Path) -> Trained:
@@ -146,7 +147,7 @@ def _language(make: Callable[[], nn.Module]) -> Callable[[list[Any], Path], Trai
             def configure_optimizers(self) -> Any:
                 return torch.optim.AdamW(self.parameters(), 3e-3)
 
-        test = _sentences(200, seed=1)
+        test = _sentences(200, 1, strides)
 
         @torch.no_grad()
         def error(module: Any) -> float:
@@ -156,8 +157,8 @@ def _language(make: Callable[[], nn.Module]) -> Callable[[list[Any], Path], Trai
             ids = torch.stack(rows)
             return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
 
-        loader = DataLoader(_sentences(1000, seed=0), batch_size=50, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
-        return _fit(lightning.pytorch, Language(), loader, callbacks, folder, error, epochs=10)
+        loader = DataLoader(_sentences(1000, 0, strides), batch_size=50, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+        return fit(lightning.pytorch, Language(), loader, callbacks, folder, error, epochs=10)
 
     return train
 
@@ -175,10 +176,34 @@ def _gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=48, n_layer=2, n_head=4))
 
 
+@functools.cache
+def _learnt() -> dict[str, Tensor]:
+    """The weights of a dense Llama that has learnt walks of strides 1 to 3."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, sentences = _llama(), _sentences(1000, seed=0)
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        for rows in sentences.repeat(10, 1).split(50):
+            optimizer.zero_grad()
+            model(input_ids=rows, labels=rows).loss.backward()
+            optimizer.step()
+    return model.state_dict()
+
+
+def _adapted() -> nn.Module:
+    """A learnt Llama with LoRA on all of its linear layers, as ``get_peft_model`` makes it, to be tuned for other strides."""
+    from peft import LoraConfig, get_peft_model
+
+    model = _llama()
+    model.load_state_dict(_learnt())
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))  # type: ignore[arg-type]
+
+
 UNIFORM = math.log(VOCABULARY)
 PROGRAMS = [
     Program("lightly (SimCLR)", "lightly", "pytorch_lightning", "kNN error", 0.9, _lightly),
     Program("timm (ViT)", "timm", "pytorch_lightning", "error", 0.9, _timm),
     Program("transformers (Llama)", "transformers", "lightning.pytorch", "cross-entropy", UNIFORM, _language(_llama)),
-    Program("transformers (GPT-2)", "transformers", "lightning.pytorch", "cross-entropy", UNIFORM, _language(_gpt2)),
+    Program("transformers (GPT-2)", "transformers", "lightning.pytorch", "cross-entropy", UNIFORM, _language(_gpt2), select=("*",)),
+    Program("peft (LoRA on Llama)", "peft", "lightning.pytorch", "cross-entropy", UNIFORM, _language(_adapted, (4, 7))),
 ]

@@ -1,0 +1,283 @@
+"""Save a sparsity callback's state in checkpoints, check a loaded state as a whole, and restore it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_sparse import _checks, elementwise, schedules, step_sizes
+from lightning_sparse.callbacks.options import Options
+from lightning_sparse.callbacks.progress import Clock
+from lightning_sparse.callbacks.user_warnings import rank_zero_warn
+from lightning_sparse.callbacks.weight_averaging import Averages
+from lightning_sparse.methods.base import Method
+from lightning_sparse.optimizer import ClipFactor
+from lightning_sparse.state import are_masks, are_tensors, entry, is_count, is_factor, is_flag, is_share, is_whole, short
+from lightning_sparse.step_sizes import StepSizes
+from lightning_sparse.support import Support
+from lightning_sparse.weights import WeightStore
+
+LATER = ("score", "least_kept", "structure")  # arguments that states of earlier releases do not name
+VERSION = 1  # version of the state; files of 0.1 have none
+Filed = Callable[[str], Tensor]
+
+
+class CheckpointState:
+    """Collects and restores a callback's state.
+
+    A file holds thresholded weights; the state holds their live values at the zeros (``taken``), so that a resumed run is exact.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        method: Method,
+        weights: WeightStore,
+        support: Support,
+        clock: Clock,
+        clipping: ClipFactor,
+        sizes: StepSizes,
+    ) -> None:
+        self.options, self.method, self.weights, self.support = options, method, weights, support
+        self.clock, self.strength, self.clipping, self.sizes = clock, clock.strength, clipping, sizes
+        self.restored: dict[str, Any] | None = None  # from a file, or from the last fit
+        self.applied = False  # it was restored
+        self.planned: float | None = None  # the run's length when it was saved
+
+    @property
+    def is_waiting(self) -> bool:
+        """Return True if a state was loaded and is not restored yet."""
+        return self.restored is not None and not self.applied
+
+    def collect(self, filed: Filed, frozen: bool, recipe: Mapping[str, Any], averages: Averages | None) -> dict[str, Any]:
+        """Return the state that a resumed run needs.
+
+        ``filed`` returns what the file holds of a parameter; ``frozen`` is True if those values lie in a frozen support.
+        """
+        live, support, ascent = self.weights.live, self.support, self.strength.target
+        taken = {name: elementwise.gather_where(live(name), filed(name) == 0) for name in self.weights.parameters}
+        averaged = {} if averages is None else averages.pruned_values()
+        sizes = self.sizes.state_dict(self.weights.parameters)
+        optional = {
+            "held": _whole(support.held),
+            "cut": _whole(support.cut),
+            "squares": _whole(support.squares),
+            "step_sizes": sizes,
+            "ascent": {} if ascent is None else ascent.state_dict(),
+            "drift": self.clock.drift,
+            "asked": self.strength.asked if frozen else None,
+            "total": float(self.strength.total) if math.isfinite(self.strength.total) else None,
+            "averaged": averaged,
+        }
+        clock = {"step": self.strength.step, "offset": self.clock.offset, "begun": self.clock.begun, "clipped": self.clipping.mean}
+        always = {"version": VERSION, "recipe": recipe, "frozen": frozen, "taken": taken}
+        return self.method.state_dict() | clock | always | {name: value for name, value in optional.items() if value}
+
+    def load(self, state: dict[str, Any]) -> bool:
+        """Accept a saved state; return True if it can be restored at once, because the weights are attached."""
+        if state:
+            self.check(state)
+        held = state.get("taken") or state.get("begun")  # absent in a file written before a fit
+        self.restored, self.applied = (state if held else None), False
+        return self.weights.attachment is not None and self.restored is not None
+
+    def check(self, state: Any) -> None:
+        """Raise ValueError, naming the entry, unless ``state`` is what a Sparsifier saves. Nothing is loaded."""
+        try:
+            self._check(state)
+        except ValueError as error:
+            raise ValueError(
+                f"the checkpoint's state of {self.options.form} is damaged: {error}. Resume from another file, or load this one's "
+                "weights into the module and fit without ckpt_path"
+            ) from None
+
+    def _check(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise ValueError(f"it must be a dict, got {short(state)}")
+        for name, (holds, wanted) in _ENTRIES.items():
+            if name in _REQUIRED or name in state:
+                entry(state, name, holds, wanted)
+        known = self.weights.parameters
+        for kind in ("held", "cut", "squares"):
+            for name, held in state.get(kind, {}).items():
+                if name in known and held.shape != known[name].shape:
+                    raise ValueError(f"{kind!r} of {name!r} is {short(held)}, the weight has shape {tuple(known[name].shape)}")
+        self.method.check_state(state, self._of_method())
+
+    def _of_method(self) -> Mapping[str, Parameter]:
+        """Return what the method works on; nothing before it is known, which is of any shape."""
+        weights = self.method.run.weights
+        waits = weights is self.weights and self.method.takes_groups and not self.support.structure.elementwise
+        return {} if waits else weights.parameters
+
+    @torch.no_grad()
+    def restore(self, recipe: Mapping[str, Any], averages: Averages | None) -> None:
+        """Restore the loaded state; ``recipe`` describes the callback that continues."""
+        state: dict[str, Any] = self.restored or {}
+        averaged = state.get("averaged", state["taken"])
+        if averages is None or not averages.saved:  # the module has loaded WeightAveraging's average
+            state = state | {"taken": averaged}
+        self._check_fits(state)
+        self.method.check_state(state, self._of_method())
+        warn_settings_changed(recipe, state)
+        self.applied, part = True, self.weights.part
+        self.support.held |= {name: part(name, held) for name, held in state.get("held", {}).items() if name in self.support.held}
+        self.support.cut = {name: part(name, where) for name, where in state.get("cut", {}).items() if name in self.weights.parameters}
+        squares = state.get("squares", {})
+        self.support.squares = {name: part(name, mean) for name, mean in squares.items() if name in self.weights.parameters}
+        self.strength.step, self.clock.begun, self.clock.drift = state["step"], state.get("begun", True), state.get("drift", 0)
+        self.planned = state.get("total")
+        self.clock.begin_at(state["offset"])
+        self.clipping.resume(state.get("clipped", 1.0))
+        self.sizes.load_state_dict(state.get("step_sizes", {}), self.weights.parameters)
+        if self.strength.target is not None and "ascent" in state:
+            self.strength.target.load_state_dict(state["ascent"], saved_target(state))
+        if averages is not None:
+            averages.restore_values(averaged)
+        for name, taken in state["taken"].items():
+            elementwise.scatter_to_zeros_(self.weights.parameters[name], taken)
+        if state["frozen"]:
+            self.support.freeze_zeros()
+            self.strength.asked = None if saved_target(state) == self.options.target_sparsity else saved_target(state)
+        else:
+            self.support.frozen = None
+        self.method.load_state_dict(state)
+
+    def _check_fits(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError for a state of another selection or model."""
+        known = self.weights.parameters
+        if set(state["taken"]) != set(known):
+            odd = sorted(set(state["taken"]) ^ set(known))
+            raise ValueError(
+                f"the checkpoint's {self.options.form} was written for other parameters; they differ in {odd[:5]}"
+                f"{_checks.closest(odd[0], known)}. Resume with the same model and selection"
+            )
+        for name, taken in state["taken"].items():
+            parameter = known[name].detach()
+            zeros = int(elementwise.sum_shards((elementwise.local_part(parameter) == 0).sum(), parameter))
+            if taken.numel() != zeros:
+                raise ValueError(
+                    f"the checkpoint keeps {taken.numel()} thresholded weights of {name!r}, but the loaded file has {zeros} zeros there: "
+                    "its weights were changed after it was written"
+                )
+
+
+def _whole(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: elementwise.full_tensor(where).cpu() for name, where in masks.items()}
+
+
+def callbacks_of(checkpoint: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return the callbacks' states in a checkpoint; raise ValueError if they are not a dict."""
+    states = checkpoint.get("callbacks") or {}
+    if not isinstance(states, dict):
+        raise ValueError(f"the checkpoint is damaged: its 'callbacks' must be a dict by state key, got {short(states)}")
+    return states
+
+
+# -- checks of the entries -------------------------------------------------------------------------------------------------
+
+
+def _are_taken(value: Any) -> bool:
+    return are_tensors(value) and all(taken.dim() == 1 for taken in value.values())
+
+
+def _is_recipe(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("class_path"), str) and _has_arguments(value)
+
+
+def _has_arguments(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return True
+    return ("class_path" not in value or isinstance(value.get("init_args"), dict)) and all(map(_has_arguments, value.values()))
+
+
+_TAKEN = (_are_taken, "a dict of finite 1-dimensional floating tensors by parameter name")
+_MASKS = (are_masks, "a dict of boolean tensors by parameter name")
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "version": (lambda value: is_count(value) and value <= VERSION, f"a whole number up to {VERSION}, or the file is of a later release"),
+    "step": (is_count, "a whole number >= 0"),
+    "offset": (is_count, "a whole number >= 0"),
+    "frozen": (is_flag, "True or False"),
+    "taken": _TAKEN,
+    "begun": (is_flag, "True or False"),
+    "drift": (is_whole, "a whole number"),
+    "asked": (is_share, "a number in [0, 1]"),
+    "averaged": _TAKEN,
+    "held": _MASKS,
+    "cut": _MASKS,
+    "squares": (are_tensors, "a dict of finite floating tensors by parameter name"),
+    "total": (is_factor, "a finite number > 0"),
+    "clipped": (is_factor, "a finite number > 0"),
+    "ascent": (schedules.is_state, "a dict of finite numbers 'log_lam', 'error' and 't'"),
+    "step_sizes": (step_sizes.are_step_sizes, "a dict of the tensors of measured step sizes by parameter name"),
+    "recipe": (_is_recipe, "a dict with 'class_path' and 'init_args'"),
+}
+_REQUIRED = ("step", "offset", "frozen", "taken")  # the others were added later, or depend on an option
+
+
+# -- changed settings ------------------------------------------------------------------------------------------------------
+
+_MISSING = "nothing"
+
+
+def warn_settings_changed(recipe: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Warn, once on rank 0, of every argument that differs from the checkpoint's; the new ones apply from its step on."""
+    old = _with_later_arguments(state.get("recipe"), recipe)
+    if not isinstance(old, dict) or old == recipe:
+        return
+    changes = differences(old, recipe)
+    applies = "The new one applies from here on; shares (warm-up, freeze) are of the new run's length"
+    if state.get("frozen"):
+        target = saved_target(state)
+        kept = "" if target is None else f"; sparsity/target stays {target:g}, for which they were chosen"
+        applies = (
+            f"Its support is frozen already, so the same weights stay zero whatever the new one says{kept}. To choose new zeros, load "
+            "the weights into the module and fit it with a new Trainer without ckpt_path"
+        )
+    rank_zero_warn(
+        f"resuming at step {state['step']} of the checkpoint's {old.get('class_path')} with another recipe: {', '.join(changes)}. {applies}"
+    )
+
+
+def _with_later_arguments(old: Any, new: Mapping[str, Any]) -> Any:
+    """Return a saved recipe with the present values of the arguments that its release did not have."""
+    if not isinstance(old, dict) or not isinstance(old.get("init_args"), dict):
+        return old
+    later = {name: new["init_args"][name] for name in LATER if name in new["init_args"] and name not in old["init_args"]}
+    return old | {"init_args": old["init_args"] | later}
+
+
+def saved_target(state: Mapping[str, Any]) -> float | None:
+    """Return the share of zeros that a checkpoint's callback was asked for in the end; None where it had no target."""
+    recipe = state.get("recipe")
+    arguments = recipe.get("init_args") if isinstance(recipe, dict) else None
+    found = [state.get("asked"), *((arguments or {}).get(name) for name in ("target_sparsity", "sparsity"))]
+    return next((float(share) for share in found if isinstance(share, (int, float))), None)
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Return ``path: old -> new`` for each leaf that differs, without ``class_path`` and ``init_args`` in the paths."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("class_path") == new.get("class_path"):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [line for key in keys for line in differences(old.get(key, _MISSING), new.get(key, _MISSING), _below(path, key))]
+    if isinstance(old, dict) and isinstance(new, dict) and not path:  # another callback, whose own arguments are not listed as changes
+        shared = [key for key in old["init_args"] if key in new["init_args"]]
+        arguments = [line for key in shared for line in differences(old["init_args"][key], new["init_args"][key], key)]
+        return [f"form: {old['class_path']} -> {new['class_path']}", *arguments]
+    return [] if old == new else [f"{path}: {_as_text(old)} -> {_as_text(new)}"]
+
+
+def _below(path: str, key: str) -> str:
+    return path if key in ("class_path", "init_args") else f"{path}.{key}" if path else key
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, dict) and "class_path" in value:
+        arguments = ", ".join(f"{name}={_as_text(part)}" for name, part in value.get("init_args", {}).items())
+        return f"{value['class_path']}({arguments})"
+    return str(value)

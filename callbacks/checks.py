@@ -1,0 +1,238 @@
+"""Refuse unsupported settings before training, and warn of skipped weights and of weights that never learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_sparse import counts, coverage, duality
+from lightning_sparse.callbacks.compatibility import is_a, overrides
+from lightning_sparse.callbacks.form import SparsityCallback, peers_of
+from lightning_sparse.callbacks.options import Options
+from lightning_sparse.callbacks.progress import choose
+from lightning_sparse.callbacks.user_warnings import rank_zero_warn
+from lightning_sparse.methods.base import Method
+from lightning_sparse.schedules import NEAR, Strength
+from lightning_sparse.select import left_out, owners
+from lightning_sparse.step_sizes import Doubt
+from lightning_sparse.structure import Coupled
+from lightning_sparse.weights import WeightStore
+
+# -- refused settings ------------------------------------------------------------------------------------------------------
+
+
+def check_run(options: Options, method: Method, trainer: Trainer) -> None:
+    """Refuse strategies that split parameters, and a duality gap where no loss is known."""
+    form, strategy = options.form, trainer.strategy
+    other = type(strategy).__name__
+    if is_a(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
+        raise ValueError(
+            f"{form} does not support {other}, which flattens the parameters; use DDPStrategy or ModelParallelStrategy (FSDP2)"
+        )
+    if is_a(strategy, "ModelParallelStrategy") and not method.takes_parts:
+        raise ValueError(
+            f"{form} does not support {other}: {method.whole_because}; use the same penalty as to_penalty() or to_prox(), or DDPStrategy"
+        )
+    if is_a(strategy, "ModelParallelStrategy") and isinstance(options.structure, Coupled):
+        raise ValueError(
+            f"{form} with structure={options.structure!r} does not support {other}: a group has rows of one weight and columns of "
+            "others, and each process holds some rows of all; use Rows(), whose groups stay whole, or DDPStrategy"
+        )
+    if is_a(strategy, "ModelParallelStrategy") and options.gap_samples:
+        raise ValueError(f"gap_samples runs the model with other weights, which {other} does not support; set gap_samples=0")
+    if getattr(strategy, "_model_averaging_period", None) is not None:
+        raise ValueError(
+            f"{form} does not support a model_averaging_period: between averages the ranks have different weights and zeros; "
+            "use DDPStrategy without it"
+        )
+    if options.gap_samples and trainer.lightning_module is not None and not trainer.lightning_module.automatic_optimization:
+        raise ValueError("gap_samples needs a training_step that returns its loss; manual optimisation has none: set gap_samples=0")
+
+
+def check_reachable(options: Options, method: Method, strength: Strength, given: Any) -> None:
+    """Refuse a keep probability that never falls below ``tol``, unless a magnitude threshold is given."""
+    near = method.penalty.eta_hat(torch.linspace(0, 1, 101, dtype=torch.float64))[0]
+    alpha = float(duality.keep_probability(near, strength.schedule.lam))
+    if options.threshold is None and alpha >= options.tol:
+        raise ValueError(
+            f"{given!r} only shrinks: its keep probability is {alpha:.3g} at w = 0, never below tol={options.tol:g}, so no "
+            "weight would become zero; give a magnitude threshold, for example threshold=1e-2 (threshold=0 accepts that nothing is removed)"
+        )
+
+
+def check_optimizers(form: str, weights: WeightStore, optimizers: Iterable[Optimizer]) -> None:
+    """Refuse an optimiser that calls its closure several times, and selected weights that no optimiser updates."""
+    for optimizer in optimizers:
+        check_optimizer(form, type(optimizer))
+    updated = {name for optimizer in optimizers for name, *_ in weights.members(optimizer)}
+    missing = [name for name, parameter in weights.parameters.items() if parameter.requires_grad and name not in updated]
+    if missing:
+        raise ValueError(
+            f"no optimiser updates the selected {missing[:5]}; exclude them with select={['!' + name for name in missing[:5]]}"
+        )
+
+
+def check_optimizer(form: str, kind: type[Any] | None) -> None:
+    """Refuse a class of optimisers that is known not to work."""
+    if kind is not None and issubclass(kind, torch.optim.LBFGS):
+        raise ValueError(f"{form} cannot work with LBFGS, which calls the closure several times a step; use a first-order optimiser")
+
+
+def check_overlap(callback: SparsityCallback, trainer: Trainer) -> None:
+    """Refuse two sparsity callbacks that select the same weight."""
+    for other in peers_of(trainer):
+        taken = {id(p) for p in other.parameters.values()} if other is not callback else set()
+        names = sorted(name for name, parameter in callback.parameters.items() if id(parameter) in taken)  # includes tied parameters
+        if names:
+            raise ValueError(f"two sparsity callbacks select {names[:5]}; give each callback its own weights with select=[...]")
+
+
+def check_target(target: float, zeros: float) -> None:
+    """Refuse a target below the share of ``zeros`` that keep_zeros=True keeps."""
+    if zeros > target + NEAR:
+        raise ValueError(
+            f"target_sparsity={target:g} is out of reach: {zeros:.2%} of the selected weights are zero already and "
+            "keep_zeros=True keeps them at zero; raise the target, or set keep_zeros=False"
+        )
+
+
+def check_closures(form: str, module: LightningModule, optimizer: Optimizer, count: int) -> None:
+    """Refuse an optimiser that evaluates its closure more than once a step: penalty and masks are defined for one evaluation."""
+    if count > 1 and module.automatic_optimization and len(module.trainer.optimizers) == 1:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} evaluates the loss several times a step, which {form} does not support; "
+            "use an optimiser that calls its closure once"
+        )
+
+
+def refuse_unhooked(form: str, optimizer: Optimizer) -> None:
+    """Raise RuntimeError for an optimiser stepped without Lightning's hook, so that nothing was added to its gradients."""
+    raise RuntimeError(
+        f"{type(optimizer).__name__}.step() was called without Lightning's on_before_optimizer_step, where "
+        f"{form} adds its gradient; step the optimisers of self.optimizers(), or use AdaptiveProx"
+    )
+
+
+def is_built_later(module: LightningModule) -> bool:
+    """Return True if the module may still gain layers, because it overrides setup or configure_model."""
+    return overrides("setup", module) or overrides("configure_model", module)
+
+
+def saves_on_exception(trainer: Trainer) -> bool:
+    """Return True if a callback writes a checkpoint when training fails."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(getattr(other, "save_on_exception", False) or is_a(other, "OnExceptionCheckpoint") for other in callbacks)
+
+
+# -- warnings --------------------------------------------------------------------------------------------------------------
+
+
+def warn_skipped(options: Options, module: LightningModule) -> None:
+    """Warn, once on rank 0, of weights that match the selection but are not parameters."""
+    if reasons := left_out(module, options.select):
+        first, reason = next(iter(reasons.items()))
+        more = f" ({len(reasons) - 1} more weights are left out)" if len(reasons) > 1 else ""
+        excluded = [*(options.select or []), *("!" + name for name in list(reasons)[:5])]
+        rank_zero_warn(f"{options.form} leaves {first!r} out: it {reason}, or exclude it with select={excluded}{more}")
+
+
+def warn_coverage(callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> None:
+    """Report the weights that a sparsity callback's selection skips, and warn if it covers only a small share of the module."""
+    who, patterns = f"{callback.options.form} selects", callback.options.select
+    found = coverage.measure(module, callback.parameters, patterns, _other_parameters(callback, trainer, module))
+    _report_skipped(found, who, patterns, module)
+    if coverage.is_general(patterns):
+        _warn(coverage.tied_message(found, who, patterns))
+    if not any(is_a(one, "BaseFinetuning") for one in trainer.callbacks):  # type: ignore[attr-defined] # because it unfreezes more
+        _warn(coverage.frozen_message(found, who, patterns))
+
+
+def warn_counted(who: str, patterns: list[str] | None, module: LightningModule, names: Iterable[str]) -> None:
+    """Report the weights that are skipped by a selection that is only counted."""
+    counted = dict(counts.weight_in_use(module, name) for name in names)
+    _report_skipped(coverage.measure(module, counted, patterns), f"{who} counts", patterns, module)
+
+
+def warn_all_zero(options: Options, held: Mapping[str, Tensor], live: Mapping[str, Tensor], module: LightningModule) -> list[str]:
+    """Warn of parameters that are all zero and ``held`` there, up to one weight; return those all zero in ``live`` but not held."""
+    dead = _all_zero(held, but=1)
+    if dead:
+        why = "keep_zeros=True keeps" if options.keep_zeros else f"{options.form} prunes them before the first step and keeps"
+        rank_zero_warn(
+            f"all weights of {_listed(dead, module)} are zero at the start, and {why} them there: they never learn. If they should learn "
+            f"(a zero-initialised head, LoRA's B), exclude them with select={_without(options, dead, module)} or initialise them with "
+            "other values"
+        )
+    return [name for name in _all_zero(live) if name not in dead]
+
+
+def warn_still_zero(options: Options, began_at_zero: Mapping[str, Tensor], module: LightningModule) -> None:
+    """Warn, when training ends, of parameters that were all zero at its start and are so again, up to one weight, which ranking keeps."""
+    if dead := _all_zero(began_at_zero, but=1):
+        rank_zero_warn(
+            f"all weights of {_listed(dead, module)} were zero at the start and are zero at the end: {options.form} may have "
+            "removed them before they could learn. If they should learn (a zero-initialised head, LoRA's B), exclude them with "
+            f"select={_without(options, dead, module)}"
+        )
+
+
+def _all_zero(weights: Mapping[str, Tensor], but: int = 0) -> list[str]:
+    """Return the names of matrices in which at most ``but`` values are not zero; biases of batch norms start at zero as a rule."""
+    found = counts.count_zeros({name: w for name, w in weights.items() if w.dim() > 1})
+    return [name for name, (zeros, size) in found.items() if zeros >= size - but and zeros > 0]
+
+
+def _patterns(names: Iterable[str], module: LightningModule) -> list[str]:
+    return list(coverage.grouped(dict.fromkeys(names, ""), [name for name, *_ in owners(module)]))
+
+
+def _listed(names: Iterable[str], module: LightningModule) -> str:
+    patterns = _patterns(names, module)
+    more = f" and {len(patterns) - coverage.LISTED} more" if len(patterns) > coverage.LISTED else ""
+    return ", ".join(map(repr, patterns[: coverage.LISTED])) + more
+
+
+def _without(options: Options, names: Iterable[str], module: LightningModule) -> list[str]:
+    return [*(options.select or []), *("!" + pattern for pattern in _patterns(names, module))]
+
+
+def warn_unknown_step_sizes(options: Options, doubt: Doubt | None, adds_gradients: bool) -> None:
+    """Warn, once on rank 0, that the step size of an optimiser, and so the effect of lam, is unknown; do nothing without a ``doubt``."""
+    if doubt is None or options.target_sparsity is not None:
+        return
+    if doubt.is_measured:
+        remedy = "raise lam, give target_sparsity in its place, or give the optimiser a learning rate"
+    elif adds_gradients:
+        remedy = "give target_sparsity instead of lam, set a magnitude threshold such as threshold=1e-3, or use another optimiser"
+    else:  # weights that are moved after the step do not come near zero
+        remedy = (
+            "give target_sparsity instead of lam, use ReweightedPenalty with a magnitude threshold such as threshold=1e-3, or use another "
+            "optimiser"
+        )
+    rank_zero_warn(f"{doubt.reason}. At the same lam {options.form} may find fewer zeros than with Adam: {remedy}")
+
+
+def _other_parameters(callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> list[Parameter]:
+    """Return the parameters of the run's other sparsity callbacks."""
+    others = [peer for peer in peers_of(trainer) if peer is not callback]
+    return [p for peer in others for p in (peer.parameters or choose(peer.options.select, trainer, module)).values()]
+
+
+def _report_skipped(found: coverage.Coverage, who: str, patterns: list[str] | None, module: LightningModule) -> None:
+    text = coverage.skipped_message(found, who, patterns, [name for name, *_ in owners(module)])
+    if found.is_partial:
+        _warn(text)
+    elif text:
+        rank_zero_info(text)
+
+
+def _warn(text: str) -> None:
+    if text:
+        rank_zero_warn(text)

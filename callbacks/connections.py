@@ -1,0 +1,84 @@
+"""Attach a sparsity callback to a run: to the module's weights, their averages and the optimisers; and detach it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sparse import optimizer as steps
+from lightning_sparse.callbacks import progress, weight_averaging
+from lightning_sparse.methods.base import Method, Run
+from lightning_sparse.step_sizes import is_always_read
+
+AtStep = Callable[[Optimizer], None]
+
+
+class Connections:
+    """Holds the hooks of a fit.
+
+    Args:
+        run: the run of the method; its support's weights are hooked.
+        method: attached with them.
+    """
+
+    def __init__(self, run: Run, method: Method) -> None:
+        self.run, self.method, self.weights = run, method, run.support.weights
+        self.averages: weight_averaging.Averages | None = None
+        self.signature: tuple[int, ...] = ()  # changes when parameters become trainable
+        self.measured: set[int] = set()  # optimisers whose step sizes are measured, by id
+        self.with_modes: list[Any] = []  # optimisers that hold other weights in evaluation
+        self._handles: list[steps.Handle] = []
+
+    def attach(
+        self, trainer: Trainer, module: LightningModule, filed: Callable[[str], Tensor], begin: AtStep, end: AtStep, compiled: bool
+    ) -> None:
+        """Attach to the module, its averages and its optimisers, in the place of what was attached before.
+
+        Args:
+            trainer: the Trainer.
+            module: its module.
+            filed: returns what a file written now holds of a parameter.
+            begin: called when an optimiser's step begins.
+            end: called when it has ended.
+            compiled: compile the method's kernels.
+        """
+        self.detach()
+        self.detach_averages()
+        weights, support = self.weights, self.run.support
+        weights.attach(module, trainer.optimizers, filed)
+        self.run.group(self.method)
+        self.averages = weight_averaging.Averages(weights, support, trainer)
+        self._handles = [steps.around(one, begin, end) for one in weights.optimizers]
+        wrappers: Any = module.optimizers(use_pl_optimizer=True)  # Lightning's wrappers, which also clear gradients
+        self.method.attach(module, wrappers if isinstance(wrappers, list) else [wrappers])
+        if compiled:
+            self.method.compile(self.run.engine, [(optimizer, weights.members(optimizer)) for optimizer in trainer.optimizers])
+        self.signature = progress.trainable_signature(weights, trainer)
+        self.with_modes = [*weight_averaging.with_modes(weights.optimizers)]
+        measures = support.needs_step_sizes or self.method.needs_step_sizes
+        self.measured = {id(one) for one in weights.optimizers if measures and not is_always_read(one)}
+
+    def release(self) -> None:
+        """Restore the live weights and remove the hooks on the optimisers."""
+        if self.weights.attachment is not None:
+            self.weights.attachment.end_forwards()
+            self.weights.attachment.restore()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.method.release()
+        self.run.engine.clear()
+
+    def detach(self) -> None:
+        """Restore the live weights and remove all hooks but those on averages."""
+        self.release()
+        self.weights.close()
+
+    def detach_averages(self) -> None:
+        """Detach from the averages. Not called after an exception, because a file written then holds the average."""
+        if self.averages is not None:
+            self.averages.detach()

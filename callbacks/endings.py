@@ -1,0 +1,266 @@
+"""Handle the end of a run: unmet goals, true zeros, and a second fit that continues from the first."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_sparse import counts, elementwise
+from lightning_sparse.callbacks import logging
+from lightning_sparse.callbacks.form import SparsityCallback, peers_of
+from lightning_sparse.callbacks.options import Options
+from lightning_sparse.callbacks.user_warnings import rank_zero_warn
+from lightning_sparse.callbacks.weight_averaging import Snapshot, Swaps, hooks_of
+from lightning_sparse.schedules import Constant, Strength
+from lightning_sparse.structure import Blocks, Columns, Coupled
+from lightning_sparse.support import Support
+from lightning_sparse.weights import WeightStore
+
+FEW = 0.01  # share of zeros below which a run with lam > 0 is warned of
+TRIAL = 100  # optimiser steps below which a run may be only a trial
+COLLAPSED = 30  # a parameter left with one weight is reported if the target's own share of it is at least so many weights
+MASK = 1 / 32  # size of a compact file's bit mask, relative to the weights in float32: with fewer zeros the file is not smaller
+SMALL = 0.01  # share of the weights' squared norm: an average copied into the module is pruned if that removes less
+
+
+# -- goals -----------------------------------------------------------------------------------------------------------------
+
+
+def unreached(options: Options, support: Support, strength: Strength) -> list[str]:
+    """Describe the goals that the run has not met, one phrase each; empty once the support is frozen."""
+    if support.is_frozen:
+        return []
+    if options.target_sparsity is not None:
+        return [f"{support.share_of_zeros():.2%} of the selected weights are zero, target_sparsity is {options.target_sparsity:g}"]
+    at = round(strength.total * (1 - options.freeze)) if options.freeze else 0
+    return [f"its support was to be frozen at step {at} (freeze={options.freeze:g}), so nothing was fine-tuned"] if options.freeze else []
+
+
+def schedule_left(options: Options, support: Support, strength: Strength) -> list[str]:
+    """Describe how far lam is from the end of its schedule; empty at the end, and for pruning, whose schedule is its ramp."""
+    end, constant = strength.schedule.lam, isinstance(strength.schedule, Constant)
+    if support.is_frozen or options.target_sparsity is not None or constant or strength.lam >= end * (1 - 1e-6):
+        return []
+    return [f"lam is {strength.lam:.3g}, its schedule ends at {end:g}"]
+
+
+def warn_target_missed(options: Options, strength: Strength, missed: list[str], due: float, pruned: Support | None) -> None:
+    """Warn of the goals that a run that ended early ``missed``; log instead that it was ``pruned`` to its target."""
+    text = f"training ended at step {strength.step} of {strength.total:g}, before {options.form} had finished: {'; '.join(missed)}"
+    if pruned is not None:
+        rank_zero_info(f"{text}. finish='prune' has removed the lowest ranks, so that {pruned.share_of_zeros():.2%} are zero")
+        return
+    step = math.ceil(strength.total * due)
+    later = f"Train to step {step} at least (later EarlyStopping, longer max_time), or give the Trainer a smaller max_epochs or max_steps"
+    rank_zero_warn(
+        f"{text}. {later}" + ("" if options.target_sparsity is None else "; finish='prune' cuts to the target wherever training ends")
+    )
+
+
+def warn_few_zeros(options: Options, support: Support, strength: Strength, settings: Mapping[str, Any], movement: str) -> None:
+    """Warn if lam > 0 has made hardly any zeros; only log it for a run of a few steps, which may be a trial.
+
+    ``movement`` describes how far the method's own parameters have moved.
+    """
+    if strength.lam <= 0 or options.target_sparsity is not None or options.threshold == 0 or not strength.step:
+        return
+    zeros, names = support.share_of_zeros(), support.weights.parameters
+    if zeros >= FEW:
+        return
+    keep = counts.mean(support.keep_probability(name) for name in names)
+    name = "kl_weight" if "kl_weight" in settings else "lam"
+    own = settings.get("learned_lr") or "the weights' own"
+    rates = f"learned_lr (now {own})" if "learned_lr" in settings else "the learning rate"
+    notify = rank_zero_warn if strength.step >= TRIAL else rank_zero_info
+    notify(
+        f"{options.form} has set {zeros:.2%} of the selected weights to zero in {strength.step} optimiser steps at "
+        f"{name}={strength.lam:.3g}: the mean keep probability is {keep:.3g}, and a weight counts as zero below tol={options.tol:g}"
+        f"{movement}. Raise {name} or {rates}, train longer, or give target_sparsity in place of {name}, which finds it and removes the "
+        "missing weights by rank"
+    )
+
+
+def warn_new_length(options: Options, support: Support, strength: Strength, planned: float | None) -> None:
+    """Warn if a resumed run has another number of steps than was planned when its state was written."""
+    if planned is None or planned == strength.total or not math.isfinite(strength.total):
+        return
+    length = f"for {strength.total:g} optimiser steps in all, not {planned:g}"
+    if support.is_frozen:
+        rank_zero_warn(
+            f"{options.form} continues {length}, and its support is frozen already: the steps from {strength.step} on fine-tune the same "
+            f"{1 - support.share_of_zeros():.2%} of the weights, without penalty or noise. To choose new zeros, load the weights "
+            "into the module and fit it with a new Trainer without ckpt_path"
+        )
+    elif options.freeze or not strength.is_constant:
+        rank_zero_info(
+            f"{options.form} continues {length}: its shares (freeze, warm-up, ramp) are of the new length; weights held at zero stay zero"
+        )
+
+
+def tell_parts(form: str, support: Support, strength: Strength) -> None:
+    """Log, when the support is frozen, how many weights lam brought to zero and how many were removed by rank."""
+    target = strength.target
+    if target is None:
+        return
+    by_rank = min(target.ranked + max(target.target - support.share_of_zeros(), 0.0), target.target)
+    rank_zero_info(
+        f"{form} meets target_sparsity={target.target:g} at step {strength.step}: lam (now {strength.lam:.3g}) brought "
+        f"{target.target - by_rank:.2%} of the weights to zero, {by_rank:.2%} were removed by rank along the ramp ({support.score!r})"
+    )
+
+
+def warn_collapsed(options: Options, support: Support) -> None:
+    """Warn of parameters of which ranking towards a target has left a single weight."""
+    if options.target_sparsity is None:
+        return
+    found = counts.count_zeros(support.weights.parameters, support.all_zeros())
+    left = [name for name, (zeros, size) in found.items() if size - zeros <= 1 and size * (1 - options.target_sparsity) >= COLLAPSED]
+    if left:
+        rank_zero_warn(
+            f"{options.form} has left at most one weight of {left[:5]}: these layers pass on next to nothing. Give least_kept=0.01, "
+            "score=scores.LAMP(), which keeps some weights of every layer, or a smaller target_sparsity"
+        )
+
+
+# -- after training --------------------------------------------------------------------------------------------------------
+
+
+def say_what_next(callback: SparsityCallback, trainer: Trainer) -> None:
+    """Log one line for all sparsity callbacks: the share of zeros, the checkpoint, and how to use the zeros."""
+    peers = peers_of(trainer)
+    if not peers or callback is not peers[-1] or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    found = counts.count_zeros({name: weight for peer in peers for name, weight in peer.parameters.items()})
+    zeros, size = counts.share(found), sum(number for _, number in found.values())
+    keeper = trainer.checkpoint_callback
+    file = getattr(keeper, "best_model_path", "") or getattr(keeper, "last_model_path", "")
+    folder = Path(file).parent
+    has_config = any((place / "config.yaml").is_file() for place in (folder, folder.parent))
+    uses = _uses(peers)
+    if file and has_config:
+        step = f"; next: lightning-sparse report {file}" + (f" (what {_listed([verb for verb, _ in uses])} gain)" if uses else "")
+    else:
+        step = f"; next: {_listed([function for _, function in uses])} of lightning_sparse" if uses else ""
+    names = " and ".join(dict.fromkeys(peer.options.form for peer in peers))
+    rank_zero_info(f"{names}: {zeros:.2%} of {size} selected weights are zero{f'; checkpoint {file}' if file else ''}{step}")
+
+
+def _uses(peers: Sequence[SparsityCallback]) -> list[tuple[str, str]]:
+    """Return the commands that make use of the zeros, as (verb of the command line, function of lightning_sparse)."""
+    from lightning_sparse.export.conversion import LEAST_ZEROS  # because it takes 0.1 s
+
+    weights = {name: weight.detach() for peer in peers for name, weight in peer.parameters.items()}
+    found: list[tuple[str, str]] = []
+    coupled = [peer for peer in peers if isinstance(peer.options.structure, (Columns, Coupled))]
+    groups = [pair for peer in coupled for pair in peer.groups_left().values()]
+    if any(left < number for left, number in groups) or any(_has_zero_row(weight) for weight in weights.values()):
+        found.append(("shrink", "shrink"))
+    matrices = {name: weight for name, weight in weights.items() if weight.dim() == 2}  # because convolutions have no sparse layer
+    if matrices and counts.share(counts.count_zeros(matrices)) >= LEAST_ZEROS:
+        layout = "bsr" if any(isinstance(peer.options.structure, Blocks) for peer in peers) else "csr"
+        found.append((f"export --to {layout}", f"export.to_sparse(layout={layout!r})"))
+    if counts.share(counts.count_zeros(weights)) > MASK:
+        found.append(("export --to compact", "export.save_compact"))
+    return found
+
+
+def _has_zero_row(weight: Tensor) -> bool:
+    """Return True if an output of a layer has no weights left; of a weight split over processes this one's part is examined."""
+    part = elementwise.local_part(weight)
+    return part.dim() > 1 and part.numel() > 0 and bool((part.flatten(1) == 0).all(1).any())
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+class Ending:
+    """Records what a callback left in the module when training ended or failed: files hold what the module holds."""
+
+    def __init__(self, weights: WeightStore, support: Support, failed: bool = False) -> None:
+        self.weights, self.support, self.failed = weights, support, failed
+        self._left = Snapshot(weights, alone=failed)  # because the other ranks may not have failed
+
+    def has_final(self, name: str) -> bool:
+        """Return True if files show a parameter's data as they are: true zeros, or values written by others since."""
+        return not self.failed or self._left.changed(name)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Return True if the support is frozen and the weights that a file written now holds lie in it."""
+        frozen = self.support.frozen
+        if frozen is None or self.failed:
+            return self.support.is_frozen
+        return all(_lies_in(self.weights.live(name), kept) for name, kept in frozen.items())
+
+    def handle_changed_weights(self, callback: SparsityCallback, trainer: Trainer, hook: str, swaps: Swaps) -> None:
+        """Prune an average that another callback's ``hook`` copied in, leave other changed weights alone, and log again."""
+        changed = self._left.differs()
+        if trainer.world_size > 1:
+            changed = trainer.strategy.reduce_boolean_decision(changed, all=False)
+        if not changed:
+            return
+        lost = self.support.lost()
+        if swaps.seen or lost <= SMALL:
+            self.support.prune()
+        for peer in dict.fromkeys((callback, peers_of(trainer)[-1])):  # the last one logs the totals
+            logging.finish(peer, trainer)
+        if not swaps.seen and lost > SMALL:
+            form = callback.options.form
+            rank_zero_warn(
+                f"the weights were changed in {hook} ({', '.join(hooks_of(trainer, [hook])) or 'of another callback'}), after "
+                f"{form} had set its zeros; setting them again would remove {lost:.0%} of the new weights' squared norm, so they "
+                "are left as they are, and the sparsity logged last is theirs. If they are an average of the trained weights, call the "
+                "callback's prune() after fit; if they are those of the best epoch, add BestAfterTarget() so that the epoch is sparse"
+            )
+
+
+def _lies_in(w: Tensor, kept: Tensor) -> bool:
+    return int(elementwise.sum_shards(((elementwise.local_part(w) != 0) & ~elementwise.local_part(kept).to(w.device)).sum(), w)) == 0
+
+
+class Fit:
+    """Identifies the Trainer and the module of a callback's last fit, to detect a second fit that continues it.
+
+    A copy or a pickle of it holds neither.
+    """
+
+    def __init__(self, trainer: Trainer | None = None, module: LightningModule | None = None) -> None:
+        self._known = tuple(weakref.ref(one) for one in (trainer, module) if one is not None)
+
+    def continues(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Return True if the same Trainer, which has trained before, fits the same module again."""
+        known = [one() for one in self._known]
+        return len(known) == 2 and known[0] is trainer and known[1] is module and trainer.fit_loop.total_batch_idx >= 0
+
+    def __reduce__(self) -> tuple[type[Fit], tuple[()]]:
+        return Fit, ()
+
+
+@torch.no_grad()
+def was_changed(weights: WeightStore, support: Support) -> bool:
+    """Return True if weights held at zero have been given other values since, because they are to be trained again."""
+    masks = [*support.held.items(), *support.cut.items(), *(support.frozen or {}).items()]
+    pruned = (elementwise.local_part(weights.parameters[name].detach())[~elementwise.local_part(where)] for name, where in masks)
+    return any(bool((values != 0).any()) for values in pruned)
+
+
+@torch.no_grad()
+def state_for_next_fit(state: dict[str, Any], weights: WeightStore) -> dict[str, Any]:
+    """Return the ``state`` that a second fit of the same Trainer continues from.
+
+    The module's weights stay as they are. The optimiser is new, so none of its state is included.
+    """
+    live = {name: elementwise.full_tensor(parameter.detach()) for name, parameter in weights.parameters.items()}
+    kept = {key: value for key, value in state.items() if key != "averaged"}
+    kept |= {"moments": {}} if "moments" in state else {}
+    return kept | {"taken": {name: w[w == 0].cpu() for name, w in live.items()}}

@@ -1,0 +1,239 @@
+"""Measure the run's length, count optimiser steps, and choose the parameters, also those that become trainable later."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import move_data_to_device
+from torch.nn import Parameter
+
+from lightning_sparse.callbacks.compatibility import is_a
+from lightning_sparse.callbacks.options import Options
+from lightning_sparse.callbacks.weight_averaging import extra_epochs
+from lightning_sparse.schedules import Constant, Strength
+from lightning_sparse.select import select
+from lightning_sparse.weights import WeightStore
+
+
+class Clock:
+    """Counts the same steps as Lightning, however often an optimiser steps or evaluates its loss within one.
+
+    Lightning counts one optimiser step a batch in automatic optimisation (none while it accumulates), also where a module's
+    ``optimizer_step`` skips it or steps several times. For each batch the clock records which optimisers had their gradients prepared,
+    how often each evaluated its loss, and whether the batch's step was counted. The count and the run's length are stored in the
+    strength.
+    """
+
+    def __init__(self, strength: Strength) -> None:
+        self.strength = strength
+        self.manual = False  # in manual optimisation batches are counted
+        self.begun = False  # training has started
+        self.offset, self.whole = 0, math.inf  # steps before this callback's first, and those of the whole run
+        self.drift = 0  # steps that earlier epochs had beyond those of epochs as long as this one
+        self.begin_batch(0)
+
+    # -- the run -----------------------------------------------------------------------------------------------------------
+
+    def begin_at(self, offset: int) -> None:
+        """Set the callback's first step to ``offset`` steps into the run."""
+        self.offset, self.strength.total = offset, max(self.whole - offset, 1)
+
+    def measure(self, trainer: Trainer, options: Options) -> None:
+        """Measure the run's length. Not earlier, because the Trainer would forget a stateful loader's position in its epoch."""
+        self.whole = total_steps(trainer, self.drift, options, self.strength)
+        self.begin_at(self.offset)
+
+    def begin(self, trainer: Trainer) -> bool:
+        """Start training; return True the first time. A run that began without this callback leaves it fewer steps."""
+        if not self.begun:
+            self.begin_at(batches_of(trainer) if self.manual else trainer.global_step)
+        begun, self.begun = self.begun, True
+        return not begun
+
+    def begin_epoch(self, trainer: Trainer) -> bool:
+        """Start an epoch; return True if the loader was rebuilt with another length."""
+        drift = drift_of(trainer, batches_of(trainer) if self.manual else trainer.global_step)
+        changed, self.drift = drift != self.drift, drift
+        return changed
+
+    # -- a batch -----------------------------------------------------------------------------------------------------------
+
+    def begin_batch(self, steps: int) -> None:
+        """Start a batch; Lightning has counted ``steps`` optimiser steps before it."""
+        self.counted = False  # this batch's step is counted
+        self._steps = steps
+        self._prepared: set[int] = set()  # optimisers whose gradients were prepared and that have not stepped since
+        self._evaluations: dict[int, int] = {}  # of the loss within an optimiser's step, by the optimiser's id
+
+    def begin_step(self, optimizer: Any) -> None:
+        """Start an optimiser's step."""
+        self._evaluations[id(optimizer)] = 0
+
+    def prepare(self, optimizer: Any) -> int:
+        """Note that an optimiser's gradients are about to be changed; return how often its loss was evaluated in this step."""
+        self._prepared.add(id(optimizer))
+        if id(optimizer) not in self._evaluations:  # because under a GradScaler the loss is evaluated before the step begins
+            return 1
+        self._evaluations[id(optimizer)] += 1
+        return self._evaluations[id(optimizer)]
+
+    def is_prepared(self, optimizer: Any) -> bool:
+        """Return True if an optimiser's gradients were prepared in this batch since it last stepped."""
+        return id(optimizer) in self._prepared
+
+    def end_step(self, optimizer: Any, stepped: bool = True) -> None:
+        """End an optimiser's step; ``stepped`` is False if it was skipped."""
+        self._evaluations.pop(id(optimizer), None)
+        if stepped:
+            self._prepared.discard(id(optimizer))
+
+    def count(self) -> None:
+        """Count this batch's step."""
+        self.strength.step, self.counted = self.strength.step + 1, True
+
+    def missing(self, trainer: Trainer) -> int:
+        """Return, at a batch's end, the number of its steps that were not counted yet."""
+        steps = trainer.global_step
+        if not self.manual:  # a step without a call of the optimiser; not one that a GradScaler skipped
+            return int(steps > self._steps and not self.counted and not self._prepared)
+        batches, ends = batches_of(trainer), (self.whole, of_epochs(trainer, self.drift), trainer.max_steps)
+        return _reached(steps, batches, *ends) - _reached(self._steps, batches - 1, *ends)
+
+
+def _reached(steps: int, batches: int, total: float, epochs: float, most: int) -> int:
+    """Return, under manual optimisation, the part of ``total`` reached after ``batches`` or ``steps``, whichever is more."""
+    if total == float("inf"):
+        return batches
+    by_batches = 0 if epochs == float("inf") else batches * int(total) // int(epochs)
+    return max(by_batches, 0 if most == -1 else steps * int(total) // most)
+
+
+def is_idle(optimizer: Any) -> bool:
+    """Return True at learning rate 0: torch's checkpointing steps an optimiser without state under FSDP2, to create its state."""
+    return all(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups)
+
+
+def is_skipped(optimizer: Any) -> bool:
+    """Return True if the GradScaler skips this step: a fused optimiser is still called, with ``found_inf`` set."""
+    return float(getattr(optimizer, "found_inf", None) or 0) > 0
+
+
+# -- length ----------------------------------------------------------------------------------------------------------------
+
+
+def batches_of(trainer: Trainer) -> int:
+    """Return the number of batches trained on."""
+    return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
+
+
+def batches_of_epoch(trainer: Trainer, steps: float) -> float:
+    """Return the batches of an epoch, or of a run of ``steps`` if its loader has no length; inf if both are unknown."""
+    batches = float(trainer.num_training_batches)
+    return batches if math.isfinite(batches) else steps * trainer.accumulate_grad_batches
+
+
+def total_steps(trainer: Trainer, drift: int, options: Options, strength: Strength) -> float:
+    """Return the run's optimiser steps (batches under manual optimisation); inf if unknown and not needed."""
+    float(trainer.estimated_stepping_batches)  # because this loads the data, whose length is unknown before
+    total = min(of_epochs(trainer, drift), math.inf if trainer.max_steps == -1 else trainer.max_steps)
+    if total == trainer.max_steps:  # because max_steps counts the steps of all optimisers
+        total = math.ceil(total / max(len(trainer.optimizers), 1))
+    trains = trainer.limit_train_batches != 0 and trainer.num_training_batches > 0
+    if not math.isfinite(total) and trains and (options.freeze or not isinstance(strength.schedule, Constant)):
+        why = "its training loader has no length" if trainer.max_epochs not in (None, -1) else "neither epochs nor steps are given"
+        raise ValueError(
+            f"{options.form} with {_shares(options, strength)} needs the length of the run, but {why}: "
+            "give the Trainer max_steps, or limit_train_batches beside max_epochs"
+        )
+    return total
+
+
+def _shares(options: Options, strength: Strength) -> str:
+    """Describe the arguments that are shares of the run, as they were given."""
+    if options.target_sparsity is not None:
+        return f"target_sparsity={options.target_sparsity:g}"
+    schedule = "" if isinstance(strength.schedule, Constant) else repr(strength.schedule)
+    return " and ".join(part for part in (f"freeze={options.freeze:g}" if options.freeze else "", schedule) if part)
+
+
+def of_epochs(trainer: Trainer, drift: int = 0) -> float:
+    """Return the optimiser steps (batches under manual optimisation) of all epochs; inf if their number or length is unknown.
+
+    Assume that all epochs are as long as the present one, except for ``drift`` in those before it. Lightning's own estimate ignores a
+    GradientAccumulationScheduler and epochs that only update batch norm.
+    """
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if epochs is None or epochs == -1 or not math.isfinite(batches) or batches < 1:
+        return math.inf
+    return max(_steps_of(trainer, batches, max(epochs, 1) - extra_epochs(trainer)) + drift, 1)
+
+
+def drift_of(trainer: Trainer, done: int) -> int:
+    """Return, at an epoch's start, ``done`` minus the steps that the earlier epochs would have had at this epoch's length."""
+    batches = trainer.num_training_batches
+    return 0 if not math.isfinite(batches) else done - _steps_of(trainer, batches, trainer.current_epoch)
+
+
+def _steps_of(trainer: Trainer, batches: float, epochs: int) -> int:
+    """Return the optimiser steps of this many epochs of this many batches."""
+    schedule = next((one for one in trainer.callbacks if is_a(one, "GradientAccumulationScheduler")), None)  # type: ignore[attr-defined]
+    if schedule is None:
+        return math.ceil(batches / trainer.accumulate_grad_batches) * epochs
+    return sum(math.ceil(batches / schedule.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+
+
+# -- parameters ------------------------------------------------------------------------------------------------------------
+
+
+def choose(patterns: list[str] | None, trainer: Trainer, module: LightningModule, state: Any = None) -> dict[str, Parameter]:
+    """Return the selected parameters at the start of a fit.
+
+    With a finetuning callback, matching parameters that are frozen may become trainable later; without one they are refused, see
+    :func:`lightning_sparse.select.select`. A run that is resumed from ``state`` starts with the parameters of that state.
+    """
+    thaws = any(is_a(one, "BaseFinetuning") for one in trainer.callbacks)  # type: ignore[attr-defined]
+    chosen = select(module, patterns, trainable=not thaws)
+    now = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
+    before = _saved_values(state)
+    known = now if before.keys() <= now.keys() else select(module, patterns, trainable=False)
+    return {name: known[name] for name in before if name in known} | now  # in the order in which they became trainable
+
+
+def _saved_values(state: Any) -> dict[str, Any]:
+    taken = state.get("taken") if isinstance(state, dict) else None
+    return taken if isinstance(taken, dict) else {}
+
+
+def fits(patterns: list[str] | None, trainer: Trainer, module: LightningModule, state: Any) -> bool:
+    """Return True if ``state`` is a sparsity callback's state for the same parameters."""
+    return bool(_saved_values(state)) and set(_saved_values(state)) == set(choose(patterns, trainer, module, state))
+
+
+def newly_trainable(weights: WeightStore, patterns: list[str] | None, trainer: Trainer, module: LightningModule) -> dict[str, Parameter]:
+    """Return the parameters that match the selection and that an optimiser has started to update."""
+    updated = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    updated -= {id(parameter) for parameter in weights.parameters.values()}
+    found = select(module, patterns, trainable=False)
+    return {name: parameter for name, parameter in found.items() if parameter.requires_grad and id(parameter) in updated}
+
+
+def trainable_signature(weights: WeightStore, trainer: Trainer) -> tuple[int, ...]:
+    """Return numbers that change when parameters become trainable: groups per optimiser, and trainable selected parameters."""
+    groups = (len(optimizer.param_groups) for optimizer in trainer.optimizers)
+    return (*groups, sum(parameter.requires_grad for parameter in weights.parameters.values()))
+
+
+def example_inputs(trainer: Trainer, module: LightningModule) -> Any:
+    """Return inputs of the module's forward: its ``example_input_array``, else those of the first training batch.
+
+    The loader is asked for one batch, with the random state restored afterwards.
+    """
+    given = module.example_input_array
+    if given is None:
+        with torch.random.fork_rng(devices=[]):
+            batch = next(iter(trainer.fit_loop._data_source.dataloader()))
+        given = batch[0] if isinstance(batch, (list, tuple)) else batch
+    return move_data_to_device(given, module.device)

@@ -1,0 +1,268 @@
+"""``lightning-sparse shrink --config X --max_drop 0.5``: cut groups and fine-tune in stages while the validation metric stays in budget."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelSummary, ProgressBar
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_sparse import _checks, coupling
+from lightning_sparse.callbacks import Sparsifier, Sparsify
+from lightning_sparse.cli import checkpoints, formats, recipes, shrunk_table
+from lightning_sparse.cli.errors import UsageError
+from lightning_sparse.cli.opened import Opened
+from lightning_sparse.cli.saved import Saved, silence_device_messages
+from lightning_sparse.cli.training import launch
+from lightning_sparse.shrinking import Budget, GroupScores, Shrunk, Stages, choose, remove, save_shrunk, share_of
+from lightning_sparse.shrinking.report import Report, changed_widths
+from lightning_sparse.shrinking.stages import DEVICES
+from lightning_sparse.structure import Channels, Heads
+
+_ABOUT = (
+    "Shrink a recipe's network in stages: score its channels, neurons and heads by their gradients (Taylor importance), remove the lowest "
+    "per multiply-add, fine-tune, and validate. A stage counts if the metric dropped by at most --max_drop since the dense network; a "
+    "stage that drops more is tried again with half of the cut, then the run ends. It ends earlier once all of the given goals are "
+    "reached: --max_params, --max_multiply_adds, --max_latency, --speed_up. The folder keeps every stage: the same command "
+    "goes on where it stopped. Further arguments override the recipe as in fit."
+)
+_QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+_BATCHES = 50  # that the scores are computed on
+GIVEN = ("--max_drop", "--max_params", "--max_multiply_adds", "--max_latency", "--speed_up")  # one of them makes it this verb
+_GOALS = [flag.removeprefix("--") for flag in GIVEN]
+
+
+class _Scoring(Callback):
+    """Score groups on the training batches, and leave the weights as they are."""
+
+    def __init__(self, scores: GroupScores) -> None:
+        self.scores = scores
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.scores.update(pl_module)
+        for parameter in pl_module.parameters():
+            parameter.grad = None  # optimisers pass over such parameters
+
+
+def _sparsifiers(module: LightningModule, groups: list[coupling.Group], chosen: list[coupling.Group]) -> list[Sparsifier]:
+    """Return callbacks that train towards as many zero weights as the ``chosen`` groups hold: of channels and neurons, and of heads."""
+    found: list[Sparsifier] = []
+    for structure in (Channels(), Heads()):
+        members, picked = ([group for group in of if (group.kind == "head") == structure.heads] for of in (groups, chosen))
+        if picked:
+            names = {entry.name for group in members if group.exact for entry in group.entries}
+            select = [name for name, _ in module.named_parameters() if name in names]
+            found.append(Sparsify(share_of(module, members, picked), structure=structure, select=select))
+    return found
+
+
+def run(words: Sequence[str]) -> int:
+    """Shrink in stages, write the smallest network that counts, and print the table."""
+    args, overrides = _parser().parse_known_args(words)
+    if args.device not in DEVICES:
+        raise UsageError(f"--for must be {' or '.join(DEVICES)}, got {args.device!r}")
+    if args.batch is not None and args.batch < 1:
+        raise UsageError(f"--batch must be at least 1, got {args.batch}")
+    try:
+        budget = Budget(**{name: getattr(args, name) for name in _GOALS}, device=args.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if not 0 < args.step < 1:
+        raise UsageError(f"--step must lie between 0 and 1, got {args.step}")
+    cli = launch(Opened, ["fit", *recipes.with_paths(["--config", args.config]), *overrides])
+    with silence_device_messages():
+        _Run(args, budget, words, overrides, cli).run()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lightning-sparse shrink", description=_ABOUT)
+    parser.add_argument("--config", required=True, help="recipe or YAML of the model, data and trainer; its sparsify key is not used")
+    parser.add_argument("--max_drop", type=float, help="in points (0.01) of a metric between 0 and 1, else in its own units (default: any)")
+    parser.add_argument("--max_params", type=int, metavar="N", help="goal: at most so many parameters")
+    parser.add_argument("--max_multiply_adds", type=float, metavar="SHARE", help="goal: this share of the dense network's multiply-adds")
+    parser.add_argument("--max_latency", type=float, metavar="MS", help="goal: milliseconds of a call at --batch, measured")
+    parser.add_argument("--speed_up", type=float, metavar="RATIO", help="goal: times faster than dense at --batch, measured in one run")
+    parser.add_argument("--for", dest="device", default="cpu", metavar="DEVICE", help="cpu or cuda: measure there (default: %(default)s)")
+    parser.add_argument("--batch", type=int, metavar="N", help="batch size of --max_latency and --speed_up (default: the recipe's)")
+    parser.add_argument("--ckpt_path", type=Path, help="the dense network's checkpoint (default: train it first, as the recipe says)")
+    parser.add_argument("--monitor", default="val/accuracy", help="metric of validation (default: %(default)s)")
+    parser.add_argument("--mode", choices=("max", "min"), default="max", help="whether larger is better (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("small"), metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument(
+        "--search",
+        choices=("scores", "groups"),
+        default="scores",
+        help="remove the groups of the lowest scores, or first train each stage towards as many zero groups (default: %(default)s)",
+    )
+    parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning in each stage, and of groups (default: %(default)s)")
+    parser.add_argument("--step", type=float, default=0.25, help="share of the multiply-adds that a stage cuts (default: %(default)s)")
+    parser.add_argument("--stages", type=int, default=12, help="at most (default: %(default)s)")
+    parser.add_argument("--round_to", type=int, default=8, help="keep multiples of this many channels (default: %(default)s)")
+    return parser
+
+
+class _Run:
+    """The recipe's Trainer, model and data as the functions that ``Stages`` calls, and the files at the end."""
+
+    def __init__(self, args: argparse.Namespace, budget: Budget, words: Sequence[str], overrides: Sequence[str], cli: Any) -> None:
+        self.args, self.words, self.cli, self.folder = args, words, cli, args.out
+        self.saved = Saved(args.ckpt_path or self.folder / "dense.ckpt", cli.model, cli.datamodule)
+        given = self.saved.inputs()
+        self.inputs, self.one = formats.sized(given, 64), formats.sized(given, 1)
+        self.batch = args.batch or next(len(x) for x in pytree.tree_leaves(given) if isinstance(x, Tensor) and x.dim())
+        settings = {name: getattr(args, name) for name in ("config", "monitor", "search", "epochs", "round_to")}
+        settings |= {"ckpt_path": str(args.ckpt_path) if args.ckpt_path else None, "overrides": list(overrides)}
+        settings |= {"batch": self.batch} if budget.is_timed else {}
+        try:
+            self.stages = Stages(
+                self.folder,
+                cli.model,
+                self.one,
+                budget,
+                cut=self._cut,
+                tune=self._tune,
+                validate=self._validate,
+                mode=args.mode,
+                step=args.step,
+                most=args.stages,
+                timed_inputs=formats.sized(given, self.batch),
+                settings=settings,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def run(self) -> None:
+        """Go through the stages that are missing, from where the folder stands, and write the files."""
+        self._dense()
+        state = self.stages.state
+        for stage in self.stages:
+            if stage.get("smallest"):
+                continue
+            timing = f"{stage['milliseconds']:.3f} ms, {stage['times_faster']:.2f}x, " if "milliseconds" in stage else ""
+            print(
+                f"stage {stage['number']}: {stage['multiply_adds'] / state.dense['multiply_adds']:.3f} of the multiply-adds, "
+                f"{stage['parameters']:,} parameters, {timing}{self.args.monitor} {stage['metric']:.4f}, drop {stage['drop']:.2f}: "
+                + ("counts" if stage["counts"] else "too much"),
+                flush=True,
+            )
+        self._finish(self.stages.network())
+
+    def _dense(self) -> None:
+        """Load the dense network, or train it if the folder has none."""
+        file = self.saved.file
+        if self.args.ckpt_path or file.is_file():
+            content = checkpoints.read(file)
+            if content is None:
+                raise UsageError(f"give the path of a checkpoint file, got {file}")
+            checkpoints.check(file, content, self.cli.model)
+            self.cli.model.load_state_dict(content["state_dict"])
+            return
+        self._check_monitor()
+        self.stages.write()  # first, because another command must not take this run's network for its own
+        print("training the dense network ...", flush=True)
+        self._trainer(None).fit(self.cli.model, datamodule=self.cli.datamodule)
+        trainer = self._trainer(1)
+        trainer.strategy.connect(self.cli.model)
+        beside = file.with_name(f"{file.name}.part")
+        trainer.save_checkpoint(beside, weights_only=True)
+        beside.replace(file)
+
+    def _trainer(self, epochs: int | None, *callbacks: Callback, **options: Any) -> Trainer:
+        """Build the recipe's Trainer without its loggers, checkpoints and sparsifier, for so many epochs (None: the recipe's)."""
+        _, _, settings = self.cli.rebuild()
+        passed = (ProgressBar, ModelSummary, Checkpoint, EarlyStopping, Sparsifier)
+        own = [callback for callback in settings["callbacks"] or [] if not isinstance(callback, passed)]
+        length = {} if epochs is None else {"max_epochs": epochs, "max_steps": -1}
+        return Trainer(**{**settings, **_QUIET, **length, "callbacks": [*own, *callbacks], **options})
+
+    def _cut(self, module: LightningModule, target: int) -> LightningModule | None:
+        """Remove the groups of the lowest scores until one sample takes ``target`` multiply-adds; None if none can go."""
+        groups = coupling.groups(module, self.inputs)
+        if not self.stages.state.stages:
+            for axis, count, why in coupling.left_out(groups):
+                print(f"left out: {count} groups of {axis}: {why}")
+        chosen = self._lowest(module, groups, target)
+        if chosen and self.args.search == "groups":
+            self._trainer(self.args.epochs, *_sparsifiers(module, groups, chosen)).fit(module, datamodule=self.cli.datamodule)
+            chosen = self._lowest(module, groups, target)  # groups that are zero by now have the score 0
+        smaller: LightningModule | None = remove(module, self.inputs, groups, chosen, self.args.round_to) if chosen else None
+        return smaller
+
+    def _lowest(self, module: LightningModule, groups: list[coupling.Group], target: int) -> list[coupling.Group]:
+        scores = GroupScores(groups)
+        self._trainer(1, _Scoring(scores), limit_train_batches=_BATCHES, limit_val_batches=0).fit(module, datamodule=self.cli.datamodule)
+        return choose(module, self.one, groups, scores.values(), target, self.args.round_to)
+
+    def _tune(self, module: LightningModule) -> None:
+        self._trainer(self.args.epochs).fit(module, datamodule=self.cli.datamodule)
+
+    def _validate(self, module: LightningModule) -> float:
+        return self._metric(self._trainer(1).validate(module, datamodule=self.cli.datamodule, verbose=False))
+
+    def _check_monitor(self) -> None:
+        """Validate a new network on two batches, to refuse a metric that validation does not log before anything is trained."""
+        module, data, _ = self.cli.rebuild()
+        try:
+            found = self._trainer(1, limit_val_batches=2).validate(module, datamodule=data, verbose=False)
+        except Exception:  # a metric may need more than two batches: the dense network's validation tells
+            return
+        self._metric(found)
+
+    def _metric(self, found: Sequence[Mapping[str, float]]) -> float:
+        """Return the monitored one of the figures that validation logged. Raises UsageError, with their names, if it is not there."""
+        metrics = {name: float(value) for one in found for name, value in one.items()}
+        if self.args.monitor not in metrics:
+            close = _checks.closest(self.args.monitor, metrics)
+            raise UsageError(f"--monitor {self.args.monitor} is not among the validation metrics {sorted(metrics)}{close}")
+        return metrics[self.args.monitor]
+
+    def _finish(self, module: LightningModule) -> None:
+        """Save the last network that counts, and print the table against the dense one."""
+        state, budget = self.stages.state, self.stages.budget
+        last, dense = state.last(), state.dense
+        if not last["number"] and not state.stages:
+            raise UsageError(f"the dense network reaches every goal already: {self._goals(list(budget.goals()))}")
+        if not last["number"]:
+            raise UsageError(
+                f"no stage stayed within a drop of {self.args.max_drop}: fine-tune longer (--epochs), cut less (--step), or allow more "
+                "(--max_drop)"
+            )
+        save_shrunk(module, self.folder)
+        widths = changed_widths(*(coupling.groups(network, self.inputs) for network in (self.cli.model, module)))
+        pairs = [(int(dense[name]), int(last[name])) for name in ("parameters", "multiply_adds")]
+        report = Report(widths, pairs[0], (64 * pairs[1][0], 64 * pairs[1][1]), 0.0)
+        table = shrunk_table.show(self.saved, Shrunk(module.eval(), report), self.folder, tuned=True, device=budget.device)
+        missed = budget.missed(last, dense)
+        notes = [f"not reached within these stages: {self._goals(missed)}"] if missed else []
+        if last.get("milliseconds"):
+            took = f"{last['milliseconds']:.3f} ms, {last['times_faster']:.2f} times faster than dense"
+            notes.append(f"measured at batch {self.batch} on {budget.device}: {took}")
+        self._write_report(table, notes)
+        print("\n".join([*notes, f"stages: {shlex.quote(str(self.folder / 'state.json'))}"]))
+
+    def _goals(self, names: Sequence[str]) -> str:
+        return ", ".join(f"--{name} {getattr(self.args, name):g}" for name in names)
+
+    def _write_report(self, table: shrunk_table.Shown, notes: Sequence[str]) -> None:
+        """Write ``report.md``: the command, the table, the stages, and how to load the files."""
+        state, name = self.stages.state, type(self.cli.model).__name__
+        lines = [f"# {name}, shrunk", "", f"    lightning-sparse shrink {shlex.join(self.words)}", ""]
+        lines += [f"| {' | '.join(table.titles)} |", f"|---|{'--:|' * (len(table.titles) - 1)}"]
+        lines += [f"| {' | '.join(row)} |" for row in table.rows]
+        lines += ["", f"| stage | multiply-adds | parameters | {self.args.monitor} | drop | |", "|--:|--:|--:|--:|--:|---|"]
+        for stage in state.stages:
+            share = stage["multiply_adds"] / state.dense["multiply_adds"]
+            verdict = "counts" if stage["counts"] else "no group left to remove" if stage.get("smallest") else "too much"
+            figures = f"{share:.3f} | {stage['parameters']:,} | {stage['metric']:.4f} | {stage.get('drop', 0.0):.2f}"
+            lines.append(f"| {stage['number']} | {figures} | {verdict} |")
+        lines += ["", *(f"- {note}" for note in [*notes, *table.notes])]
+        lines += ["", "Without this package:", "", "    import torch"]
+        lines.append(f"    program = torch.export.load({str(self.folder / 'model.pt2')!r}).module()")
+        (self.folder / "report.md").write_text("\n".join([*lines, ""]), encoding="utf-8")

@@ -1,0 +1,267 @@
+"""``lightning-sparse compare CONFIG``: train a configuration with several callbacks, targets and seeds, and compare them.
+
+``path`` trains it for a list of strengths, each run starting from the weights of the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markdown import Markdown
+
+from lightning_sparse import _checks, _docstrings, callbacks, plots
+from lightning_sparse.callbacks import Sparsifier
+from lightning_sparse.cli import recipes
+from lightning_sparse.cli.comparison import engines, results
+from lightning_sparse.cli.comparison.runs import Run, check_script, execute
+from lightning_sparse.cli.errors import UsageError, imported
+
+_LOG_SUM = {"class_path": "lightning_sparse.penalties.LogSum", "init_args": {"eps": 2.0}}
+_COMPARE = (
+    "Train a LightningCLI configuration once without sparsity (dense) and with each callback, target share of zeros and seed, in "
+    "processes side by side. Prints one table (mean and standard deviation over seeds of a validation metric), and writes it with a "
+    "CSV of all runs and a picture. The same command again trains only what is missing. Further arguments override the "
+    "configuration as in fit. Example: lightning-sparse compare digits --targets 0.9 0.98 --seeds 0 1"
+)
+_PATH = (
+    "Train a configuration for a list of strengths, weakest first, each run starting from the weights of the last, and draw the "
+    "non-zero weights of each parameter against lam. Example: lightning-sparse path digits --lams 1e-4 1e-3 1e-2"
+)
+
+
+def run(verb: str, words: list[str]) -> int:
+    """Train the runs that have no record yet, then print the table and write the files."""
+    parser = _parser(verb)
+    args, overrides = parser.parse_known_args(words)
+    _check(args)
+    settings = _Settings(args, verb, tuple(overrides))
+    runs = settings.path() if verb == "path" else settings.comparison()
+    settings.keep()
+    left = sum(run.result() is None for run in runs)
+    print(f"{len(runs)} runs, {left} to go, files in {settings.out}", flush=True)
+    if args.metric is not None and left == len(runs) and getattr(args, "engine", "local") == "local":
+        settings.check_metric(runs[0])
+    if verb == "path":  # one after the other, because each starts from the last
+        records = [record for run in runs for record in engines.run_all([run], "local", 1, _tell)]
+    else:
+        records = engines.run_all(runs, args.engine, args.jobs, _tell, args.engine_options)
+    setting = "lam" if verb == "path" else "target"
+    metric = results.metric_of(records, args.metric)
+    up = results.rises(metric, args.mode)
+    cells = results.cells(runs, records, metric)
+    table = results.markdown(cells, metric, setting, up)
+    (settings.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    Console(highlight=False, width=None if os.isatty(1) else 140).print(Markdown(table))
+    picture = results.regularisation_path(runs, records, metric) if verb == "path" else results.frontier(cells, metric)
+    for file in (settings.out / "table.md", results.write_csv(settings.out / "runs.csv", runs, records, setting)):
+        print(file)
+    print(plots.save(picture, settings.out / f"{'path' if verb == 'path' else 'frontier'}.png"))
+    return 0 if any("failed" not in record for record in records) else 1
+
+
+def _tell(run: Run, record: dict[str, Any]) -> None:
+    if "failed" in record:
+        print(f"{time.strftime('%H:%M')} {run.name}: failed: {record['failed']}", flush=True)
+        return
+    shown = [f"{name} {value:.4f}" for name, value in record["metrics"].items() if name.lower().startswith("val")]
+    print(f"{time.strftime('%H:%M')} {run.name}: zeros {record['zeros']:.2%} {' '.join(shown[:3])} {record['seconds']:.0f} s", flush=True)
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    about = _PATH if verb == "path" else _COMPARE
+    parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description=about, allow_abbrev=False)
+    parser.add_argument("config", help="a packaged recipe or a YAML file of LightningCLI")
+    parser.add_argument("--script", help="your own LightningCLI script, run as: python SCRIPT fit --config CONFIG ...")
+    parser.add_argument("--metric", help="the logged metric to compare (default: a validation metric, an accuracy if there is one)")
+    parser.add_argument("--mode", choices=("min", "max"), help="whether smaller or larger is better (default: guessed from the name)")
+    parser.add_argument("--out", type=Path, help=f"the folder for all files (default: runs/{verb}/CONFIG)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (default: %(default)s)")
+    if verb == "path":
+        parser.add_argument("--lams", type=float, nargs="+", required=True, metavar="LAM", help="the strengths")
+        parser.add_argument("--method", default="ReweightedPenalty", help="the callback, as in compare (default: %(default)s)")
+        parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+        return parser
+    default = [
+        name for name in ("Sparsify", "ReweightedPenalty", "AdaptiveProx", "AdaptiveMask", "MagnitudePruning") if hasattr(callbacks, name)
+    ]
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=default,
+        metavar="METHOD",
+        help="class names of callbacks that take target_sparsity, alone or as YAML with arguments: 'AdaptiveProx: {penalty: {class_path: "
+        f"MCP, init_args: {{c: 0.2}}}}' (default: {' '.join(default)})",
+    )
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98], metavar="SHARE", help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once; 0 leaves it to Ray or Slurm (default: %(default)s)")
+    parser.add_argument("--no_dense", action="store_true", help="leave out the runs without sparsity")
+    parser.add_argument("--test", action="store_true", help="also measure each final checkpoint on the test split (into runs.csv)")
+    parser.add_argument("--engine", choices=engines.ENGINES, default="local", help="where the runs are executed (default: %(default)s)")
+    parser.add_argument(
+        "--engine_options",
+        type=_mapping,
+        default={},
+        metavar="YAML",
+        help="of Ray's init, or Slurm's: '{slurm_partition: gpu, timeout_min: 60}'",
+    )
+    return parser
+
+
+def _mapping(word: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(word)
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise argparse.ArgumentTypeError(f"must be a YAML mapping such as '{{timeout_min: 60}}', got {word!r}")
+    return tree
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise UsageError for numbers out of range."""
+    for target in getattr(args, "targets", ()):
+        try:
+            _checks.share("--targets", target)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    for lam in getattr(args, "lams", ()):
+        if not lam > 0:
+            raise UsageError(f"--lams must be > 0, got {lam:g}")
+    if min([*getattr(args, "seeds", ()), getattr(args, "seed", 0)]) < 0:
+        raise UsageError("seeds must be whole numbers >= 0")
+    if getattr(args, "jobs", 1) < (0 if getattr(args, "engine", "") in ("ray", "slurm") else 1):
+        raise UsageError(f"--jobs must be at least 1, got {args.jobs}")
+    if args.threads < 1:
+        raise UsageError(f"--threads must be at least 1, got {args.threads}")
+
+
+class _Settings:
+    """The runs that a command asks for, and the folder that keeps their records."""
+
+    def __init__(self, args: argparse.Namespace, verb: str, overrides: tuple[str, ...]) -> None:
+        self.args, self.verb, self.overrides = args, verb, overrides
+        self.script = check_script(args.script)
+        self.config = recipes.find(args.config).resolve()
+        self.tree = recipes.content(self.config)
+        self.out: Path = (args.out or Path("runs") / verb / re.sub(r"[^\w.-]+", "_", args.config.removesuffix(".yaml"))).resolve()
+
+    def keep(self) -> None:
+        """Write what all runs of the folder share. Raises UsageError if the folder holds runs of other settings."""
+        shared = {"config": self.tree, "script": self.script, "overrides": list(self.overrides), "threads": self.args.threads}
+        file = self.out / "settings.json"
+        if file.is_file() and (known := json.loads(file.read_text(encoding="utf-8"))) != json.loads(json.dumps(shared, default=str)):
+            changed = [name for name in shared if known.get(name) != json.loads(json.dumps(shared[name], default=str))]
+            raise UsageError(f"{self.out} holds runs with another {' and '.join(changed)}; choose another folder with --out, or delete it")
+        self.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(shared, indent=1, default=str), encoding="utf-8")
+
+    def check_metric(self, run: Run) -> None:
+        """Raise UsageError, naming what is logged, if a trial of two batches logs no such metric. A trial that fails tells nothing."""
+        trial = dataclasses.replace(
+            run, folder=str(self.out / "trial"), overrides=(*self.overrides, "--trainer.fast_dev_run", "2"), test=False, group=""
+        )
+        try:
+            found = execute(trial).get("metrics", {})
+        finally:
+            shutil.rmtree(trial.path, ignore_errors=True)
+        if found and self.args.metric not in found:
+            close = _checks.closest(self.args.metric, found)
+            raise UsageError(f"--metric {self.args.metric} is not logged; a trial of two batches logged {', '.join(found)}{close}")
+
+    def comparison(self) -> list[Run]:
+        """Return the dense runs, then those of every method, target and seed."""
+        args = self.args
+        dense = [] if args.no_dense else [self._run("dense", None, seed, None) for seed in dict.fromkeys(args.seeds)]
+        sparse = [
+            self._run(label, target, seed, described(method, self._penalty(), {"target_sparsity": target}))
+            for (label, method), target, seed in itertools.product(
+                _labelled(args.methods), dict.fromkeys(args.targets), dict.fromkeys(args.seeds)
+            )
+        ]
+        return [*dense, *sparse]
+
+    def path(self) -> list[Run]:
+        """Return the runs of rising lam; each starts from the last one's weights."""
+        args, found = self.args, list[Run]()
+        for lam in sorted(set(args.lams)):
+            start = f"{found[-1].folder}/final.ckpt" if found else None
+            callback = described(args.method, self._penalty(), {"lam": lam})
+            found.append(self._run(next(iter(_labelled([args.method])))[0], lam, args.seed, callback, start))
+        return found
+
+    def _penalty(self) -> Any:
+        """Return the penalty of the configuration's own callback, else LogSum(2)."""
+        own = self.tree.get("sparsify")
+        return ((own.get("init_args") or {}).get("penalty") if isinstance(own, dict) else None) or _LOG_SUM
+
+    def _run(self, method: str, setting: float | None, seed: int, callback: Any, start_from: str | None = None) -> Run:
+        name = "-".join(re.sub(r"[^\w.=]+", "_", str(part)) for part in (method, setting, f"seed{seed}") if part is not None)
+        return Run(
+            str(self.out / name),
+            str(self.config),
+            method,
+            setting,
+            seed,
+            callback,
+            self.script,
+            self.overrides,
+            removes=self.script is None and "sparsify" in self.tree,
+            start_from=start_from,
+            test=getattr(self.args, "test", False),
+            group=f"{self.verb}-{self.out.name}",
+            threads=self.args.threads,
+        )
+
+
+def _labelled(methods: Iterable[str]) -> list[tuple[str, str]]:
+    """Return each method with its label, without repetitions."""
+    return [(" ".join(method.split()), method) for method in dict.fromkeys(methods)]
+
+
+def described(method: str, penalty: Any, strength: dict[str, float]) -> dict[str, Any]:
+    """Return class_path and init_args of a callback, given as ``Name`` or ``'Name: {argument: value}'``.
+
+    A callback that needs a penalty and has none gets ``penalty``. Raises UsageError, with the closest names, for an unknown class,
+    one that does not take the strength, and an unknown argument.
+    """
+    try:
+        tree = yaml.safe_load(method)
+    except yaml.YAMLError:
+        tree = None
+    tree = {tree: {}} if isinstance(tree, str) else tree
+    name, given = next(iter(tree.items())) if isinstance(tree, dict) and len(tree) == 1 else ("", None)
+    if not name or not isinstance(given, (dict, type(None))):
+        raise UsageError(f"a method is a class name, alone or as 'Name: {{argument: value}}', got {method!r}")
+    form = imported(name) if "." in name else getattr(callbacks, name, None)
+    forms = [one for one in callbacks.__all__ if issubclass(getattr(callbacks, one), Sparsifier) and one != "Sparsifier"]
+    if not (inspect.isclass(form) and issubclass(form, Sparsifier)):
+        raise UsageError(
+            f"no sparsity callback {name!r}{_checks.closest(name, forms)}; one of {', '.join(forms)}, or your own by its import path"
+        )
+    known = arguments_of(form)
+    for argument in [*(given or {}), *strength]:
+        if argument not in known:
+            raise UsageError(f"{name} takes no {argument!r}{_checks.closest(argument, known)}")
+    needs_penalty = "penalty" in known and known["penalty"].default is inspect.Parameter.empty
+    own = {"penalty": penalty} if needs_penalty else {}
+    place = "lightning_sparse.callbacks" if name in forms else form.__module__
+    return {"class_path": f"{place}.{form.__name__}", "init_args": own | (given or {}) | strength}
+
+
+def arguments_of(form: type[Any]) -> dict[str, inspect.Parameter]:
+    """Return the arguments of a callback's constructor: those passed on to its bases included, those that it sets itself left out."""
+    return _docstrings.parameters(form)

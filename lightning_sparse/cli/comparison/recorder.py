@@ -1,0 +1,110 @@
+"""A callback that records one run of a comparison: its metrics, its zeros and a checkpoint from which it can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_sparse import counts, select
+from lightning_sparse.callbacks import Sparsifier
+
+FINAL, RESUME, METRICS, PROGRESS = "final.ckpt", "resume.ckpt", "metrics.json", "progress.json"
+EVERY = 10.0  # seconds between two checkpoints to resume from
+
+
+class Recorder(Callback):
+    """Write a run's files into ``folder``, in which ``lightning-sparse compare`` and ``path`` read them.
+
+    =================  ==================================================================================================
+    ``progress.json``  epoch and epochs, after every epoch
+    ``resume.ckpt``    a checkpoint, at an epoch's end, at most every 10 seconds; removed at the end
+    ``final.ckpt``     the trained module
+    ``metrics.json``   what the run logged last (``sparsity/...`` left out), zeros of the selected weights in [0, 1] in all
+                       and by parameter, steps, seconds, and the step of the last validation
+    =================  ==================================================================================================
+
+    Give it after all other callbacks, so that a checkpoint holds their states.
+
+    Args:
+        folder: the folder of the run.
+        start_from: a checkpoint whose weights the module gets before training; None for its own.
+    """
+
+    def __init__(self, folder: str, start_from: str | None = None) -> None:
+        self.folder, self.start_from = Path(folder), start_from
+        self.validated: int | None = None
+        self._before, self._began, self._saved = 0.0, 0.0, 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.start_from is not None:
+            state = torch.load(self.start_from, map_location="cpu", weights_only=True)["state_dict"]
+            pl_module.load_state_dict(state)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = self._saved = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs
+        if trainer.is_global_zero:
+            _write(self.folder / PROGRESS, {"epoch": epoch, "epochs": epochs})
+        due = time.perf_counter() - self._saved > EVERY and epoch != epochs
+        if trainer.strategy.broadcast(due):
+            self._saved = time.perf_counter()
+            part = self.folder / f"{RESUME}.part"
+            trainer.save_checkpoint(part)
+            if trainer.is_global_zero:
+                os.replace(part, self.folder / RESUME)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._seconds(), "validated": self.validated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before, self.validated = float(state_dict["seconds"]), state_dict["validated"]
+
+    def _seconds(self) -> float:
+        return self._before + (time.perf_counter() - self._began if self._began else 0.0)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / FINAL)
+        if not trainer.is_global_zero:
+            return
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("sparsity/")}
+        own = [callback for callback in trainer.callbacks if isinstance(callback, Sparsifier)]  # type: ignore[attr-defined]
+        chosen = {name: parameter for callback in own for name, parameter in callback.parameters.items()}
+        zeros = counts.count_zeros(chosen or select.default_selection(pl_module))
+        shares = {name: hits / size if size else 0.0 for name, (hits, size) in zeros.items()}
+        record = {
+            "metrics": found,
+            "zeros": counts.share(zeros),
+            "weights": sum(size for _, size in zeros.values()),
+            "by_parameter": shares,
+            "steps": trainer.global_step,
+            "validated_at": self.validated,
+            "seconds": round(self._seconds(), 2),
+            "callbacks": [callback.recipe() for callback in own],
+        }
+        _write(self.folder / METRICS, record)
+        (self.folder / RESUME).unlink(missing_ok=True)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            record = json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
+            found = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("sparsity/")}
+            _write(self.folder / METRICS, record | {"test": found})
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that a killed process leaves the old file or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,60 @@
+"""``lightning-sparse export CKPT --to FORMAT``: write files that use the zeros, and print what each is worth on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning_sparse.cli import formats
+from lightning_sparse.cli.errors import UsageError
+from lightning_sparse.cli.formats import Format
+from lightning_sparse.cli.opened import open_checkpoint
+from lightning_sparse.cli.saved import Saved
+
+FORMATS = ("auto", "csr", "bsr", "onnx", "compact", "2:4")
+_ABOUT = (
+    "Write the network of a checkpoint in formats that use its zeros, and print one table: bytes, bytes gzipped, latency at batch 1, 32 "
+    "and 256 beside the dense network in one run (A/A: the dense network against itself), test metrics before and after, largest "
+    "difference of outputs. auto: CSR or BSR, layer by layer, where it is measured to be faster at --batch_size; csr, bsr: every layer "
+    "that is at least half zero. All three write a program of torch.export. compact: bit mask and values. 2:4: on CUDA, in bfloat16, "
+    "without a file. Further arguments override the recipe as in fit."
+)
+
+
+def run(verb: str, words: list[str]) -> int:
+    """Write the files and print the table. Raises UsageError if a format cannot hold this network, or brings it nothing."""
+    parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description=_ABOUT)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT")
+    parser.add_argument("--to", nargs="+", choices=FORMATS, required=True, help="one format or several, side by side in the table")
+    parser.add_argument("--config", help="recipe or YAML of the run (default: the config.yaml beside the checkpoint)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: the checkpoint's folder)")
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="batch size that auto chooses for (default: %(default)s)")
+    parser.add_argument("--fp16", action="store_true", help="compact: round the values to 16 bits")
+    args, overrides = parser.parse_known_args(words)
+    if args.batch_size < 1:
+        raise UsageError(f"--batch_size must be at least 1, got {args.batch_size}")
+    if "2:4" in args.to and len(args.to) > 1:
+        raise UsageError("2:4 is measured on the GPU and the other formats on the CPU: give --to 2:4 in a command of its own")
+    saved = open_checkpoint(args.checkpoint, args.config, overrides)
+    saved = saved.on_gpu() if "2:4" in args.to else saved
+    folder = args.checkpoint.parent if args.out is None else args.out
+    with tempfile.TemporaryDirectory() as scratch:
+        made = [_written(kind, saved, folder, args.batch_size, "fp16" if args.fp16 else None) for kind in dict.fromkeys(args.to)]
+        print("".join(f"{reason}\n" for reason in made if isinstance(reason, str)), end="")
+        columns = [one for one in made if isinstance(one, Format)]
+        if columns:
+            formats.show(saved, [formats.dense(saved, Path(scratch)), *columns])
+    return 0
+
+
+def _written(kind: str, saved: Saved, folder: Path, batch_size: int, dtype: str | None) -> Format | str:
+    base = folder / saved.file.stem
+    makers: dict[str, Callable[[], Format]] = {
+        "onnx": lambda: formats.onnx(saved, base.with_name(f"{base.name}.onnx")),
+        "compact": lambda: formats.compact(saved, base.with_name(f"{base.name}.compact.safetensors"), dtype),
+        "2:4": lambda: formats.semi_structured(saved),
+    }
+    make = makers.get(kind)
+    return formats.sparse(saved, kind, batch_size, base.with_name(f"{base.name}.{kind}.pt2")) if make is None else make()

@@ -1,0 +1,42 @@
+"""``lightning-sparse shrink CKPT``: write the network of a checkpoint without its zero groups, and print what that brings."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lightning_sparse.cli import budget, formats, shrunk_table
+from lightning_sparse.cli.errors import UsageError
+from lightning_sparse.cli.opened import open_checkpoint
+from lightning_sparse.shrinking import save_shrunk, shrink_and_report
+
+_ABOUT = (
+    "Remove the zero channels, neurons and heads of a checkpoint's network, compare the outputs, and write the smaller network into a "
+    "folder (model.pt and shape.json for lightning_sparse.load_shrunk, model.pt2 for torch.export.load). Prints one table: widths, "
+    "parameters, multiply-adds of one sample, bytes, latency at batch 1, 32 and 256 beside the given network in one run (A/A: that "
+    "network against itself), test metrics. Further arguments override the recipe as in fit. With --max_drop, --max_params, "
+    "--max_multiply_adds, --max_latency or --speed_up, cuts and fine-tunes a dense network in stages: see lightning-sparse shrink "
+    "--max_drop 0 --help."
+)
+
+
+def run(verb: str, words: list[str]) -> int:
+    """Shrink, save and print the table. Raises UsageError for a network that cannot be shrunk; nothing is written then."""
+    if any(word.partition("=")[0] in budget.GIVEN for word in words):
+        return budget.run(words)
+    parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description=_ABOUT)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT")
+    parser.add_argument("--config", help="recipe or YAML of the run (default: the config.yaml beside the checkpoint)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: CKPT's path with .shrunk)")
+    parser.add_argument("--round_to", type=int, default=8, metavar="N", help="keep multiples of this many channels (default: %(default)s)")
+    parser.add_argument("--allow_branches", action="store_true", help="accept a forward that branches on values of tensors")
+    args, overrides = parser.parse_known_args(words)
+    saved = open_checkpoint(args.checkpoint, args.config, overrides)
+    inputs = formats.sized(saved.inputs(), shrunk_table.SAMPLES)
+    try:
+        found = shrink_and_report(saved.module, inputs, args.round_to, allow_branches=args.allow_branches, seconds=0)
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"{args.checkpoint}: {error}") from error
+    folder = save_shrunk(found.module, args.out or args.checkpoint.with_suffix(".shrunk"))
+    shrunk_table.show(saved, found, folder)
+    return 0

@@ -1,0 +1,190 @@
+"""Report what is zero in a network, what removing it would leave, and what each export gains here, measured on the spot."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import lightning_sparse
+from lightning_sparse import counts, export
+from lightning_sparse.cli import formats
+from lightning_sparse.cli.errors import UsageError
+from lightning_sparse.cli.failures import in_words
+from lightning_sparse.cli.saved import Saved
+from lightning_sparse.export import conversion, latency
+from lightning_sparse.export.gains import Gain, Table
+
+_SECONDS = 2.0  # for measuring layers; as much again for the whole network
+_SAMPLES = 64  # on which the shrunk network is compared
+_SLOW = 0.05  # seconds of one call; slower batch sizes are left to `export`
+
+
+class _Best(NamedTuple):
+    """An export that is faster than the dense network, at a batch size, and its command."""
+
+    times_faster: float
+    batch: int
+    command: str
+
+
+class _Spot(Table):
+    """A table that is measured now, within a time limit; what comes later counts as no gain."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(budget=0.02)
+        self.end = time.perf_counter() + limit
+        self.late = 0
+
+    def gain(self, weight: Tensor, bias: Tensor | None, layout: str, block: int, batch_size: int) -> Gain:
+        if time.perf_counter() > self.end:
+            self.late += 1
+            return Gain(0.0, 0.0, 1.0)
+        return super().gain(weight, bias, layout, block, batch_size)
+
+
+def at_end(saved: Saved) -> None:
+    """Print the report after ``fit``; a network that cannot be measured is no error there."""
+    try:
+        print("\n".join(lines(saved)))
+    except Exception as error:  # the run has ended well, and its files are there
+        print(f"what the zeros are worth was not measured: {in_words(error)}")
+
+
+def lines(saved: Saved, more: list[str] | None = None) -> list[str]:
+    """Return the report: zeros, shrink, files, sparse layers, and the commands for the best. ``more`` is added to each command."""
+    began = time.perf_counter()
+    words = " ".join([shlex.quote(str(saved.file)), *(more or [])])
+    command = f"lightning-sparse export {words}"
+    found = [*_zeros(saved.module)]
+    why = ""
+    try:
+        inputs: tuple[Any, ...] | None = saved.inputs()
+    except UsageError as error:
+        inputs, why = None, str(error)
+    best: list[_Best] = []
+    batches = () if inputs is None else _quick(saved.module, inputs)
+    if inputs is not None:
+        found += _shrunk(saved, inputs, batches, words, best)
+    size, smaller = _files(saved.module, command)
+    found.append(size)
+    found += [f"sparse layers:  not measured, {why}"] if inputs is None else _layers(saved.module, inputs, batches, command, best)
+    most = max(best, default=None)
+    faster = f"for the most speed:     {most.command}  ({most.times_faster:.1f}x at batch {most.batch})" if most else ""
+    threads = torch.get_num_threads()
+    head = f"what the zeros are worth here, measured in {time.perf_counter() - began:.1f} s with {threads} thread{'s' * (threads > 1)}:"
+    return [head, *(f"  {line}" for line in [*found, *filter(None, (faster, smaller))])]
+
+
+def _zeros(module: nn.Module) -> list[str]:
+    weights = {name: p.detach() for name, p in module.named_parameters() if p.dim() > 1}
+    counted = counts.count_zeros(weights)
+    zeros, size = (sum(pair[i] for pair in counted.values()) for i in (0, 1))
+    rows = sum(int((~weights[name].flatten(1).any(1)).sum()) for name in counted)
+    outputs = sum(len(weights[name]) for name in counted)
+    line = f"zeros:          {zeros:,} of {size:,} weights in {len(counted)} matrices ({100 * zeros / max(size, 1):.2f} %)"
+    return [line, f"rows:           {rows:,} of {outputs:,} output neurons and channels have no weight left"]
+
+
+def _shrunk(saved: Saved, inputs: tuple[Any, ...], batches: Sequence[int], words: str, best: list[_Best]) -> list[str]:
+    """Return the line about shrink; add what it gains to ``best``."""
+    command = f"lightning-sparse shrink {words}" if "shrink" in _verbs() else "lightning_sparse.shrink(module, example_inputs) in Python"
+    try:
+        small = lightning_sparse.shrink(conversion.copied(saved.module), formats.sized(inputs, _SAMPLES))
+    except Exception as error:  # a report names the reason and goes on
+        return [f"shrink:         {in_words(error)[:200]}"]
+    before, after = (sum(p.numel() for p in module.parameters()) for module in (saved.module, small))
+    times = _timings({"shrunk": small}, saved.module, inputs, batches)
+    for batch, timing in times.items():
+        _compare(timing, "shrunk", batch, command, best)
+    speeds = "; ".join(f"batch {batch}: {_ratio(timing, 'shrunk')}" for batch, timing in times.items())
+    return [f"shrink:         {before:,} -> {after:,} parameters; {speeds}"]
+
+
+def _verbs() -> Iterable[str]:
+    return importlib.import_module("lightning_sparse.cli")._VERBS  # type: ignore[no-any-return]
+
+
+def _files(module: nn.Module, command: str) -> tuple[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / "dense"
+        torch.save(module.state_dict(), dense)
+        try:
+            exact, half = (export.save_compact(module, Path(folder) / "compact", dtype).stat().st_size for dtype in (None, "fp16"))
+        except (ImportError, ValueError) as error:
+            return f"compact file:   not measured, {in_words(error)}", ""
+        whole = dense.stat().st_size
+    line = f"compact file:   {exact:,} bytes, in fp16 {half:,}, dense {whole:,}: {whole / exact:.1f} and {whole / half:.1f} times smaller"
+    return line, f"for the smallest file:  {command} --to compact --fp16" if half < whole else ""
+
+
+def _layers(module: nn.Module, inputs: tuple[Any, ...], batches: Sequence[int], command: str, best: list[_Best]) -> list[str]:
+    """Return the line about sparse layers; add what they gain to ``best``."""
+    table, said = _Spot(_SECONDS), []
+    for batch in batches:
+        try:
+            found = export.plan(module, batch_size=batch * _positions(inputs), table=table)
+        except ValueError as error:
+            return [f"sparse layers:  {in_words(error)}"]
+        sparse = conversion.replaced(module, found, "auto")
+        taken = len(export.sparse_layers(sparse))
+        if not taken:
+            said.append(f"batch {batch}: none is faster")
+            continue
+        timing = _timings({"sparse": sparse}, module, inputs, (batch,))[batch]
+        said.append(f"batch {batch}: {_ratio(timing, 'sparse')} with {taken} of them")
+        _compare(timing, "sparse", batch, f"{command} --to auto --batch_size {batch}", best)
+    late = f" ({table.late} layers were not measured in the time)" if table.late else ""
+    slow = [batch for batch in formats.BATCHES if batch not in batches]
+    more = f"; batch {', '.join(map(str, slow))}: `export` measures it, one call is slow" if slow else ""
+    return [f"sparse layers:  {'; '.join(said)}{more}{late}"]
+
+
+def _quick(module: nn.Module, inputs: tuple[Any, ...]) -> list[int]:
+    """Return the batch sizes at which one call is quick enough for a report of a few seconds, at least the first."""
+    found: list[int] = []
+    for batch in formats.BATCHES:
+        given = formats.sized(inputs, batch)
+        with torch.inference_mode():
+            began = time.perf_counter()
+            module(*given)
+        if found and time.perf_counter() - began > _SLOW:
+            break
+        found.append(batch)
+    return found
+
+
+def _compare(timing: dict[str, latency.Timing], name: str, batch: int, command: str, best: list[_Best]) -> None:
+    """Add an export to ``best`` if its lower quartile is above what two runs of the dense network differ by."""
+    if timing[name].low > max(timing[latency.AGAIN].high, 1.0):
+        best.append(_Best(timing[name].times_faster, batch, command))
+
+
+def _positions(inputs: tuple[Any, ...]) -> int:
+    """Return the rows that one sample gives a Linear layer: the length of a sequence for inputs (batch, length, width), else 1."""
+    first = next((x for x in inputs if isinstance(x, Tensor)), None)
+    return first.shape[1] if first is not None and (first.dim() == 3 or (first.dim() == 2 and not first.is_floating_point())) else 1
+
+
+def _timings(
+    arms: dict[str, nn.Module], dense: nn.Module, inputs: tuple[Any, ...], batches: Sequence[int]
+) -> dict[int, dict[str, latency.Timing]]:
+    found = {}
+    for batch in batches:
+        given = formats.sized(inputs, batch)
+        calls = {name: formats.call(module, given) for name, module in {formats.DENSE: dense, **arms}.items()}
+        with torch.inference_mode():
+            found[batch] = latency.measure(calls, formats.DENSE, 0.3)
+    return found
+
+
+def _ratio(timing: dict[str, latency.Timing], name: str) -> str:
+    own, again = timing[name], timing[latency.AGAIN]
+    return f"{own.times_faster:.2f}x (A/A {again.low:.2f} to {again.high:.2f})"

@@ -1,0 +1,338 @@
+"""Train with adaptive masks: weights s * w in each batch, with a keep probability that follows |w|, calibrated by the curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sparse import duality
+from lightning_sparse._curvature import EXACT, noise_eta, unrealised
+from lightning_sparse._labels import batch_size
+from lightning_sparse.curvature import Curvature
+from lightning_sparse.duality import Penalty
+from lightning_sparse.elementwise import Engine
+from lightning_sparse.methods.base import Member, Method, Run, Scale, Step
+from lightning_sparse.methods.noisy_forwards import NoisyForwards
+from lightning_sparse.noise import Noise, bounded_variance, output_noise
+from lightning_sparse.state import are_names, entry, is_count
+from lightning_sparse.weights import Attachment
+
+WHOLE_BECAUSE = (
+    "FSDP2 gathers the weights anew for each forward and backward and adds up their gradients before a mask of this process could "
+    "multiply them"
+)
+
+
+QUARTER = 0.25  # share of the samples with noise on outputs, where the noise is weak: as good as all, at less cost
+FADES, FADED = 0.2, 0.5  # shares of a run at which bounded noise begins to fade and has faded
+
+
+def faded(keep: float, t: float) -> float:
+    """Return the smallest keep probability at the share ``t`` of a run: its variance falls to 0 linearly, from FADES to FADED."""
+    left = min(max((FADED - t) / (FADED - FADES), 0.0), 1.0)
+    return 1 / (1 + (1 / keep - 1) * left)
+
+
+@dataclass(frozen=True)
+class MaskFormula:
+    """What a weight ``w`` gets: noise, and the penalty that it falls short of.
+
+    The functions are of ``(w, lam, keep)`` or, calibrated by H_jj, of ``(w, H, lam, keep)``, ``keep`` being the smallest keep probability.
+    """
+
+    penalty: Penalty
+    ceiling: float
+
+    def eta(self, lam: Any, *terms: Any) -> Tensor:
+        """The eta of the noise: eta_hat(w), times max(H, lam / ceiling) where H is known."""
+        return noise_eta(self.penalty, lam, self.ceiling, *terms)
+
+    def keep_probability(self, *terms: Any) -> Tensor:
+        """alpha = 1 / (1 + lam / eta), ``keep`` at least, but for a rule that drops a weight for good."""
+        *terms_of_eta, lam, keep = terms
+        eta = self.eta(lam, *terms_of_eta)
+        alpha = duality.alpha_of(eta, lam).clamp_(min=keep)
+        return alpha if self.penalty.separable else alpha.masked_fill(eta == 0, 0.0)
+
+    def variance(self, *terms: Any) -> Tensor:
+        """Var s = (1 - alpha) / alpha = lam / eta, at most that of ``keep``."""
+        *terms_of_eta, lam, keep = terms
+        return bounded_variance(self.eta(lam, *terms_of_eta), lam, keep)
+
+    def eta_of_both(self, w: Any, curvature: Any, lam: Any, keep: Any) -> Tensor:
+        """The eta of noise and penalty: 1 / eta is the mean of both, weighted with their shares of lam * Omega."""
+        share = unrealised(self.penalty, lam, self.ceiling, keep, w, curvature)
+        eta: Tensor = self.penalty.eta_hat(w) / (share + (1 - share) / curvature.clamp(min=lam / self.ceiling))
+        return eta
+
+    def add_remainder(self, grad: Tensor, w: Tensor, curvature: Tensor, lam: Any, keep: Any, strength: Any) -> None:
+        """Add ``strength`` times the slope of what noise of strength ``lam`` falls short of the penalty."""
+        share = unrealised(self.penalty, lam, self.ceiling, keep, w, curvature)
+        grad.add_(self.penalty.gradient(w) * share * strength)
+
+
+class Mask(Method):
+    """Run each batch with weights ``s * w``, E s = 1, Var s = lam / (H eta_hat(w)) (AdaDrop, GaussDrop).
+
+    Where the noise is local, a Linear or ConvNd layer's weights stay as they are and its outputs get noise of the variance that such
+    masks would give them; Var s is computed once a batch, the noise drawn anew in each forward.
+
+    Noise costs lam * Omega to second order alone, while it is weak: it is bounded, and the gradients get what it falls short of.
+
+    Args:
+        penalty: whose eta_hat the noise follows.
+        noise: the masks' distribution.
+        curvature: the estimate of H; None leaves the noise uncalibrated.
+        ceiling: largest lam / H that calibration uses; None is what the estimate allows.
+        alpha_min: smallest keep probability that noise is drawn with; None is what the estimate allows, and fades.
+        remainder: add to the gradients what bounded noise falls short of lam * Omega.
+    """
+
+    needs_separable, compiles, takes_parts, whole_because = False, True, False, WHOLE_BECAUSE
+    formula_type: ClassVar[type[MaskFormula]] = MaskFormula  # another eta is a subclass of it
+
+    def __init__(
+        self,
+        penalty: Penalty,
+        noise: Noise,
+        curvature: Curvature | None,
+        ceiling: float | None = None,
+        alpha_min: float | None = None,
+        remainder: bool = True,
+    ) -> None:
+        super().__init__(penalty)
+        self.noise, self.curvature, self.alpha_min = noise, curvature, alpha_min
+        largest, self._keep = curvature.noise_limits if curvature is not None and penalty.separable else EXACT
+        self.formula = self.formula_type(penalty, largest if ceiling is None else ceiling)
+        has_own_eta = type(self).eta is not Mask.eta or self.formula_type.eta is not MaskFormula.eta
+        self.adds_penalty = remainder and curvature is not None and penalty.separable and not has_own_eta
+        self.forwards = NoisyForwards(self)
+
+    @property
+    def smallest_keep(self) -> float:
+        """The smallest keep probability that noise is drawn with now."""
+        if self.alpha_min is not None:
+            return self.alpha_min
+        strength = self.run.strength if hasattr(self, "run") else None
+        return faded(self._keep, strength.step / strength.total) if self.fades and strength is not None else self._keep
+
+    @property
+    def fades(self) -> bool:
+        """The noise is bounded from the start, and fades out in the run's first half."""
+        return self.alpha_min is None and self.adds_penalty and self._keep > EXACT[1]
+
+    @property
+    def share(self) -> float:
+        """The share of a batch's samples that noise on outputs is made for; of bounded noise QUARTER, if none is given."""
+        given = getattr(self.noise, "share", None)
+        return (QUARTER if self.fades else 1.0) if given is None else float(given)
+
+    @property
+    def local(self) -> bool:
+        """Noise on the outputs of layers."""
+        return self.noise.local and self.penalty.separable
+
+    # -- formulas ----------------------------------------------------------------------------------------------------------
+
+    def terms(self, name: str, w: Tensor) -> tuple[Tensor, ...] | None:
+        """Return w, and H_jj where it calibrates; None before its first estimate: no noise, no zero."""
+        if self.curvature is None or not self.penalty.separable:  # a rule without a penalty acts as it is written
+            return (w,)
+        estimate = self.curvature.estimate(name)
+        return None if estimate is None else (w, estimate)
+
+    def eta(self, lam: float, *terms: Tensor) -> Tensor:
+        if self.adds_penalty and len(terms) == 2 and lam > 0:
+            return self.formula.eta_of_both(*terms, lam, self.smallest_keep)
+        return self.formula.eta(lam, *terms)
+
+    def noise_keep_probability(self, name: str, w: Tensor) -> Tensor:
+        """Return the keep probability that a weight's noise has in training."""
+        terms, scalars = self.terms(name, w), (self.run.strength.lam, self.smallest_keep)
+        return (
+            torch.ones_like(w)
+            if terms is None
+            else self.run.engine.map([[one] for one in terms], self.formula.keep_probability, scalars)[0]
+        )
+
+    @property
+    def oscillates(self) -> bool:
+        """Uncalibrated noise pulls a weight by lam H_jj w / eta: how far that reaches is not known where H is not."""
+        return self.curvature is not None
+
+    # -- moments -----------------------------------------------------------------------------------------------------------
+
+    def reset(self, run: Run) -> None:
+        super().reset(run)
+        self.forwards.reset(run)
+        self._doubted = self._faulted = self._unhooked = False  # and said so
+        self._is_added = False  # the remainder, to the gradients of the step that is due
+        self._spread: dict[str, Tensor] = {}  # Var s of the weights of each layer whose outputs get noise in this batch
+
+    def prepare(self) -> None:
+        if self.curvature is not None:
+            self.curvature.reset()
+        self.forwards.prepare()
+
+    def attach(self, module: nn.Module, wrappers: Iterable[Any] = ()) -> None:
+        attachment: Any = self.run.weights.attachment
+        if self.curvature is not None and attachment is not None:
+            self.curvature.attach(module, attachment)
+        self.forwards.attach(module)
+
+    def compile(self, engine: Engine, optimizers: Iterable[tuple[Optimizer, list[Member]]]) -> None:
+        """For the variance of noise on outputs, and for masks on weights."""
+        known = self.run.weights.parameters.items()
+        values, local = (0.5,) * (1 if self.curvature is None else 2), self.forwards.layers
+        on_outputs, on_weights = ([p for name, p in known if (name in local) == there] for there in (True, False))
+        engine.compile_map(self.formula.variance, on_outputs, values, (0.5, 0.5), what=repr(self.penalty))
+        if self.adds_penalty:
+            weights = [p for _, p in known]
+            engine.compile_update_(self.formula.add_remainder, weights, (0.5,) * 3, (0.5, 0.5, 0.5), what=repr(self.penalty))
+            engine.compile_add_(self.penalty.gradient, weights, what=repr(self.penalty))
+        what = f"{self.penalty!r} with {self.noise!r}"
+        engine.compile_draw(self.formula.keep_probability, self.noise, on_weights, values, (0.5, 0.5), what=what)
+
+    def before_forward(self, batch: Any) -> None:
+        if self.forwards.begin_batch():
+            if self.curvature is not None:
+                self.curvature.begin(self.run.strength.step, batch_size(batch) or 1)
+                self.curvature.observe_batch(batch)
+            self._draw()
+
+    def _draw(self) -> None:
+        faded = self.smallest_keep >= 1
+        self.forwards.next_draw(noisy=not faded)
+        if self.curvature is not None:
+            self.curvature.generator = self.forwards.stream(-1)
+        if not faded:
+            self.forwards.draw()
+
+    def prepare_outputs(self, name: str) -> None:
+        w, lam = self.run.weights.live(name), self.run.strength.lam
+        terms = self.terms(name, w) if lam > 0 else None
+        if terms is None:
+            self._spread[name] = torch.zeros_like(w)
+        else:
+            (self._spread[name],) = self.run.engine.map([[term] for term in terms], self.formula.variance, (lam, self.smallest_keep))
+
+    def draw_outputs(self, name: str, layer: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+        return output_noise(layer, x, self._spread[name], generator, self.share)
+
+    def draw_weights(self, names: list[str], attachment: Attachment) -> None:
+        """Small weights are drawn together; those whose H_jj is not known yet, and all at lam 0, have no noise."""
+        lam, live = self.run.strength.lam, self.run.weights.live
+        rows = {name: terms for name in names if (terms := self.terms(name, live(name))) is not None and lam > 0}
+        known, generator = list(rows), self.forwards.stream(-1, -1)
+        # in a manual loop the graph of an earlier batch's masks may still wait for its backward: their memory is not reused
+        how = {"separable": self.penalty.separable, "reuse": not self.run.manual}
+        drawn = self.run.engine.draw(
+            list(rows.values()), self.formula.keep_probability, self.noise, generator, (lam, self.smallest_keep), **how
+        )
+        for number, mask, product in drawn:
+            attachment.multiply(known[number], mask, product)
+
+    def before_backward(self, loss: Tensor, scale: Scale) -> None:
+        if self.curvature is not None and not self.run.support.is_frozen:
+            self.curvature.observe_loss(loss)
+            self.curvature.before_backward(scale())
+
+    def after_backward(self, scale: Scale, overflowed: Callable[[bool], bool] | None = None) -> None:
+        if not self.run.manual:  # else more forwards of this batch may come before a step
+            self._end_batch()
+        self._estimate(more=self.run.manual)
+
+    @torch.no_grad()
+    def before_optimizer(self, step: Step) -> None:
+        """Add the gradient of what bounded noise falls short of lam * Omega; nothing before the first estimate of H.
+
+        H is the present estimate, in which a step that updates it differs a little from that of the noise drawn.
+        """
+        self._is_added = True
+        rows: dict[float, list[tuple[Any, ...]]] = {}
+        for name, parameter, group in step.trained() if self.adds_penalty and step.lam > 0 else ():
+            terms = self.terms(name, self.run.weights.live(name))
+            if terms is not None:
+                rows.setdefault(step.lam_on_gradient(group), []).append((parameter.grad, *terms))
+        keep = self.smallest_keep
+        for strength, found in rows.items():
+            columns = list(zip(*found, strict=True))
+            if keep >= 1:  # without noise all of the penalty remains
+                step.engine.add_(columns[0], columns[1], self.penalty.gradient, strength, separable=self.penalty.separable)
+            else:
+                step.engine.update_(columns, self.formula.add_remainder, (step.lam, keep, strength))
+
+    def after_optimizer(self, step: Step) -> None:
+        if self.adds_penalty and not self._is_added and step.lam > 0 and not self._unhooked:  # not refused: the noise works without
+            self._unhooked = True
+            self.run.warn(
+                f"{type(step.optimizer).__name__}.step() was called without Lightning's on_before_optimizer_step, where AdaptiveMask adds "
+                "what bounded noise falls short of the penalty; lam acts through the noise alone. Step the optimisers of "
+                "self.optimizers(), or set alpha_min=1e-3, ceiling=10 and remainder=False"
+            )
+        self._is_added = False
+        if self.run.manual:  # the next forward of this batch is noisy too
+            self._draw()
+
+    def after_batch(self) -> None:
+        if self.run.manual:  # a bare loss.backward() calls no hook
+            self._end_batch()
+            self._estimate(more=False)
+        self._end_batch()  # a step that returned no loss had no backward
+
+    def _end_batch(self) -> None:
+        self.forwards.end_batch()
+        self._spread = {}
+
+    def _estimate(self, more: bool) -> None:
+        if self.curvature is None:
+            return
+        self.curvature.end(self.run.mean, self.run.weights.parameters, more)
+        if self.curvature.doubt and not self._doubted:
+            self._doubted, name = True, type(self.curvature).__name__
+            self.run.warn(
+                f"{name} cannot read from the loss how many labels it averages over; {self.curvature.doubt}. If that is wrong, masks are "
+                f"as much too strong: give the labels a sample, such as curvature={name}(labels=128), or a function of the batch that "
+                "counts them; in manual optimisation call self.manual_backward(loss)"
+            )
+        if self.curvature.fault and not self._faulted:
+            self._faulted = True
+            self.run.warn(
+                f"{type(self.curvature).__name__} draws gradients for this loss, but {self.curvature.fault}. H then comes from the "
+                "training gradients, which vanish with the residual of a squared loss, and noise is stronger than it should be: use "
+                "ReweightedPenalty, or a network without compiled parts and reentrant checkpoints"
+            )
+
+    def release(self) -> None:
+        self.forwards.release()
+        self._spread = {}
+
+    # -- state ---------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        estimate = {} if self.curvature is None else {"curvature": self.curvature.state_dict()}
+        return self.forwards.state_dict() | estimate
+
+    def check_state(self, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+        check_noise(state)
+        if self.curvature is not None and "curvature" in state:
+            self.curvature.check_state(state["curvature"], parameters)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.curvature is not None and "curvature" in state:
+            self.curvature.load_state_dict(state["curvature"], self.run.weights.parameters)
+        self.forwards.load_state_dict(state)
+
+
+def check_noise(state: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a state's entries of noise may be loaded; another method's state has none."""
+    for name in ("seed", "draws"):
+        if name in state:
+            entry(state, name, is_count, "a whole number >= 0")
+    if "bypassed" in state:
+        entry(state, "bypassed", are_names, "a list of parameter names")

@@ -1,0 +1,158 @@
+"""Scores that rank weights: the lowest are removed first. For the cut towards a target, and for pruning.
+
+A score of your own is one class: a subclass of :class:`Score` with ``of``. In a recipe: ``class_path: my_file.MyScore``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_sparse import _checks
+from lightning_sparse._construction import Constructed, typed
+from lightning_sparse.mask_rules.ranked import lamp, prune_smallest
+
+__all__ = [
+    "LAMP",
+    "Fisher",
+    "KeepProbability",
+    "LayerMagnitude",
+    "Magnitude",
+    "Ranked",
+    "RelativeMagnitude",
+    "Score",
+    "keep_highest",
+]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What is known of one parameter's weights when they are ranked. All tensors have the parameter's shape.
+
+    Args:
+        name: the parameter's name.
+        w: the weights, as the method uses them: alpha times the live weights.
+        alive: False where a weight is zero already. Its score does not matter, because it goes first.
+        alpha: the keep probabilities of the method; 1 for pruning.
+        squares: running mean of the squared gradients of the loss; None unless the score ``needs_squares``.
+    """
+
+    name: str
+    w: Tensor
+    alive: Tensor
+    alpha: Tensor
+    squares: Tensor | None = None
+
+
+class Score(metaclass=Constructed):
+    """Ranks weights over all parameters: those of the lowest score are removed first."""
+
+    needs_squares: ClassVar[bool] = False  # ranks by Ranked.squares, which are measured in every optimiser step
+
+    def __repr__(self) -> str:
+        return typed(self)
+
+    @abstractmethod
+    def of(self, given: Ranked) -> Tensor:
+        """Return the scores of one parameter's weights, >= 0 and of the parameter's shape."""
+
+
+@dataclass(frozen=True, repr=False)
+class Magnitude(Score):
+    """Scores |w|, over all layers."""
+
+    def of(self, given: Ranked) -> Tensor:
+        return given.w.abs()
+
+
+@dataclass(frozen=True, repr=False)
+class LayerMagnitude(Score):
+    """Scores the share of the parameter's weights that are smaller, in [0, 1): every layer gets the same sparsity."""
+
+    def of(self, given: Ranked) -> Tensor:
+        size = given.w.abs().reshape(-1)
+        places = torch.arange(len(size), dtype=torch.float32, device=size.device) / max(len(size), 1)
+        return torch.empty_like(places).scatter_(0, size.argsort(stable=True), places).reshape(given.w.shape)
+
+
+@dataclass(frozen=True, repr=False)
+class LAMP(Score):
+    """Scores w_j^2 / (sum of the w_k^2 >= w_j^2 in the parameter): 1 for its largest weight, so that no layer is emptied.
+
+    Source: Lee et al., arXiv 2010.07611.
+    """
+
+    def of(self, given: Ranked) -> Tensor:
+        return lamp(given.w)
+
+
+@dataclass(frozen=True, repr=False)
+class RelativeMagnitude(Score):
+    """Scores |w| / (root mean square of the parameter's weights that are not zero)."""
+
+    def of(self, given: Ranked) -> Tensor:
+        count = given.alive.sum().clamp(min=1)
+        rms = (given.w.float().square().masked_fill(~given.alive, 0.0).sum() / count).sqrt()
+        return given.w.abs() / rms.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True, repr=False)
+class Fisher(Score):
+    """Scores w^2 H, with H the running mean of the squared gradients: the rise in loss (optimal brain damage, times 2 and batch size).
+
+    H costs one number a weight. It is measured at the gradients of the loss, before penalties are added and gradients clipped.
+    Source: LeCun, Denker, Solla, NeurIPS 1989. Raises ValueError unless 0 <= decay < 1.
+
+    Args:
+        decay: the weight of the past in the running mean, for each optimiser step.
+    """
+
+    decay: float = 0.99
+    needs_squares: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _checks.between("decay", self.decay, 0, 1, closed="l")
+
+    def of(self, given: Ranked) -> Tensor:
+        return given.w.square() if given.squares is None else given.w.square() * given.squares
+
+
+@dataclass(frozen=True, repr=False)
+class KeepProbability(Score):
+    """Scores alpha, the method's own keep probability; |w| where it is 1 for all, as in pruning."""
+
+    def of(self, given: Ranked) -> Tensor:
+        return given.w.abs() if bool((given.alpha == 1).all()) else given.alpha
+
+
+def keep_highest(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], zeros: float, least: float = 0.0) -> dict[str, Tensor]:
+    """Return the boolean masks that leave round(zeros * n) of all n weights zero.
+
+    Weights that are not ``alive`` go first, then those of the lowest score; of equal ones the last. In each tensor at least the share
+    ``least`` of its weights, and one, remains, as far as they are alive and the number of zeros allows it.
+    """
+    everywhere = {name: torch.ones_like(where) for name, where in alive.items()}
+    counted = {name: where.float() for name, where in alive.items()}  # those alive rank above the others
+    if sum(where.numel() for where in alive.values()) == 0:
+        return everywhere
+    kept = prune_smallest(counted, everywhere, zeros, {name: scores[name].float() for name in alive})
+    floors = {name: min(max(1, round(least * where.numel())), int(where.sum())) for name, where in alive.items()}
+    short = [name for name, floor in floors.items() if int(kept[name].sum()) < floor]
+    while short:
+        for name in short:
+            counted[name] = counted[name] + _highest(scores[name], alive[name], floors[name])
+        kept = prune_smallest(counted, everywhere, zeros, {name: scores[name].float() for name in alive})
+        again = [name for name, floor in floors.items() if int(kept[name].sum()) < floor and name not in short]
+        short = again if sum(floors.values()) <= sum(int(where.sum()) for where in kept.values()) else []
+    return kept
+
+
+def _highest(score: Tensor, alive: Tensor, count: int) -> Tensor:
+    """Return 1 at the ``count`` highest scores of the weights that are alive, 0 elsewhere."""
+    order = score.float().masked_fill(~alive, -1.0).reshape(-1).argsort(descending=True, stable=True)[:count]
+    return torch.zeros(score.numel(), device=score.device).index_fill_(0, order, 1.0).reshape(score.shape)

@@ -1,0 +1,104 @@
+"""What shrinking changed: widths, parameters, multiply-adds and latency, counted and measured on the example inputs."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_sparse import surgery
+from lightning_sparse.coupling import Group
+from lightning_sparse.export import latency
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of a shrunk network beside those of the network it was cut from.
+
+    Args:
+        widths: (groups before, groups after, kind) of each axis that lost groups.
+        parameters: number of parameters before and after.
+        multiply_adds: of one call on the example inputs, before and after (FLOPs / 2 of torch's FlopCounterMode).
+        difference: max |before - after| / max |before| of the outputs on the example inputs, in the module's own precision.
+        folded: number of constant groups that went into a bias.
+        left_out: (axis, number of groups, reason) of what cannot be removed.
+        constants: constant groups that stay, with the reason.
+        timings: median seconds before, again (A/A) and after, and the ratios; empty if not measured.
+    """
+
+    widths: dict[str, tuple[int, int, str]]
+    parameters: tuple[int, int]
+    multiply_adds: tuple[int, int]
+    difference: float
+    folded: int = 0
+    left_out: list[tuple[str, int, str]] = field(default_factory=list)
+    constants: dict[str, str] = field(default_factory=dict)
+    timings: dict[str, latency.Timing] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return rows (label, before, after, ratio) of the widths that changed, parameters and multiply-adds."""
+        counted = {f"{kind}s of {axis}": (before, after) for axis, (before, after, kind) in self.widths.items()}
+        counted |= {"parameters": self.parameters, "multiply-adds": self.multiply_adds}
+        return [(name, f"{a:,}", f"{b:,}", f"{a / b:.2f}x" if b else "-") for name, (a, b) in counted.items()]
+
+    def notes(self) -> list[str]:
+        """Return lines about constants and about what was left out."""
+        lines = [f"{self.folded} constant groups were added to biases"] if self.folded else []
+        lines += [f"kept {name}: {why}" for name, why in list(self.constants.items())[:5]]
+        return lines + [f"left out: {count} groups of {axis}: {why}" for axis, count, why in self.left_out]
+
+    def lines(self) -> list[str]:
+        """Return the whole report as lines of text."""
+        rows = [("", "before", "after", "ratio"), *self.rows()]
+        if self.timings:
+            base, again, cut = (self.timings[name] for name in ("before", latency.AGAIN, "after"))
+            noise = f"{cut.times_faster:.2f}x ({cut.low:.2f} to {cut.high:.2f}; A/A {again.times_faster:.2f})"
+            rows.append(("latency, ms", f"{1e3 * base.seconds:.3f}", f"{1e3 * cut.seconds:.3f}", noise))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2)), row[3]]).rstrip() for row in rows]
+        lines.append(f"largest difference of the outputs on the example inputs: {self.difference:.1e} of the largest output")
+        return lines + self.notes()
+
+
+def changed_widths(before: Iterable[Group], after: Iterable[Group]) -> dict[str, tuple[int, int, str]]:
+    """Return (groups before, groups after, kind) of each axis that lost groups."""
+    before = list(before)
+    was, left = Counter(group.axis for group in before), Counter(group.axis for group in after)
+    kinds = {group.axis: group.kind for group in before}
+    return {axis: (was[axis], left[axis], kind) for axis, kind in kinds.items() if was[axis] != left[axis]}
+
+
+def count_multiply_adds(module: nn.Module, inputs: Any) -> int:
+    """Return the multiply-adds of one call in evaluation mode, as torch's FlopCounterMode counts them (FLOPs / 2)."""
+    with FlopCounterMode(display=False) as counter:
+        surgery.outputs(module, inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def measure(before: nn.Module, after: nn.Module, inputs: Any, budget: float, device: str | None = None) -> dict[str, latency.Timing]:
+    """Time both networks ("before", "after") in interleaved rounds, in evaluation mode; None for ``device`` moves nothing."""
+    arms = {name: surgery.duplicate(module).eval() for name, module in (("before", before), ("after", after))}
+    if device is not None:
+        arms = {name: module.to(device) for name, module in arms.items()}
+        inputs = _pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+    is_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in _pytree.tree_leaves(inputs))
+
+    def call(module: nn.Module) -> None:
+        surgery.call(module, inputs)
+        if is_cuda:
+            torch.cuda.synchronize()
+
+    with torch.inference_mode():
+        calls = {name: partial(call, module) for name, module in arms.items()}
+        return latency.measure(calls, "before", budget, clock=time.perf_counter if is_cuda else None)

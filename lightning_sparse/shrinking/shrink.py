@@ -1,0 +1,165 @@
+"""``shrink``: remove the zero groups of a trained network, and check that its outputs stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_sparse import _checks, coupling, surgery
+from lightning_sparse.coupling import Group
+from lightning_sparse.shrinking import files
+from lightning_sparse.shrinking.dead import Dead
+from lightning_sparse.shrinking.report import Report, changed_widths, count_multiply_adds, measure
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Shrunk(Generic[Module]):
+    """A shrunk copy of a module, of the same class, and what changed. ``print(shrunk.report)`` shows the table."""
+
+    module: Module
+    report: Report
+
+
+def shrink(
+    module: Module,
+    example_inputs: Any,
+    round_to: int = 8,
+    *,
+    groups: Sequence[Group] | None = None,
+    heads: Mapping[str, int] | None = None,
+    allow_branches: bool = False,
+    verbose: bool = False,
+) -> Module:
+    """Return a smaller copy of a module without its zero channels, neurons and heads.
+
+    A group goes if nothing reads it (zero columns), or if it is constant: 0, or a constant that the next layer's bias can take over.
+    The smaller network must equal the given one on the example inputs, in evaluation mode: max |a - b| / max |a| <= 1e-5. The module
+    is not changed. The copy has the same class, training mode and ``requires_grad``; its parameters are new, so it needs a new
+    optimiser. Save it with :func:`save_shrunk`.
+
+    Args:
+        module: a trained module with zeros; any method may have made them.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments of ``forward``.
+        round_to: keep a multiple of this many channels or neurons of each axis (with zero groups if need be), because odd widths can
+            be slower; 1 removes all. Heads are not rounded. At least one group of each axis stays.
+        groups: the groups to look at, from ``coupling.groups``; by default all that it finds.
+        heads: number of heads of attention modules by name, as in ``coupling.groups``.
+        allow_branches: accept a forward that branches on values of tensors.
+        verbose: print the report of :func:`shrink_and_report`, with the latency before and after.
+
+    Raises ValueError if there is nothing to remove, if the outputs differ, and where ``coupling.groups`` does.
+    """
+    options: dict[str, Any] = {"groups": groups, "heads": heads, "allow_branches": allow_branches}
+    found = shrink_and_report(module, example_inputs, round_to, seconds=1.0 if verbose else 0.0, **options)
+    if verbose:
+        print(found.report)
+    return found.module
+
+
+def shrink_and_report(
+    module: Module,
+    example_inputs: Any,
+    round_to: int = 8,
+    *,
+    groups: Sequence[Group] | None = None,
+    heads: Mapping[str, int] | None = None,
+    allow_branches: bool = False,
+    seconds: float = 1.0,
+) -> Shrunk[Module]:
+    """Shrink a module as :func:`shrink` does, and return the copy with a report of what changed.
+
+    ``seconds`` is about how long to measure the latency; 0 does not measure it. The other arguments and errors are those of ``shrink``.
+    """
+    _checks.whole("round_to", round_to, 1)
+    found = coupling.groups(module, example_inputs, heads=heads, allow_branches=allow_branches) if groups is None else list(groups)
+    model, inputs = coupling.prepare(module, example_inputs, allow_branches)
+    reference = surgery.outputs(model, inputs)
+    dead = Dead(model, inputs, found)
+    removed = rounded(found, dead.removed, round_to)
+    if not removed:
+        raise ValueError(_nothing(module, found, dead, round_to))
+    smaller: Module = surgery.duplicate(module)
+    surgery.zero_(smaller, coupling.indices(dead.removed))
+    _take_biases(smaller, dead)
+    kept, sizes = coupling.kept(smaller, removed)
+    surgery.cut_(smaller, kept, sizes)
+    _check(smaller, inputs, reference, model)
+    files.remember(smaller, module, kept, sizes)
+    return Shrunk(smaller, _report(module, smaller, example_inputs, found, dead, removed, seconds))
+
+
+def rounded(found: Iterable[Group], removed: Iterable[Group], round_to: int) -> list[Group]:
+    """Return the groups to remove so that each axis keeps a multiple of ``round_to``, or all of its groups."""
+    zero = {group.name for group in removed}
+    axes: dict[str, list[Group]] = {}
+    for group in found:
+        if group.exact:
+            axes.setdefault(group.axis, []).append(group)
+    chosen = []
+    for members in axes.values():
+        gone = [group for group in members if group.name in zero]
+        unit = 1 if members[0].kind == "head" else round_to
+        stay = -(-(len(members) - len(gone)) // unit) * unit
+        chosen += gone[: max(len(members) - max(stay, 1), 0)] if gone else []
+    return chosen
+
+
+def _nothing(module: nn.Module, found: list[Group], dead: Dead, round_to: int) -> str:
+    name, exact = type(module).__name__, sum(group.exact for group in found)
+    if dead.removed:
+        return f"{len(dead.removed)} groups of {name} are zero, but none can go with round_to={round_to}: give a smaller round_to"
+    if dead.constants:
+        group, why = next(iter(dead.constants.items()))
+        return f"nothing to remove from {name}: {group} stays, because {why} ({len(dead.constants)} such groups)"
+    if not exact:
+        reasons = [f"{axis}: {why}" for axis, _, why in coupling.left_out(found)]
+        return f"nothing to remove from {name}: no group can be removed ({'; '.join(reasons[:3])})"
+    return (
+        f"nothing to remove from {name}: none of its {exact} channels, neurons and heads is zero. Is this the sparse checkpoint? Zeros "
+        "spread over all rows bring no smaller network: train longer, at a higher share of zeros, or with a structure"
+    )
+
+
+@torch.no_grad()
+def _take_biases(smaller: nn.Module, dead: Dead) -> None:
+    """Copy the biases that took over constants from the working copy."""
+    source, own = (dict(m.named_parameters(remove_duplicate=False)) for m in (dead.model, smaller))
+    for name in dead.folded:
+        own[name].copy_(source[name])
+
+
+def _check(smaller: nn.Module, inputs: Any, reference: list[torch.Tensor], model: nn.Module) -> None:
+    """Raise ValueError unless the smaller network gives the reference, in the precision of ``model``."""
+    copied = surgery.duplicate(smaller)
+    wide = any(p.dtype == torch.float64 for p in model.parameters())
+    coarse = max((torch.finfo(p.dtype).eps for p in smaller.parameters() if p.is_floating_point()), default=0.0)
+    gap = surgery.difference(reference, surgery.outputs(copied.double() if wide else copied, inputs))
+    if not gap <= max(coupling.TOLERANCE, 8 * coarse):
+        raise ValueError(
+            f"the shrunk {type(smaller).__name__} differs from the given one by {gap:.2g} of its largest output on the example inputs, so "
+            "nothing was returned; please report the network, and remove less with groups=[...]"
+        )
+
+
+def _report(
+    before: nn.Module, after: nn.Module, inputs: Any, found: list[Group], dead: Dead, removed: list[Group], seconds: float
+) -> Report:
+    gone = {group.name for group in removed}
+    count = [sum(p.numel() for p in module.parameters()) for module in (before, after)]
+    multiply_adds = [count_multiply_adds(module, inputs) for module in (before, after)]
+    return Report(
+        changed_widths(found, [group for group in found if group.name not in gone]),
+        (count[0], count[1]),
+        (multiply_adds[0], multiply_adds[1]),
+        surgery.difference(surgery.outputs(before, inputs), surgery.outputs(after, inputs)),
+        dead.count,
+        [*coupling.left_out(found)],
+        dead.constants,
+        measure(before, after, inputs, seconds) if seconds else {},
+    )

@@ -1,0 +1,1 @@
+"""Programs that train through Lightning by their own means, with every callback."""

@@ -1,0 +1,1 @@
+"""Every conformance check on every callback and on other tools."""

@@ -1,0 +1,1 @@
+"""Small networks of six kinds on generated data, to compare mask and penalty."""

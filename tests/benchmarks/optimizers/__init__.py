@@ -1,0 +1,1 @@
+"""Thirty optimisers with eight callbacks."""

@@ -1,0 +1,1 @@
+"""Benchmarks of shrunk networks: what zeros bring once they are removed."""

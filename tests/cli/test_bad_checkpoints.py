@@ -1,0 +1,207 @@
+"""Invalid checkpoints on the command line, and failing runs: one-line message, exit code, previous files intact."""
+
+from __future__ import annotations
+
+import copy
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from commands import PLAIN, QUIET, SHORT, answer, refused
+
+from lightning_sparse.cli import checkpoints, main
+from lightning_sparse.cli.errors import UsageError
+
+pytestmark = [pytest.mark.slow, *QUIET]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(["fit", "--config", "digits", *PLAIN, "--trainer.default_root_dir", str(folder)]) == 0
+    return next(folder.rglob("*.ckpt"))
+
+
+def changed(whole: Path, key: str, change: object) -> str:
+    """Copy the file with the entry at a dotted key replaced, or deleted if None."""
+    content = copy.deepcopy(torch.load(whole, weights_only=True))
+    *path, last = [next(k for k in content["callbacks"] if "Reweighted" in k) if part == "FORM" else part for part in key.split("/")]
+    inner = content
+    for part in path:
+        inner = inner[part]
+    if change is None:
+        del inner[last]
+    else:
+        inner[last] = change
+    torch.save(content, "changed.ckpt")
+    return "changed.ckpt"
+
+
+CHANGED = {
+    "no weights": ("state_dict", None, ["changed.ckpt: not a checkpoint of a LightningModule", "not 'state_dict'"]),
+    "no version": ("pytorch-lightning_version", None, ["not a checkpoint written by a Trainer"]),
+    "weights only": ("optimizer_states", None, ["lacks ['optimizer_states']", "save_weights_only=True"]),
+    "another shape": ("state_dict/layers.1.weight", torch.ones(3, 3), ["of another model", "layers.1.weight (3, 3) instead of (300, 64)"]),
+    "a missing weight": ("state_dict/layers.1.weight", None, ["of another model", "lacks layers.1.weight"]),
+    "one weight more": ("state_dict/other.weight", torch.ones(3), ["of another model", "has extra weights other.weight"]),
+    "our step": ("callbacks/FORM/step", "x", ["'step' must be a whole number >= 0, got 'x'"]),
+    "our weights": ("callbacks/FORM/taken", [1], ["'taken' must be a dict of finite"]),
+    "callbacks": ("callbacks", [1], ["'callbacks' must be a dict by state key, got [1]"]),
+    "hyper_parameters": ("hyper_parameters", 3, ["'hyper_parameters' must be a dict, got 3"]),
+    "a hyper_parameter": ("hyper_parameters/sizes", "x", ["hyper_parameters of --ckpt_path"]),
+    "an object": ("extra", Path("x"), ["pathlib", "may run code when loaded"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_changed_checkpoints(case: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key, change, expected = CHANGED[case]
+    message = refused(capsys, "fit", "--config", "digits", *SHORT, "--ckpt_path", changed(whole, key, change))
+    for part in expected:
+        assert part in message
+
+
+LATER = {
+    "changed weights": ("state_dict/layers.1.weight", torch.ones(300, 64), ["changed.ckpt: the checkpoint keeps", "0 zeros there"]),
+    "another optimiser": ("optimizer_states", [3], ["changed.ckpt cannot be loaded here"]),
+    "no loops": ("loops", {}, ["changed.ckpt cannot be loaded here", "fit_loop"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_errors_raised_by_the_trainer_are_one_line_too(case: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key, change, expected = LATER[case]
+    message = answer(capsys, 2, "fit", "--config", "digits", *PLAIN, "--ckpt_path", changed(whole, key, change))
+    for part in expected:
+        assert part in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_missing_checkpoint(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = str(whole.with_name("epoch=1-step=7.ckpt"))
+    assert f"closest: {str(whole)!r}" in refused(capsys, "fit", "--config", "digits", *SHORT, "--ckpt_path", other)
+    assert "no checkpoint 'a.ckpt'" in refused(capsys, "test", "--config", "digits", "--ckpt_path", "a.ckpt")
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_a_cut_file_and_a_flipped_bit_for_every_verb(verb: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = whole.read_bytes()
+    flipped = bytearray(raw)
+    flipped[len(raw) // 2] ^= 4
+    for name, content in (("cut", raw[:1000]), ("flipped", bytes(flipped)), ("empty", b""), ("text", b"hello world")):
+        Path(f"{name}.ckpt").write_bytes(content)
+        message = refused(capsys, verb, "--config", "digits", "--ckpt_path", f"{name}.ckpt")
+        assert f"{name}.ckpt" in message
+        assert "damaged" in message
+
+
+def test_a_file_cut_at_any_of_20_places_is_named(whole: Path, tmp_path: Path) -> None:
+    raw, path = whole.read_bytes(), tmp_path / "cut.ckpt"
+    for i in range(20):
+        path.write_bytes(raw[: i * len(raw) // 20])
+        with pytest.raises(UsageError, match=r"cut\.ckpt.*damaged"):
+            checkpoints.read(path)
+    assert checkpoints.read(whole)["global_step"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:ReweightedPenalty continues for 9 optimiser steps in all")
+def test_a_whole_file_is_resumed_and_tested(whole: Path) -> None:
+    longer = [*PLAIN, "--trainer.max_epochs", "3", "--trainer.default_root_dir", "more"]
+    assert main(["fit", "--config", "digits", *longer, "--ckpt_path", str(whole)]) == 0
+    assert torch.load(next(Path("more").rglob("*.ckpt")), weights_only=True)["global_step"] == 9
+    assert main(["test", "--config", "digits", "--trainer.logger", "false", "--ckpt_path", str(whole)]) == 0
+
+
+# -- runs that fail ---------------------------------------------------------------------------------------------------------
+
+DATA = """
+from lightning_sparse.examples.digits import Digits
+
+
+class Spoiled(Digits):
+    def setup(self, stage):
+        super().setup(stage)
+        self.parts["training"][0][500] = float("nan")
+
+
+class Missing(Digits):
+    def setup(self, stage):
+        open("no_such_file.csv")
+
+
+class Bug(Digits):
+    def setup(self, stage):
+        raise KeyError("a bug of the user's")
+"""
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_data.py").write_text(DATA)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(__import__("sys").modules, "own_data", raising=False)
+
+
+FAILURES = {
+    "NaN in the data": (["--data", "own_data.Spoiled"], ["the loss is nan at optimiser step", "those before this batch"]),
+    "a rate far too large": (["--model.lr", "1e30", "--trainer.max_epochs", "9"], ["the loss is nan at optimiser step"]),
+    "a file of the user's": (["--data", "own_data.Missing"], ["FileNotFoundError", "no_such_file.csv"]),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("own_data")
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failed_run_says_so_in_one_line_with_exit_code_1(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, expected = FAILURES[case]
+    message = answer(capsys, 1, "fit", "--config", "digits", *PLAIN, *words)
+    for part in expected:
+        assert part in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("own_data")
+def test_a_bug_in_the_users_code_keeps_its_traceback() -> None:
+    with pytest.raises(KeyError, match="a bug of the user's"):
+        main(["fit", "--config", "digits", *PLAIN, "--data", "own_data.Bug"])
+
+
+def test_a_full_disk_leaves_the_files_before_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.fabric.plugins.io import torch_io
+
+    saved = []
+
+    def save(content: object, path: object) -> None:
+        saved.append(path)
+        if len(saved) == 3:
+            Path(str(path)).touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        torch.save(content, str(path))
+
+    monkeypatch.setattr(torch_io, "_atomic_save", save)
+    words = [
+        "--trainer.max_epochs",
+        "5",
+        "--trainer.check_val_every_n_epoch",
+        "1",
+        "--trainer.callbacks",
+        "ModelCheckpoint",
+        "--trainer.callbacks.save_top_k",
+        "-1",
+    ]
+    message = answer(capsys, 1, "fit", "--config", "digits", *PLAIN, *words)
+    assert "No space left on device" in message
+    assert len(saved) == 3
+    for path in saved[:2]:
+        assert "state_dict" in torch.load(path, weights_only=True)
+    assert main(["fit", "--config", "digits", *PLAIN, "--ckpt_path", str(saved[1]), "--trainer.max_epochs", "3"]) == 0
+
+
+def test_a_form_that_meets_its_limits_in_training_is_refused_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    message = answer(capsys, 2, "fit", "--config", "digits", *PLAIN, "--trainer.max_epochs", "-1", "--trainer.max_steps", "-1")
+    assert "give the Trainer max_epochs or max_steps" in message

@@ -1,0 +1,105 @@
+"""Invalid recipes and arguments on the command line: exit code 2, a message with the cause, no files and no W&B run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from commands import QUIET, refused
+
+pytestmark = [pytest.mark.slow, *QUIET]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+S = "--sparsify."
+SCALED = "{class_path: Scaled, init_args: {p: {class_path: LogSum, init_args: {eps: -1}}, t: 1}}"
+WORDS = {
+    "lam of text": ([S + "lam", "much"], ["sparsify.lam", "must be a number"]),
+    "lam nan": ([S + "lam", ".nan"], ["lam must be a finite number > 0, got nan"]),
+    "schedule": ([S + "lam", "LinearWarmup", S + "lam.lam", "1", S + "lam.share", "0"], ["share must lie in (0, 1], got 0.0"]),
+    "schedule's name": ([S + "lam", "Cubicc"], ["no class 'Cubicc'", "'Cubic'"]),
+    "schedule's order": ([S + "lam", "Cubic", S + "lam.lam", "1", S + "lam.begin", "0.8"], ["end must lie in (0.8, 1]"]),
+    "p": ([S + "penalty", "Lp", S + "penalty.p", "2"], ["p must lie in (0, 2), got 2.0"]),
+    "no p": ([S + "penalty", "Lp"], ["sparsify.penalty", "required: p"]),
+    "prior": ([S + "penalty", "VariationalDropout", S + "penalty.prior", "log_unifrom"], ["closest: 'log_uniform'"]),
+    "nested": ([S + "penalty", SCALED], ["eps must be a finite number > 0, got -1.0"]),
+    "not separable": ([S + "penalty", "TopK", S + "penalty.density", "0.5"], ["needs a separable penalty, TopK"]),
+    "a number for a penalty": ([S + "penalty", "3"], ["sparsify.penalty: no class '3'"]),
+    "no penalty": ([S + "penalty", "null"], ["sparsify", "required: penalty"]),
+    "select of text": ([S + "select", "layers.*"], ["sparsify.select", "must be a list"]),
+    "select of numbers": ([S + "select", "[3]"], ["sparsify.select", "got 3"]),
+    "select nothing": ([S + "select", "[]"], ["select=[] selects nothing"]),
+    "select no match": ([S + "select", "['!foo*']"], ["'!foo*' matches nothing", "layers.1.weight"]),
+    "select all out": ([S + "select", "['!*']"], ["leaves no parameter"]),
+    "freeze": ([S + "freeze", "1"], ["freeze must lie in [0, 1), got 1.0"]),
+    "threshold": ([S + "threshold", "-1"], ["threshold must lie in [0, inf), got -1.0"]),
+    "half a sample": ([S + "gap_samples", "1.5"], ["sparsify.gap_samples", "whole number", "1.5"]),
+    "keep_zeros": ([S + "keep_zeros", "maybe"], ["sparsify.keep_zeros", "true or false", "maybe"]),
+    "metric": (["--sparsify", "AdaptiveProx", S + "metric", "adamw"], ["sparsify.metric", "'auto', 'adam', 'plain'", "adamw"]),
+    "noise": (["--sparsify", "AdaptiveMask", S + "noise", "Gausian"], ["sparsify.noise: no class 'Gausian'"]),
+    "another form's key": (["--sparsify", "AdaptiveMask", S + "metric", "adam"], ["AdaptiveMask takes no 'metric'"]),
+    "a callback that is no form": (["--sparsify", "EarlyStopping"], ["no class 'EarlyStopping'"]),
+    "no module": (["--sparsify", "no.such.Class"], ["No module named 'no'"]),
+    "the base class": (["--sparsify", "Sparsifier"], ["use ReweightedPenalty, AdaptiveProx or AdaptiveMask"]),
+    "epochs": (["--trainer.max_epochs", "ten"], ["trainer.max_epochs", "whole number"]),
+    "accelerator": (["--trainer.accelerator", "quantum"], ["quantum", "cpu"]),
+    "strategy": (["--trainer.strategy", "fsdp"], ["fsdp", "GPU"]),
+    "sizes": (["--model.sizes", "[64]"], ["sizes must name at least the inputs and the classes"]),
+    "lr": (["--model.lr", "0"], ["lr must be a finite number > 0, got 0.0"]),
+    "model": (["--model", "NoModel"], ["model: no class 'NoModel'"]),
+    "split": (["--data.validation", "1.5"], ["validation must lie in (0, 1), got 1.5"]),
+    "batch size": (["--data.batch_size", "0"], ["batch_size must be a finite number > 0, got 0"]),
+    "seed": (["--seed_everything", "-1"], ["seed_everything", "from 0 to 2**32 - 1, got -1"]),
+    "threads": (["--threads", "0"], ["threads", "v>0"]),
+    "a second recipe": (["--config", "nofile"], ["no recipe 'nofile'"]),
+    "optimiser": (["--optimizer", "LBFGS"], ["ReweightedPenalty cannot work with LBFGS"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_words(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, expected = WORDS[case]
+    message = refused(capsys, "fit", "--config", "digits", *words)
+    for part in expected:
+        assert part in message
+    assert len(message.splitlines()) <= 2
+
+
+FORM = "sparsify:\n  class_path: ReweightedPenalty\n"
+FILES = {
+    "empty": ("", ["must contain keys such as 'trainer' and 'sparsify', got None"]),
+    "a list": ("- a\n- b\n", ["got ['a', 'b']"]),
+    "a sentence": ("just text", ["got 'just text'"]),
+    "an open bracket": ("trainer: [\n", ["mine.yaml is not YAML", "line 2"]),
+    "a tab": ("\tx: 1", ["mine.yaml is not YAML", "line 1"]),
+    "a picture": (b"\x89PNG\x00\xff", ["mine.yaml is not YAML", "0x89"]),
+    "a number for the trainer": ("trainer: 3\n", ["mine.yaml: trainer must be a mapping of its arguments, got 3"]),
+    "a list for the form": ("sparsify: [1]\n", ["mine.yaml: sparsify must be a mapping"]),
+    "a list of arguments": (FORM + "  init_args: [1, 2]\n", ["sparsify.init_args must be a mapping of arguments, got [1, 2]"]),
+    "a list deep down": ("trainer:\n  callbacks:\n  - {class_path: Timer, init_args: 3}\n", ["trainer.callbacks.0.init_args must be"]),
+    "no penalty": (FORM, ["sparsify", "required: penalty"]),
+    "no strength": (FORM + "  init_args: {penalty: {class_path: LogSum, init_args: {eps: 2.0}}}\n", ["ReweightedPenalty needs lam"]),
+    "arguments of nothing": ("sparsify: {init_args: {lam: 1}}\n", ["sparsify", "required: penalty"]),
+    "shrinks only": (FORM + "  init_args: {penalty: {class_path: Ridge, init_args: {c: 2.0}}, lam: 1.0}\n", ["only shrinks", "threshold"]),
+    "one callback for a list": ("trainer: {callbacks: {class_path: EarlyStopping}}\n", ["trainer.callbacks", "required: monitor"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["check", "fit"])
+@pytest.mark.parametrize("case", FILES)
+def test_files(case: str, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text, expected = FILES[case]
+    Path("mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    model = [] if verb == "check" else ["--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
+    message = refused(capsys, *(["check", "mine.yaml"] if verb == "check" else ["fit", "--config", "mine.yaml", *model]))
+    for part in expected:
+        assert part in message
+    assert len(message.splitlines()) == 1
+
+
+def test_the_tables_are_as_long_as_promised() -> None:
+    assert len(WORDS) + len(FILES) > 50

@@ -1,0 +1,155 @@
+"""``lightning-sparse shrink --config X --max_drop D``: stages within a drop, resumed where they stopped."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import QUIET, refused
+from safetensors.torch import load_file
+
+from lightning_sparse import coupling, load_shrunk, surgery
+from lightning_sparse.cli import budget, main
+from lightning_sparse.examples.mlp import MLP
+from lightning_sparse.shrinking import remove
+
+pytestmark = [*QUIET, pytest.mark.slow]
+SHORT = ["--config", "digits", "--trainer.max_epochs", "4", "--epochs", "2", "--max_drop", "6", "--step", "0.4", "--stages", "3"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def state(folder: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path(folder, "state.json").read_text())
+    return content
+
+
+def test_stages_shrink_within_the_budget_and_resume(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["shrink", *SHORT, "--out", "whole"]) == 0
+    shown = capsys.readouterr().out
+    found = state("whole")
+    counted = [stage for stage in found["stages"] if stage["counts"]]
+    assert counted
+    assert all(stage["drop"] <= 6 for stage in counted)
+    smaller = [found["dense"]["multiply_adds"], *(stage["multiply_adds"] for stage in counted)]
+    assert all(b <= 0.81 * a for a, b in itertools.pairwise(smaller))
+    assert "left out: 10 groups of layers.5" in shown
+    module = load_shrunk("whole", MLP)
+    assert sum(p.numel() for p in module.parameters()) == counted[-1]["parameters"]
+    written = Path("whole", "report.md").read_text()
+    assert all(f"| {stage['number']} |" in written and f"{stage['parameters']:,}" in written for stage in found["stages"])
+
+    tune, tuned = budget._Run._tune, list[int]()
+
+    def stop_at_second(self: budget._Run, module: Any) -> None:
+        tuned.append(1)
+        if len(tuned) == 2:
+            raise KeyboardInterrupt
+        tune(self, module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(budget._Run, "_tune", stop_at_second)
+        with pytest.raises(KeyboardInterrupt):
+            main(["shrink", *SHORT, "--out", "parts"])
+        assert len(state("parts")["stages"]) == 1
+        dense = Path("parts", "dense.ckpt").stat().st_mtime_ns
+        assert main(["shrink", *SHORT, "--out", "parts"]) == 0
+        assert len(tuned) == 2 + len(found["stages"]) - 1
+        assert Path("parts", "dense.ckpt").stat().st_mtime_ns == dense
+    assert state("parts") == found
+    resumed = load_shrunk("parts", MLP)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), resumed.parameters(), strict=True))
+
+    message = refused(capsys, "shrink", *SHORT, "--out", "parts", "--round_to", "4")
+    assert "parts holds a run with another round_to" in message
+
+
+def test_a_ratio_ends_the_stages(tmp_path: Path) -> None:
+    words = ["--config", "digits", "--trainer.max_epochs", "2", "--epochs", "1", "--max_drop", "100", "--max_multiply_adds", "0.5"]
+    assert main(["shrink", *words, "--step", "0.3", "--out", "twice"]) == 0
+    found = state("twice")
+    assert found["stages"][-1]["multiply_adds"] * 2 <= found["dense"]["multiply_adds"]
+    assert all(stage["multiply_adds"] * 2 > found["dense"]["multiply_adds"] for stage in found["stages"][:-1])
+
+
+def test_measured_goals_and_the_int8_column(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --max_drop any drop counts; latency is measured at --batch; the report has every row for dynamic int8 too."""
+    words = ["--config", "digits", "--trainer.max_epochs", "1", "--epochs", "1", "--step", "0.5", "--stages", "1", "--batch", "48"]
+    assert main(["shrink", *words, "--max_latency", "1e-6", "--speed_up", "1.01", "--for", "cpu", "--out", "timed"]) == 0
+    shown = capsys.readouterr().out
+    (stage,) = state("timed")["stages"]
+    assert stage["counts"]
+    assert stage["milliseconds"] > 0
+    assert f"measured at batch 48 on cpu: {stage['milliseconds']:.3f} ms, {stage['times_faster']:.2f} times faster than dense" in shown
+    assert "not reached within these stages: --max_latency 1e-06" in shown
+    written = Path("timed", "report.md").read_text()
+    table = {cells[0]: cells[1:] for line in written.splitlines() if len(cells := line.strip("| ").split(" | ")) == 4}
+    for label in ("bytes", "latency at batch 1", "test/accuracy"):
+        assert len(table[label]) == 3
+    assert int(table["bytes"][2].replace(",", "")) < 0.4 * int(table["bytes"][0].replace(",", ""))
+    weights = torch.load("timed/model.pt", weights_only=True)
+    held = load_file("timed/model.safetensors")
+    assert held.keys() == weights.keys()
+    assert all(torch.equal(held[name], tensor) for name, tensor in weights.items())
+    assert ("ONNX: timed/model.onnx" in written) == Path("timed", "model.onnx").is_file()
+
+
+def test_the_search_with_groups_trains_towards_the_width_that_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is removed is zero before it is removed, in nearly all groups; without the search with groups, in none."""
+    shares: list[float] = []
+
+    def removed(module: Any, inputs: Any, groups: Any, chosen: Any, round_to: int) -> Any:
+        zeroed = surgery.duplicate(module)
+        surgery.zero_(zeroed, coupling.indices(chosen))
+        pairs = zip(module.parameters(), zeroed.parameters(), strict=True)
+        gone = torch.cat([before[(after == 0).expand_as(before)] for before, after in pairs])
+        shares.append(float((gone == 0).float().mean()))
+        return remove(module, inputs, groups, chosen, round_to)
+
+    monkeypatch.setattr(budget, "remove", removed)
+    words = ["--config", "digits", "--trainer.max_epochs", "4", "--epochs", "3", "--step", "0.4", "--stages", "1", "--max_drop", "50"]
+    for search in ("groups", "scores"):
+        assert main(["shrink", *words, "--search", search, "--out", search]) == 0
+    assert shares[0] > 0.8
+    assert shares[1] < 0.1
+    counts = [state(search)["stages"][0]["multiply_adds"] for search in ("groups", "scores")]
+    assert max(counts) <= 0.6 * state("groups")["dense"]["multiply_adds"]
+
+
+def test_a_missing_extra_is_named_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    words = ["--config", "digits", "--trainer.max_epochs", "1", "--epochs", "1", "--step", "0.5", "--stages", "1", "--max_params", "40000"]
+    assert main(["shrink", *words, "--out", "plain"]) == 0
+    assert not Path("plain", "model.onnx").exists()
+    assert not Path("plain", "model.safetensors").exists()
+    assert "no model.safetensors: pip install 'lightning-sparse[export]'" in Path("plain", "report.md").read_text()
+    assert re.search(r"no model\.onnx: .*lightning-sparse\[export\]", Path("plain", "report.md").read_text())
+
+
+def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--for must be cpu or cuda, got 'tpu'" in refused(capsys, "shrink", "--config", "digits", "--speed_up", "2", "--for", "tpu")
+    assert "speed_up must be larger than 1" in refused(capsys, "shrink", "--config", "digits", "--speed_up", "0.5")
+    assert "--batch must be at least 1" in refused(capsys, "shrink", "--config", "digits", "--speed_up", "2", "--batch", "0")
+    assert "max_drop must be at least 0" in refused(capsys, "shrink", "--config", "digits", "--max_drop", "-1")
+    assert "--step must lie between 0 and 1" in refused(capsys, "shrink", "--config", "digits", "--max_drop", "1", "--step", "1")
+    assert "no checkpoint 'absent.ckpt'" in main_error(capsys, "--ckpt_path", "absent.ckpt")
+    words = ["--config", "digits", "--max_drop", "1", "--trainer.max_epochs", "100000", "--monitor", "val/f1"]  # would never end
+    assert "--monitor val/f1 is not among the validation metrics ['val/accuracy'" in refused(capsys, "shrink", *words)
+
+
+def main_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    capsys.readouterr()
+    assert main(["shrink", "--config", "digits", "--max_drop", "1", "--trainer.max_epochs", "1", *words]) == 2
+    return capsys.readouterr().err

@@ -1,0 +1,304 @@
+"""compare, path and sweep: what they train, what they keep, and what they refuse. Runs are of a user's own LightningCLI script."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_sparse import counts
+from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning
+from lightning_sparse.cli import compare, main
+from lightning_sparse.cli.comparison import results, runs
+
+SCRIPT = """
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import DataLoader, TensorDataset
+
+class Net(LightningModule):
+    def __init__(self, width: int = 16, wait: float = 0.0):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
+        self.wait = wait
+    def training_step(self, batch, _):
+        import time
+        time.sleep(self.wait)
+        return torch.nn.functional.cross_entropy(self.body(batch[0]), batch[1])
+    def validation_step(self, batch, _):
+        self.log("val_acc", (self.body(batch[0]).argmax(1) == batch[1]).float().mean())
+    def test_step(self, batch, _):
+        self.log("test_acc", (self.body(batch[0]).argmax(1) == batch[1]).float().mean())
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+class Data(LightningDataModule):
+    def data(self, seed):
+        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(seed))
+        return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 8)
+    def train_dataloader(self): return self.data(0)
+    def val_dataloader(self): return self.data(1)
+    def test_dataloader(self): return self.data(2)
+
+if __name__ == "__main__":
+    LightningCLI(Net, Data, seed_everything_default=0)
+"""
+CONFIG = """
+trainer: {accelerator: cpu, devices: 1, max_epochs: 4, logger: false, enable_progress_bar: false, enable_checkpointing: false}
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a user's script and configuration; also the current folder."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "own.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _lines(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
+
+
+COMPARE = ["compare", "own.yaml", "--script", "train.py", "--methods", "MagnitudePruning", "--targets", "0.75"]
+
+
+@pytest.mark.slow
+def test_a_users_script_is_compared_and_the_same_command_trains_only_what_is_missing(project, capsys):
+    assert main([*COMPARE, "--test", "--model.width", "8"]) == 0
+    folder = project / "runs/compare/own"
+    lines = _lines(folder)
+    assert [line["method"] for line in lines] == ["dense", "MagnitudePruning"]
+    assert [float(line["zeros"]) for line in lines] == [0.0, 0.75]
+    for line, name in zip(lines, ("dense-seed0", "MagnitudePruning-0.75-seed0"), strict=True):
+        state = torch.load(folder / name / "final.ckpt", weights_only=True)["state_dict"]
+        weights = {key: w for key, w in state.items() if w.dim() == 2}
+        assert state["body.0.weight"].shape == (8, 8)  # the override came through
+        assert counts.share(counts.count_zeros(weights)) == float(line["zeros"])
+        assert 0 <= float(line["test_acc"]) <= 1
+    assert (folder / "frontier.png").stat().st_size > 0
+    table = (folder / "table.md").read_text()
+    assert f"{float(lines[1]['val_acc']):.4f}" in table
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("final.ckpt")}
+    (folder / "dense-seed0/metrics.json").unlink()
+    capsys.readouterr()
+    assert main([*COMPARE, "--test", "--model.width", "8"]) == 0
+    assert "2 runs, 1 to go" in capsys.readouterr().out
+    again = {path: path.stat().st_mtime_ns for path in folder.rglob("final.ckpt")}
+    assert {path.parent.name for path in times if again[path] != times[path]} == {"dense-seed0"}
+    assert main([*COMPARE, "--model.width", "9"]) == 2  # other settings in the same folder
+    assert "another overrides" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_a_row_with_its_reason(project, capsys):
+    words = [*COMPARE, "--no_dense", "--methods", "AdaptiveProx: {metric: nonsense}", "MagnitudePruning"]
+    assert main(words) == 0
+    failed, good = _lines(project / "runs/compare/own")
+    assert "metric" in failed["failed"]
+    assert failed["zeros"] == ""
+    assert float(good["zeros"]) == 0.75
+    assert "failed: " in (project / "runs/compare/own/table.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_takes_its_runs_with_it_and_resumes(project):
+    words = [*COMPARE, "--no_dense", "--model.wait", "0.3", "--trainer.max_epochs", "40"]
+    command = [sys.executable, "-c", "import sys; from lightning_sparse.cli import main; sys.exit(main(sys.argv[1:]))", *words]
+    every = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    parent = subprocess.Popen(command, env=os.environ | every, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = project / "runs/compare/own/MagnitudePruning-0.75-seed0"
+    progress = folder / "progress.json"
+    deadline = time.monotonic() + 240
+    while not (folder / "resume.ckpt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    time.sleep(1.5)  # the worker ends when the pipe does
+    before = json.loads(progress.read_text())["epoch"]
+    time.sleep(3.5)  # more than an epoch
+    assert json.loads(progress.read_text())["epoch"] == before
+    step = torch.load(folder / "resume.ckpt", weights_only=True)["global_step"]
+    assert 0 < step < 320
+    run = next(iter(_settings(words).comparison()))
+    words_again = run.words()
+    assert words_again[words_again.index("--ckpt_path") + 1] == str(folder / "resume.ckpt")
+    assert main(words) == 0
+    record = run.result()
+    assert record is not None
+    assert record["steps"] == 320
+    assert record["zeros"] == 0.75
+    log = (folder / "log.txt").read_text()
+    assert "Restored all states from the checkpoint" in log
+
+
+def _settings(words: list[str]) -> compare._Settings:
+    args, overrides = compare._parser("compare").parse_known_args(words[1:])
+    return compare._Settings(args, "compare", tuple(overrides))
+
+
+@pytest.mark.slow
+def test_each_run_of_a_path_starts_from_the_weights_of_the_last(project):
+    words = ["path", "own.yaml", "--script", "train.py", "--lams", "1e-1", "1e-3", "--trainer.max_steps", "1"]
+    assert main([*words, "--method", "AdaptiveProx"]) == 0
+    folder = project / "runs/path/own"
+    weak, strong = (line for line in _lines(folder))
+    assert (float(weak["lam"]), float(strong["lam"])) == (1e-3, 1e-1)
+    first, second = (
+        torch.load(folder / f"AdaptiveProx-{lam}-seed0/final.ckpt", weights_only=True)["state_dict"] for lam in ("0.001", "0.1")
+    )
+    for name, w in first.items():  # AdamW's first step moves a weight by 1e-2 at most, before the prox shrinks it
+        assert bool((second[name].abs() <= w.abs() + 0.011).all())
+    assert (folder / "path.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_slurm_runs_are_collected_by_submitit(project):
+    pytest.importorskip("submitit")
+    words = [*COMPARE, "--no_dense", "--engine", "slurm", "--engine_options", "{cluster: local, timeout_min: 10}"]
+    assert main(words) == 0
+    (line,) = _lines(project / "runs/compare/own")
+    assert float(line["zeros"]) == 0.75
+    assert list((project / "runs/compare/own/slurm").iterdir())
+
+
+@pytest.mark.slow
+def test_ray_runs_are_collected_by_tune(project):
+    ray = pytest.importorskip("ray")
+    words = [*COMPARE, "--no_dense", "--engine", "ray", "--engine_options", "{num_cpus: 2, include_dashboard: false}"]
+    try:
+        assert main(words) == 0
+    finally:
+        ray.shutdown()
+    (line,) = _lines(project / "runs/compare/own")
+    assert float(line["zeros"]) == 0.75
+
+
+@pytest.mark.slow
+def test_a_metric_that_is_not_logged_is_refused_before_training(project, capsys):
+    (project / "own.yaml").write_text(CONFIG.replace("max_epochs: 4", "max_epochs: 100000"))  # would never end
+    assert main([*COMPARE, "--metric", "val_accuracy"]) == 2
+    said = capsys.readouterr().err
+    assert "--metric val_accuracy is not logged; a trial of two batches logged val_acc; closest: 'val_acc'" in said
+    assert [path.name for path in (project / "runs/compare/own").iterdir()] == ["settings.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--targets", "90"], "--targets must lie in (0, 1), got 90.0; did you mean 0.9?"),
+        (["--methods", "MagnitudPruning"], "closest: 'MagnitudePruning'"),
+        (["--methods", "AdaptiveProx: {metrik: adam}"], "takes no 'metrik'; closest: 'metric'"),
+        (["--methods", "BestAfterTarget"], "no sparsity callback"),
+        (["--script", "none.py"], "no file 'none.py'"),
+        (["--jobs", "0"], "at least 1"),
+        (["--engine_options", "{a: 1}"], "the local engine takes none"),
+        (["--seeds", "-1"], "whole numbers"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_trained(project, capsys, words, said):
+    assert main(["compare", "own.yaml", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(project.rglob("*.ckpt"))
+
+
+def test_an_engine_that_is_not_installed_is_named(project, capsys, monkeypatch):
+    for engine, extra in (("ray", "ray"), ("slurm", "submitit")):
+        monkeypatch.setitem(sys.modules, extra, None)
+        assert main([*COMPARE, "--engine", engine]) == 2
+        assert f"lightning-sparse[{engine}]" in capsys.readouterr().err
+
+
+def test_a_method_gets_the_recipes_penalty_unless_it_names_its_own():
+    own = {"class_path": "MCP", "init_args": {"c": 0.5}}
+    assert compare.described("AdaptiveProx", own, {"lam": 1e-3}) == {
+        "class_path": "lightning_sparse.callbacks.AdaptiveProx",
+        "init_args": {"penalty": own, "lam": 1e-3},
+    }
+    other = compare.described("AdaptiveProx: {penalty: {class_path: L1}, metric: plain}", own, {"lam": 1e-3})
+    assert other["init_args"] == {"penalty": {"class_path": "L1"}, "metric": "plain", "lam": 1e-3}
+    for sets_none in ("MagnitudePruning", "Sparsify"):
+        assert compare.described(sets_none, own, {"target_sparsity": 0.9})["init_args"] == {"target_sparsity": 0.9}
+    assert {"metric", "exact", "select", "target_sparsity"} <= compare.arguments_of(AdaptiveProx).keys()
+    assert "target_sparsity" in compare.arguments_of(MagnitudePruning)
+
+
+def _cell(method: str, setting: float | None, *values: float) -> results.Cell:
+    return results.Cell(method, setting, list(values), [setting or 0.0] * len(values), [1.0] * len(values), [])
+
+
+def test_the_best_mean_is_bold_and_the_dense_run_is_not():
+    table = results.markdown([_cell("dense", None, 0.99), _cell("a", 0.9, 0.5, 0.7), _cell("b", 0.9, 0.55, 0.6)], "val_acc", "target", True)
+    lines = table.splitlines()
+    assert "| 0.9900 |" in lines[2]
+    assert "**0.6000 (0.1414)**" in lines[3]
+    assert "**" not in lines[4]
+    assert "**" in results.markdown([_cell("a", 0.9, 0.5), _cell("b", 0.9, 0.4)], "val_loss", "target", False).splitlines()[3]
+
+
+def test_the_metric_is_a_validation_accuracy_if_there_is_one():
+    record = {"metrics": {"train_acc": 1.0, "val_loss": 0.1, "val/accuracy": 0.9}}
+    assert results.metric_of([record], None) == "val/accuracy"
+    assert results.metric_of([{"metrics": {"val_loss": 0.1}}], None) == "val_loss"
+    assert (results.rises("val/accuracy"), results.rises("val_loss"), results.rises("val_loss", "max")) == (True, False, True)
+
+
+def test_the_reason_of_a_failure_is_one_line():
+    trace = "Traceback (most recent call last):\n  File x\nValueError: it is wrong\n  note"
+    assert runs.reason_in(trace, 1) == "ValueError: it is wrong (exit code 1)"
+    assert runs.reason_in("Note: fine\nerror: no recipe 'x'\n", 2) == "no recipe 'x'"
+    assert runs.reason_in("", -9) == "killed by SIGKILL"
+
+
+# -- sweep -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sweep_file_gives_commands_that_the_program_accepts(project, capsys):
+    words = ["sweep", "digits", "--search", "grid", "--lam", "1e-3", "3e-3", "--eps", "0.5", "--callbacks", "AdaptiveProx"]
+    assert main([*words, "--metric", "val/accuracy", "--trainer.logger", "false"]) == 0
+    capsys.readouterr()
+    file = yaml.safe_load(Path("sweep.yaml").read_text())
+    assert file["metric"] == {"name": "val/accuracy", "goal": "maximize"}
+    assert file["parameters"]["sparsify.init_args.lam"] == {"values": [1e-3, 3e-3]}
+    program, verb, *command = [word for word in file["command"] if word not in ("${env}", "${args}")]
+    assert (program, verb) == ("lightning-sparse", "fit")
+    chosen = [f"--{name}={one['values'][-1]}" for name, one in sorted(file["parameters"].items())]  # as wandb agent writes them
+    config, *rest = [word for word in command if word != "--config"]
+    assert main(["check", config, *rest, *chosen]) == 0
+    said = capsys.readouterr().out
+    assert "AdaptiveProx" in said
+    assert "0.003" in said
+
+
+def test_a_sweep_has_log_uniform_strengths_and_uniform_shares(project, capsys):
+    assert main(["sweep", "digits", "--lam", "1e-4", "1e-2", "--freeze", "0.2", "0.6", "--runs", "20", "--metric", "val/loss"]) == 0
+    file = yaml.safe_load(Path("sweep.yaml").read_text())
+    assert file["parameters"]["sparsify.init_args.lam"] == {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
+    assert file["parameters"]["sparsify.init_args.freeze"]["distribution"] == "uniform"
+    assert (file["metric"]["goal"], file["run_cap"]) == ("minimize", 20)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing to search"),
+        (["--lam", "1e-3", "1e-2", "1e-1"], "needs two different bounds"),
+        (["--lam", "0", "1"], "must be > 0"),
+    ],
+)
+def test_a_sweep_without_a_search_space_is_refused(project, capsys, words, said):
+    assert main(["sweep", "digits", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("sweep.yaml").exists()

@@ -1,0 +1,240 @@
+"""``export`` and ``report`` on a checkpoint: files that give back the network, figures that were measured, errors in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from commands import PLAIN, QUIET, refused
+from export_networks import zeroed
+from lightning.pytorch import LightningModule
+
+import lightning_sparse
+from lightning_sparse import export
+from lightning_sparse.cli import formats, main, worth
+from lightning_sparse.cli.saved import Saved, example_inputs
+from lightning_sparse.examples.digits import Digits
+from lightning_sparse.examples.mlp import MLP
+from lightning_sparse.export import Gain, latency
+from lightning_sparse.export.latency import Timing
+
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")]
+SIZES = [64, 300, 100, 10]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a run whose weights were then set to zero, but for a tenth."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["fit", "--config", "digits", *PLAIN, "--trainer.default_root_dir", str(folder)]) == 0
+    (file,) = folder.rglob("*.ckpt")
+    content = torch.load(file, weights_only=True)
+    content["state_dict"] = dict(_network(0.9).state_dict())
+    torch.save(content, file)
+    return file
+
+
+def _network(zeros: float) -> MLP:
+    torch.manual_seed(0)
+    return zeroed(MLP(SIZES), zeros)  # type: ignore[return-value]
+
+
+def saved(network: LightningModule, data: object = None) -> Saved:
+    return Saved(Path("some folder/net.ckpt"), network, data)
+
+
+@pytest.mark.slow
+def test_each_format_gives_back_the_network(trained, capsys):
+    pytest.importorskip("onnxruntime")
+    assert main(["export", str(trained), "--to", "csr", "onnx", "compact", "--out", "files"]) == 0
+    shown = capsys.readouterr().out
+    for row in ("bytes", "bytes, gzipped", "latency at batch 1", "latency at batch 256", "test/accuracy", "largest difference of outputs"):
+        assert row in shown
+    assert "sparse layers: layers.1 (csr), layers." in shown
+    assert "dense stay" not in shown
+    stem, network, x = trained.stem, _network(0.9), torch.randn(7, 64)
+    assert sorted(p.name for p in Path("files").iterdir()) == [f"{stem}.compact.safetensors", f"{stem}.csr.pt2", f"{stem}.onnx"]
+    program = torch.export.load(f"files/{stem}.csr.pt2").module()
+    torch.testing.assert_close(program(x), network(x))
+    torch.testing.assert_close(formats.onnx_file.session(f"files/{stem}.onnx")(x), network(x).detach(), rtol=1e-4, atol=1e-5)
+    found = export.load_compact(f"files/{stem}.compact.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_an_export_says_in_one_line_which_layers_stay_dense_and_why():
+    network = _network(0.9)
+    torch.nn.init.ones_(network.layers[3].weight)
+    made = formats.sparse(saved(network, Digits()), "csr", 1, None)
+    assert made.notes == ["csr: 2 sparse layers: layers.1 (csr), layers.5 (csr)", "csr: dense stay layers.3.weight (only 0.0 % zeros)"]
+
+
+@pytest.mark.slow
+def test_the_report_of_a_checkpoint_names_a_command_that_runs(trained, capsys):
+    assert main(["report", str(trained)]) == 0
+    shown = capsys.readouterr().out
+    zeros = sum(int((p == 0).sum()) for p in _network(0.9).parameters() if p.dim() > 1)
+    assert f"{zeros:,} of 50,200 weights in 3 matrices" in shown
+    (command,) = [line.partition("lightning-sparse ")[2] for line in shown.splitlines() if "for the smallest file" in line]
+    assert main([*command.split(), "--out", "files"]) == 0
+    (file,) = Path("files").iterdir()
+    assert f"in fp16 {file.stat().st_size:,}" in shown
+
+
+@pytest.mark.slow
+def test_wrong_checkpoints_are_refused_and_nothing_is_written(trained, capsys, tmp_path):
+    def export_of(file, *more):
+        return refused(capsys, "export", str(file), "--to", "csr", *more)
+
+    content = torch.load(trained, weights_only=True)
+    kept = tmp_path / "checkpoints"
+    kept.mkdir()
+    (tmp_path / "config.yaml").write_text((trained.parent.parent / "config.yaml").read_text())
+    torch.save(content | {"state_dict": dict(MLP(SIZES).state_dict())}, kept / "dense.ckpt")
+    assert "no matrix of this MLP is at least half zero" in export_of(kept / "dense.ckpt")
+    torch.save(content | {"state_dict": dict(MLP([64, 10]).state_dict())}, kept / "other.ckpt")
+    assert "a checkpoint of another model: it lacks layers.3.bias" in export_of(kept / "other.ckpt")
+    (kept / "cut.ckpt").write_bytes(trained.read_bytes()[:5000])
+    assert "cut.ckpt" in export_of(kept / "cut.ckpt")
+    assert "no checkpoint" in export_of(kept / "absent.ckpt")
+    elsewhere = tmp_path / "a" / "b" / "net.ckpt"
+    elsewhere.parent.mkdir(parents=True)
+    torch.save(content, elsewhere)
+    assert "no config.yaml beside" in export_of(elsewhere)
+    assert "--batch_size must be at least 1, got 0" in export_of(trained, "--batch_size", "0")
+    assert "no layer has a 2:4 pattern" in refused(capsys, "export", str(trained), "--to", "2:4")
+
+
+@pytest.mark.slow
+def test_a_config_elsewhere_and_overrides_are_used(trained, tmp_path, capsys):
+    moved = tmp_path / "net.ckpt"
+    moved.write_bytes(trained.read_bytes())
+    assert main(["export", str(moved), "--config", "digits", "--to", "compact", "--data.test", "0.3"]) == 0
+    assert (tmp_path / "net.compact.safetensors").is_file()
+    assert "of another model" in refused(
+        capsys, "export", str(moved), "--config", "digits", "--to", "compact", "--model.sizes", "[64, 20, 10]"
+    )
+
+
+def known(monkeypatch, gain, faster, shrunk=None):
+    """Replace measurements: every layer gains ``gain`` and the whole network is ``faster[batch]`` times faster; the same of shrink."""
+
+    def shrink(module, inputs):
+        if shrunk is None:
+            raise ValueError("nothing to remove")
+        return module
+
+    monkeypatch.setitem(vars(lightning_sparse), "shrink", shrink)
+    monkeypatch.setattr(worth, "_SLOW", float("inf"))
+    monkeypatch.setattr(worth._Spot, "_measure", lambda *_: Gain(gain, gain, 1.0))
+    batches = iter([*(shrunk or []), *faster])
+
+    def measure(arms, base, budget):
+        times = next(batches)
+        return {name: Timing(1.0, times if name not in (base, latency.AGAIN) else 1.0, times, 1.0) for name in [*arms, latency.AGAIN]}
+
+    monkeypatch.setattr(worth.latency, "measure", measure)
+
+
+def report(network):
+    return worth.lines(saved(network, Digits()), ["--config", "digits"])
+
+
+def test_the_report_names_the_batch_size_that_gains_most(monkeypatch):
+    known(monkeypatch, 3.0, [1.5, 4.0, 2.5])
+    lines = report(_network(0.9))
+    assert "  shrink:         nothing to remove" in lines
+    command = "lightning-sparse export 'some folder/net.ckpt' --config digits"
+    assert lines[-2:] == [
+        f"  for the most speed:     {command} --to auto --batch_size 32  (4.0x at batch 32)",
+        f"  for the smallest file:  {command} --to compact --fp16",
+    ]
+    (line,) = [line for line in lines if "sparse layers" in line]
+    assert "batch 1: 1.50x (A/A" in line
+    assert "batch 32: 4.00x (A/A" in line
+
+
+def test_shrink_is_named_where_it_gains_more(monkeypatch):
+    known(monkeypatch, 3.0, [1.5, 4.0, 2.5], shrunk=[2.0, 3.0, 5.0])
+    lines = report(_network(0.9))
+    (command,) = [line for line in lines if "for the most speed" in line]
+    assert "shrink" in command
+    assert "(5.0x at batch 256)" in command
+    assert any("shrink:         50,610 -> 50,610 parameters; batch 1: 2.00x" in line for line in lines)
+
+
+def test_no_gain_is_promised_that_was_not_measured(monkeypatch):
+    known(monkeypatch, 3.0, [0.9, 0.8, 1.0])  # each layer gains, the network does not
+    assert not any("most speed" in line for line in report(_network(0.9)))
+    known(monkeypatch, 0.5, [])  # no layer gains, so nothing else is measured
+    (line,) = [line for line in report(_network(0.9)) if "sparse layers" in line]
+    assert line.count("none is faster") == 3
+    monkeypatch.setattr(worth, "_SECONDS", -1.0)
+    (line,) = [line for line in report(_network(0.9)) if "sparse layers" in line]
+    assert "(9 layers were not measured in the time)" in line
+
+
+def test_batch_sizes_with_slow_calls_are_left_to_export(monkeypatch):
+    known(monkeypatch, 3.0, [2.0])
+    monkeypatch.setattr(worth, "_SLOW", -1.0)
+    (line,) = [line for line in report(_network(0.9)) if "sparse layers" in line]
+    assert line.endswith("batch 32, 256: `export` measures it, one call is slow")
+
+
+def test_the_report_of_a_dense_network_says_so():
+    lines = "\n".join(report(_network(-1.0)))
+    assert "0 of 50,200 weights" in lines
+    assert "no matrix of this MLP is at least half zero" in lines
+
+
+class Wordless(LightningModule):
+    """No example inputs and no data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 64)
+
+
+def test_a_network_without_inputs_still_gets_its_sizes():
+    lines = worth.lines(saved(zeroed(Wordless()), None))
+    (line,) = [line for line in lines if "sparse layers" in line]
+    assert "not measured, no example inputs: Wordless has no example_input_array" in line
+    assert any("compact file" in line and "times smaller" in line for line in lines)
+
+
+def test_the_end_of_a_fit_survives_a_report_that_fails(monkeypatch, capsys):
+    monkeypatch.setattr(worth, "lines", lambda *_: [][1])
+    worth.at_end(saved(_network(0.9)))
+    assert "not measured: IndexError" in capsys.readouterr().out
+
+
+def test_example_inputs_come_from_the_module_else_from_the_data():
+    network = _network(0.9)
+    (x,) = example_inputs(network, Digits())
+    assert x.shape == (360, 64)
+    network.example_input_array = torch.zeros(3, 64)
+    assert example_inputs(network, Digits())[0].shape == (3, 64)
+
+
+def test_inputs_are_repeated_and_cut_to_a_batch_size():
+    x = torch.arange(6).reshape(3, 2)
+    for batch in (1, 3, 7):
+        (found,) = formats.sized((x,), batch)
+        assert torch.equal(found, x[torch.arange(batch) % 3])
+    assert formats.sized((2.5, torch.tensor(1)), 4)[0] == 2.5
+
+
+def test_a_step_that_does_not_use_forward_has_no_figure_for_it():
+    network = _network(0.9)
+    network.forward_calls = []
+    one = formats.Format("onnx", None, None, network)
+    assert formats.metrics(saved(network, None), one) == {}
+    network.forward_calls = [1]
+    monkey = saved(network, None)
+    object.__setattr__(monkey, "data", Digits())
+    assert set(formats.metrics(monkey, one)) == {"test/loss", "test/accuracy"}

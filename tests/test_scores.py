@@ -1,0 +1,171 @@
+"""Scores against hand-written rankings, the floors of layers, and scores in callbacks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from toys import Toy, data, trainer, weights
+
+from lightning_sparse import penalties, scores
+from lightning_sparse.callbacks import MagnitudePruning, ReweightedPenalty
+from lightning_sparse.callbacks.options import Options
+from lightning_sparse.scores import Ranked, keep_highest
+
+BUILT_IN = [
+    scores.Magnitude(),
+    scores.LayerMagnitude(),
+    scores.LAMP(),
+    scores.RelativeMagnitude(),
+    scores.Fisher(),
+    scores.KeepProbability(),
+]
+every_score = pytest.mark.parametrize("score", BUILT_IN, ids=repr)
+
+
+def given(w: Tensor, alive: Tensor | None = None, alpha: Tensor | None = None, squares: Tensor | None = None) -> Ranked:
+    return Ranked(
+        "w", w, torch.ones_like(w, dtype=torch.bool) if alive is None else alive, torch.ones_like(w) if alpha is None else alpha, squares
+    )
+
+
+@every_score
+def test_a_score_has_the_weights_shape_and_rises_with_their_size(score: scores.Score) -> None:
+    w = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    alpha = 1 / (1 + 0.1 / w.abs())
+    found = score.of(given(w, alpha=alpha, squares=torch.full_like(w, 0.3)))
+    assert found.shape == w.shape
+    assert torch.equal(found.reshape(-1).argsort(), w.abs().reshape(-1).argsort())
+
+
+def test_scores_against_formulas_written_by_hand() -> None:
+    w = torch.tensor([[3.0, -1.0], [0.0, 2.0]])
+    alive, squares = w != 0, torch.tensor([[1.0, 9.0], [5.0, 0.25]])
+    at = given(w, alive, squares=squares)
+    assert scores.LayerMagnitude().of(at).flatten().tolist() == [0.75, 0.25, 0.0, 0.5]
+    torch.testing.assert_close(scores.LAMP().of(at).flatten(), torch.tensor([9 / 9, 1 / 14, 0.0, 4 / 13]))
+    torch.testing.assert_close(scores.RelativeMagnitude().of(at), w.abs() / math.sqrt(14 / 3))
+    torch.testing.assert_close(scores.Fisher().of(at).flatten(), torch.tensor([9.0, 9.0, 0.0, 1.0]))
+
+
+def test_layers_of_unlike_scale_are_told_apart_by_the_relative_scores_only() -> None:
+    small, large = torch.linspace(0.01, 0.1, 100), torch.linspace(1, 10, 100)
+    everywhere = {"small": torch.ones(100, dtype=torch.bool), "large": torch.ones(100, dtype=torch.bool)}
+
+    def kept(score: scores.Score) -> list[int]:
+        found = {name: score.of(given(w)) for name, w in (("small", small), ("large", large))}
+        return [int(mask.sum()) for mask in keep_highest(found, everywhere, 0.8).values()]
+
+    assert kept(scores.Magnitude()) == [1, 39]  # one weight is always left
+    assert kept(scores.RelativeMagnitude()) == kept(scores.LayerMagnitude()) == [20, 20]
+
+
+@pytest.mark.parametrize("zeros", [0.1, 0.5, 0.93])
+@pytest.mark.parametrize("least", [0.0, 0.05])
+def test_exactly_the_share_is_left_and_every_tensor_keeps_its_floor(zeros: float, least: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    ranked = {name: scale * torch.rand(200, generator=generator) for name, scale in (("a", 1.0), ("b", 1e-3), ("c", 1e3))}
+    alive = {name: torch.rand(200, generator=generator) < 0.7 for name in ranked}
+    kept = keep_highest(ranked, alive, zeros, least)
+    assert sum(int(mask.sum()) for mask in kept.values()) == 600 - round(zeros * 600)
+    for name, mask in kept.items():
+        assert int(mask.sum()) >= max(1, round(least * 200))
+        left = ranked[name][mask & alive[name]]
+        gone = ranked[name][~mask & alive[name]]
+        assert not len(left) or not len(gone) or left.min() >= gone.max()  # by score within each tensor
+
+
+def test_weights_that_are_not_alive_go_first_and_return_only_where_the_share_needs_them() -> None:
+    alive = {"w": torch.tensor([True, False, True, False])}
+    kept = {share: keep_highest({"w": torch.tensor([1.0, 9.0, 2.0, 8.0])}, alive, share)["w"].tolist() for share in (0.75, 0.5, 0.25)}
+    assert kept == {0.75: [False, False, True, False], 0.5: [True, False, True, False], 0.25: [True, True, True, False]}
+
+
+@dataclass(frozen=True)
+class First(scores.Score):
+    """A user's own score: the first weights in memory are the last to go."""
+
+    def of(self, given: Ranked) -> Tensor:
+        return -torch.arange(given.w.numel(), dtype=torch.float32).reshape(given.w.shape)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_users_own_score_decides_what_pruning_keeps(scope: str) -> None:
+    module = Toy()
+    trainer(MagnitudePruning(0.75, every=3, scope=scope, score=First()), epochs=3).fit(module, data())
+    for w in weights(module).values():
+        if w.dim() > 1:
+            kept = (w != 0).flatten()
+            assert kept[: int(kept.sum())].all()
+
+
+@every_score
+def test_a_target_is_met_to_the_weight_by_every_score(score: scores.Score) -> None:
+    module = Toy()
+    matrices = [w for w in module.parameters() if w.dim() > 1]
+    size = sum(w.numel() for w in matrices)
+    for callback in (
+        MagnitudePruning(0.9, every=3, score=score),
+        ReweightedPenalty(penalties.LogSum(eps=2.0), target_sparsity=0.9, score=score, least_kept=0.05),
+    ):
+        module = Toy()
+        trainer(callback, epochs=3).fit(module, data())
+        left = [int((w != 0).sum()) for w in module.parameters() if w.dim() > 1]
+        assert sum(left) == size - round(0.9 * size)
+        assert min(left) >= 1
+
+
+def test_the_squares_are_those_of_the_loss_and_resume_exactly(tmp_path: str) -> None:
+    class Save(Callback):
+        def on_train_epoch_end(self, trainer, module):  # type: ignore[no-untyped-def]
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(f"{tmp_path}/half.ckpt")
+
+    make = lambda: ReweightedPenalty(penalties.LogSum(eps=2.0), target_sparsity=0.8, score=scores.Fisher(decay=0.5))  # noqa: E731
+    whole, module, again, resumed = make(), Toy(), make(), Toy(seed=1)
+    trainer(whole, Save(), epochs=5).fit(module, data())
+    trainer(again, epochs=5).fit(resumed, data(), ckpt_path=f"{tmp_path}/half.ckpt")
+    assert all(torch.equal(w, weights(resumed)[name]) for name, w in weights(module).items())
+    assert all(torch.equal(mean, again.support.squares[name]) and mean.max() > 0 for name, mean in whole.support.squares.items())
+
+
+def test_least_kept_holds_in_each_layer_and_an_impossible_one_is_refused() -> None:
+    module = Toy()
+    with torch.no_grad():
+        next(w for w in module.parameters() if w.dim() > 1).mul_(1e-6)  # magnitude over all layers would empty it
+    trainer(MagnitudePruning(0.8, every=3, least_kept=0.1), epochs=3).fit(module, data())
+    assert all(float((w != 0).float().mean()) > 0.09 for w in module.parameters() if w.dim() > 1)
+    with pytest.raises(ValueError, match=r"least_kept=0.3 keeps that share.*target_sparsity=0.8 leaves 20.00%"):
+        MagnitudePruning(0.8, least_kept=0.3)
+    with pytest.raises(TypeError, match="score must be a Score"):
+        MagnitudePruning(0.8, score="LAMP")  # type: ignore[arg-type]
+
+
+def test_a_layer_that_is_left_with_one_weight_is_named() -> None:
+    module = Toy(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)))
+    with torch.no_grad():
+        module.network[0].weight.mul_(1e-9)
+    with pytest.warns(UserWarning, match=r"has left at most one weight of \['network.0.weight'\]"):
+        trainer(MagnitudePruning(0.8, every=1, end=0.3), epochs=3).fit(module, data())
+
+
+def test_without_a_score_lamp_ranks() -> None:
+    make = lambda target, **more: ReweightedPenalty(penalties.LogSum(eps=2.0), target_sparsity=target, **more)  # noqa: E731
+    assert [make(target).support.score for target in (0.5, 0.9, 0.95)] == [scores.LAMP()] * 3
+    assert make(0.95, score=scores.Magnitude()).support.score == scores.Magnitude()
+    assert make(0.5).score is None
+    assert MagnitudePruning(0.98).score == scores.Magnitude()
+
+
+def test_a_score_is_part_of_the_settings_and_conversions_keep_it() -> None:
+    callback = ReweightedPenalty(penalties.LogSum(eps=2.0), target_sparsity=0.9, score=scores.Fisher(decay=0.9))
+    assert callback.to_mask().score == scores.Fisher(decay=0.9)
+    assert callback.recipe()["init_args"]["score"] == {"class_path": "Fisher", "init_args": {"decay": 0.9}}
+    assert "score=Fisher(decay=0.9)" in repr(callback)
+    callback.tol = 0.1  # a changed option leaves the others as they are
+    assert callback.options.score == scores.Fisher(decay=0.9)
+    assert isinstance(callback.options, Options)

@@ -1,0 +1,24 @@
+"""Zeros that are frozen, held or cut stay zero after an optimiser's step, in a plain loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.methods import ReweightedGradient, Run
+from lightning_sparse.penalties import LogSum
+from lightning_sparse.schedules import Constant, Strength
+
+
+@pytest.mark.parametrize("kind", ["frozen", "held", "cut"])
+def test_a_step_leaves_zeros_of_the_support_at_zero(kind: str) -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 0.0, -2.0, 0.0]))
+    method, optimizer = ReweightedGradient(LogSum(0.5)), torch.optim.SGD([weight], 0.1)
+    support = Run.alone(method, {"w": weight}, Strength(Constant(1e-3))).support
+    kept: dict[str, Tensor] = {"w": weight.detach() != 0}
+    setattr(support, kind, kept)
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    support.hold_(optimizer)
+    torch.testing.assert_close(weight.detach(), torch.tensor([0.9, 0.0, -2.1, 0.0]))
