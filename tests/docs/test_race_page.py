@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from race import one, page, records, run, table
+from race import one, page, problems, records, run, table
 from race.problems import BUDGETS, PROBLEMS, Problem
 from race.ways import DENSE, WAYS
 from torch import nn
+
+from lightning_sparse.examples.resnet import ResNet
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 COMMAND = "python tests/benchmarks/race page"
@@ -86,7 +88,7 @@ def test_a_dense_run_is_planned_once_and_seeds_come_first() -> None:
 def test_every_way_meets_its_target_to_the_weight_and_is_measured_on_each_part(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
     parts = tuple((part, part[:, :3].argmax(1)) for part in x.split(200))
-    net = lambda: nn.Sequential(nn.Linear(8, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 3))  # noqa: E731
+    net = lambda weights: nn.Sequential(nn.Linear(8, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 3))  # noqa: E731
     monkeypatch.setitem(PROBLEMS, "toy", Problem("toy", lambda folder: parts, net, "adamw", 1e-2, batch=20))  # type: ignore[arg-type, return-value]
     monkeypatch.setitem(BUDGETS, "tiny", 60)
     planned = {"problem": "toy", "budget": "tiny", "target": 0.8, "method": method, "seed": 0}
@@ -96,6 +98,24 @@ def test_every_way_meets_its_target_to_the_weight_and_is_measured_on_each_part(m
     assert 0 <= record["validation_error"] < 60
     assert record["zeros"] == (0 if method == DENSE else round(0.8 * 330))
     json.dumps(record)
+
+
+def test_the_text_s_labels_are_the_next_bytes() -> None:
+    for x, y in problems.text(Path()):
+        assert torch.equal(x[0, 1:], y[0, :-1])
+        assert y[0, -1] == x[1, 0]
+    training, validation = problems.text(Path())[:2]
+    assert not (training[0][:, None] == validation[0][:20]).all(-1).any()
+
+
+def test_fine_tuning_starts_from_the_given_weights(tmp_path: Path) -> None:
+    given = ResNet(20).layers
+    torch.save(given.state_dict(), tmp_path / "weights.th")
+    made = PROBLEMS["finetune"].network(tmp_path / "weights.th")
+    assert all(torch.equal(a, b) for a, b in zip(given.parameters(), made.parameters(), strict=True))
+    assert PROBLEMS["finetune"].steps("short") == BUDGETS["short"] // 5
+    with pytest.raises(ValueError, match="give --weights FILE"):
+        PROBLEMS["finetune"].network(None)
 
 
 def test_an_exception_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:

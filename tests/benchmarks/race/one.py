@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from lightning_sparse import __version__
 from lightning_sparse.examples.batches import ShuffledBatches
-from race.problems import BUDGETS, PROBLEMS, Part, Problem
+from lightning_sparse.select import default_selection
+from race.problems import PROBLEMS, Part, Problem
 from race.records import Record
 from race.ways import DENSE, WAYS
 
@@ -25,9 +26,9 @@ from race.ways import DENSE, WAYS
 class Net(LightningModule):
     """A problem's network under its optimiser."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, weights: Path | None = None) -> None:
         super().__init__()
-        self.problem, self.network = problem, problem.network()
+        self.problem, self.network = problem, problem.network(weights)
 
     def training_step(self, batch: Part, index: int) -> Tensor:
         return functional.cross_entropy(self.network(batch[0]), batch[1])
@@ -51,18 +52,18 @@ def measured(net: Net, part: Part) -> tuple[float, float]:
     return 100 * float((outputs.argmax(1) != part[1]).float().mean()), float(functional.cross_entropy(outputs, part[1]))
 
 
-def train(planned: Record, data: Path) -> Record:
+def train(planned: Record, data: Path, weights: Path | None = None) -> Record:
     """Train one run; return its record, of an exception too."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    problem, steps = PROBLEMS[planned["problem"]], BUDGETS[planned["budget"]]
+    problem, steps = PROBLEMS[planned["problem"]], PROBLEMS[planned["problem"]].steps(planned["budget"])
     settings = {"optimizer": problem.optimizer, "rate": problem.rate, "batch": problem.batch, "steps": steps}
     versions = {"torch": torch.__version__, "lightning": lightning.__version__, "lightning_sparse": __version__}
     started = time.perf_counter()
     try:
         training, validation, test = problem.load(data)
         seed_everything(planned["seed"], verbose=False)
-        net, epochs = Net(problem), math.ceil(steps * problem.batch / len(training[0]))
+        net, epochs = Net(problem, weights), math.ceil(steps * problem.batch / len(training[0]))
         callbacks = WAYS[planned["method"]](planned["target"], epochs)
         made = [repr(callback) for callback in callbacks]
         options: dict[str, Any] = {
@@ -75,7 +76,7 @@ def train(planned: Record, data: Path) -> Record:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.fit(net, ShuffledBatches(*training, problem.batch, planned["seed"]))
-        matrices = [w for w in net.network.parameters() if w.dim() > 1]
+        matrices = [*default_selection(net.network, trainable=False).values()]
         zeros, size = sum(int((w == 0).sum()) for w in matrices), sum(w.numel() for w in matrices)
         by = {f"{name}_{what}": value for name, part in (("validation", validation), ("test", test))
               for what, value in zip(("error", "loss"), measured(net, part), strict=True)}  # fmt: skip

@@ -22,7 +22,7 @@ def page(runs: list[Record]) -> str:
     """Return the page: the text, with tables, choices, what failed and what has not been run."""
     parts = []
     for problem, budget in dict.fromkeys(cell[:2] for cell in cells(runs)):
-        title = f"### {PROBLEMS[problem].title}, {BUDGETS[budget]:,} steps"
+        title = f"### {PROBLEMS[problem].title}, {PROBLEMS[problem].steps(budget):,} steps"
         parts.append(
             f"{title}\n\nTest error in %, mean (least to most).\n\n{table(runs, problem, budget)}\n\n![Error](race/{problem}_{budget}.png)"
         )

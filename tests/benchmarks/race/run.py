@@ -37,7 +37,8 @@ def plan(problems: list[str], budgets: list[str], targets: list[float], methods:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="race run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder with MNIST/raw and CIFAR10/train.npz")
-    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
+    parser.add_argument("--weights", type=Path, help="a state_dict of ResNet-20 trained on CIFAR-10, from which finetune starts")
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, help="all that have what they start from by default")
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=["short"])
     parser.add_argument("--targets", nargs="+", type=float, default=[*TARGETS])
     parser.add_argument("--methods", nargs="+", choices=WAYS, default=[*WAYS])
@@ -49,15 +50,16 @@ def main() -> None:
     if given.one:
         from race.one import train
 
-        print(json.dumps(train(json.loads(given.one), given.data)))
+        print(json.dumps(train(json.loads(given.one), given.data, given.weights)))
         return
+    problems = given.problems or [name for name, problem in PROBLEMS.items() if given.weights or not problem.pretrained]
     done = {records.key(record) for record in records.read(given.records)}
-    left = [one for one in plan(given.problems, given.budgets, given.targets, given.methods, given.seeds) if records.key(one) not in done]
+    left = [one for one in plan(problems, given.budgets, given.targets, given.methods, given.seeds) if records.key(one) not in done]
     print(f"{len(done)} runs recorded, {len(left)} to train", flush=True)
-    follow(left, given.data, given.records, given.jobs)
+    follow(left, given.data, given.weights, given.records, given.jobs)
 
 
-def follow(left: list[Record], data: Path, file: Path, jobs: int) -> None:
+def follow(left: list[Record], data: Path, weights: Path | None, file: Path, jobs: int) -> None:
     """Train the runs, ``jobs`` side by side, and add each record when its run ends."""
     running: list[tuple[Record, subprocess.Popen[str]]] = []
     waiting, total, started, ended = [*left], len(left), time.monotonic(), 0
@@ -66,6 +68,7 @@ def follow(left: list[Record], data: Path, file: Path, jobs: int) -> None:
             while waiting and len(running) < jobs:
                 one = waiting.pop(0)
                 command = [sys.executable, str(Path(__file__).parent), "run", "--data", str(data), "--one", json.dumps(one)]
+                command += ["--weights", str(weights)] if weights else []
                 running.append((one, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)))
             time.sleep(0.2)
             for one, process in [pair for pair in running if pair[1].poll() is not None]:

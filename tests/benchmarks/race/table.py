@@ -81,5 +81,5 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=records.FILE)
     runs = records.read(parser.parse_args().records)
     for problem, budget in dict.fromkeys(cell[:2] for cell in cells(runs)):
-        print(f"{PROBLEMS[problem].title}, {BUDGETS[budget]} steps: test error, %\n\n{table(runs, problem, budget)}\n")
+        print(f"{PROBLEMS[problem].title}, {PROBLEMS[problem].steps(budget)} steps: test error, %\n\n{table(runs, problem, budget)}\n")
     print(verdicts(runs))
