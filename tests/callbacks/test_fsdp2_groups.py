@@ -1,4 +1,4 @@
-"""Groups under FSDP2 on two processes: the same results as DDP where no group is cut, else a refusal with the reason."""
+"""Groups under FSDP2 on two processes: the same results as DDP where no group is cut, else a refusal with the reason; exact resumes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from test_fsdp2 import network, whole
 from torch import Tensor
 from toys import Toy, data
@@ -42,6 +43,7 @@ FORMS = {
     "pruning": partial(MagnitudePruning, 0.5, every=2, structure=Rows()),
     "2 of 4": partial(ReweightedPenalty, LOG_SUM, 1e-3, freeze=0.25, structure=NM(2, 4)),
 }
+RESUMED = {"penalty": True, "exact prox of blocks": False, "to a target": True, "pruning": True, "2 of 4": False}  # in a split file?
 REFUSED = {
     "columns": (Columns(), r"may have weights in all rows of 'network.0.weight', and FSDP2 gives each of 2 processes some of the rows"),
     "own": (HalfRows(), r"HalfRows\(\) may have weights in all rows"),
@@ -58,6 +60,15 @@ def run(rank, form, kind):
     done.fit(module, data(seed=2 * rank), data(seed=1))
     figures = {name: float(value) for name, value in done.callback_metrics.items()}
     return {"weights": whole(module), "figures": figures, "left": callback.groups_left()}
+
+
+def resumed(rank, folder, form, path=None):
+    """Fit with a file after each epoch, or resume from such a file; return the final weights and the groups that are left."""
+    callback, module = FORMS[form](), ShardedToy(network())
+    keeper = ModelCheckpoint(folder / f"{form}-{path is None}", filename="{epoch}", save_top_k=-1)
+    options = split(save_distributed_checkpoint=RESUMED[form]) | {"enable_checkpointing": True}
+    trainer(callback, keeper, epochs=4, **options).fit(module, data(seed=2 * rank), data(seed=1), ckpt_path=path)
+    return {"weights": whole(module), "left": callback.groups_left(), "step": callback.step}
 
 
 def refusal(rank, structure):
@@ -92,17 +103,20 @@ def parts():
         return found, str(error)
 
 
-def everything(rank):
+def everything(rank, folder):
     if why := obstacle():
         return why
     answers = {form: {"ddp": run(rank, form, DDP), "split": run(rank, form, "split")} for form in FORMS}
     answers |= {name: refusal(rank, structure) for name, (structure, _) in REFUSED.items()}
+    for form in RESUMED:
+        first = resumed(rank, folder, form)
+        answers["resumed", form] = first, resumed(rank, folder, form, folder / f"{form}-True" / "epoch=1.ckpt")
     return answers | {"parts": parts()}
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    answers = on_ranks(everything)
+def ranks(tmp_path_factory):
+    answers = on_ranks(everything, tmp_path_factory.mktemp("groups"))
     if isinstance(answers[0], str):
         pytest.skip(answers[0])
     return answers
@@ -121,6 +135,17 @@ def test_groups_of_split_weights_end_as_under_ddp(ranks, form):
     if form != "2 of 4":
         assert 0 < ranks[0][form]["split"]["figures"]["sparsity/groups"] < 1
     assert ranks[0][form]["split"]["left"] == ranks[1][form]["split"]["left"]
+
+
+@pytest.mark.parametrize("form", RESUMED)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(ranks, form):
+    for answer in ranks:
+        first, second = answer["resumed", form]
+        assert second["step"] == first["step"] > 0
+        assert second["left"] == first["left"]
+        for name, value in first["weights"].items():
+            assert torch.equal(second["weights"][name], value), name
+    assert any((value == 0).any() for value in ranks[0]["resumed", form][0]["weights"].values())
 
 
 @pytest.mark.parametrize("name", REFUSED)
