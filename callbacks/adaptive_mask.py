@@ -56,9 +56,9 @@ class AdaptiveMask(Sparsifier):
         **options: Any,
     ) -> None:
         if not isinstance(noise, Noise):
-            raise TypeError(f"noise must be a Noise such as ScaledBernoulli() or Gaussian(), got {noise!r}")
+            raise TypeError(f"noise must be a Noise such as ScaledBernoulli() or Gaussian(), got {_checks.shown(noise, Noise)}")
         if not isinstance(curvature, (Curvature, type(None))):
-            raise TypeError(f"curvature must be a Curvature such as EmpiricalFisher(), or None, got {curvature!r}")
+            raise TypeError(f"curvature must be a Curvature such as EmpiricalFisher(), or None, got {_checks.shown(curvature, Curvature)}")
         if options.get("compile") and not isinstance(noise, Elementwise):
             raise TypeError(
                 f"compile=True needs ScaledBernoulli(), Gaussian() or another lightning_sparse.noise.Elementwise, got {noise!r}"

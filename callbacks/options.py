@@ -89,7 +89,7 @@ def patterns(select: Any) -> list[str] | None:
 def score_of(value: Any) -> Score | None:
     """Return the score, or None; raise TypeError for another type."""
     if not isinstance(value, (Score, type(None))):
-        raise TypeError(f"score must be a Score such as scores.LAMP() or scores.Magnitude(), got {value!r}")
+        raise TypeError(f"score must be a Score such as scores.LAMP() or scores.Magnitude(), got {_checks.shown(value, Score)}")
     return value
 
 
@@ -107,7 +107,8 @@ def least_kept(value: Any, target: float | None) -> float:
 def structure_of(value: Any) -> Structure:
     """Return the structure; raise TypeError for another type."""
     if not isinstance(value, Structure):
-        raise TypeError(f"structure must be a Structure such as structure.Rows() or structure.Blocks((16, 16)), got {value!r}")
+        given = _checks.shown(value, Structure)
+        raise TypeError(f"structure must be a Structure such as structure.Rows() or structure.Blocks((16, 16)), got {given}")
     return value
 
 
@@ -148,7 +149,8 @@ def check_compile(form: str, method: Method, given: Penalty | MaskRule) -> None:
 def penalty_of(given: Any, needs_separable: bool, form: str) -> Penalty:
     """Return the penalty of ``given``; raise TypeError for another type, ValueError if the duality or the method does not admit it."""
     if not isinstance(given, (Penalty, MaskRule)):
-        raise TypeError(f"{form} takes a Penalty or a MaskRule, got {given!r}; for example penalties.LogSum(eps=2.0)")
+        found = _checks.shown(given, Penalty, MaskRule)
+        raise TypeError(f"{form} takes a Penalty or a MaskRule such as penalties.LogSum(eps=2.0), got {found}")
     penalty = duality.to_penalty(given)
     if penalty.separable:
         duality.check_admissible(penalty)

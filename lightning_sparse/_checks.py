@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Iterable
 
@@ -68,6 +69,15 @@ def one_of(name: str, value: object, known: Iterable[str]) -> str:
         *first, last = map(repr, words)
         raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}{closest(str(value), words)}")
     return given
+
+
+def shown(value: object, *kinds: type) -> str:
+    """Describe a value that is not accepted; a class below one of the accepted ``kinds`` gets the hint to create an instance."""
+    if not (isinstance(value, type) and issubclass(value, kinds)) or inspect.isabstract(value):
+        return repr(value)
+    parameters = inspect.signature(value).parameters.values()
+    needed = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    return f"the class {value.__name__}; did you mean {value.__name__}({', '.join(f'{name}=...' for name in needed)})?"
 
 
 def closest(word: str, known: Iterable[str], count: int = 3) -> str:

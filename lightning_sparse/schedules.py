@@ -107,9 +107,13 @@ class Cubic(Schedule):
         return self.lam - (self.lam - self.start) * (1 - min(max(t, 0.0), 1.0)) ** 3  # exactly lam at t = 1
 
 
-def as_schedule(lam: float | Schedule) -> Schedule:
-    """Convert a number to :class:`Constant`; return a schedule as it is."""
-    return lam if isinstance(lam, Schedule) else Constant(_checks.positive("lam", lam))
+def as_schedule(lam: object) -> Schedule:
+    """Convert a number to :class:`Constant`; return a schedule as it is. Raises TypeError for other types."""
+    if isinstance(lam, Schedule):
+        return lam
+    if isinstance(lam, type):
+        raise TypeError(f"lam must be a number or a Schedule such as LinearWarmup(1e-3), got {_checks.shown(lam, Schedule)}")
+    return Constant(_checks.positive("lam", lam))
 
 
 # -- a target share of zeros -----------------------------------------------------------------------------------------------

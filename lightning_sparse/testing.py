@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_sparse import _penalty_contract, duality, numeric
+from lightning_sparse import _checks, _penalty_contract, duality, numeric
 from lightning_sparse._contract import DTYPES, ContractError, close, same_kind, weights
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.structure import Structure
@@ -37,7 +37,7 @@ def check_penalty(penalty: Penalty) -> None:
     TypeError unless given a Penalty.
     """
     if not isinstance(penalty, Penalty):
-        raise TypeError(f"check_penalty takes a Penalty, got {penalty!r}")
+        raise TypeError(f"check_penalty takes a Penalty, got {_checks.shown(penalty, Penalty)}")
     if not penalty.separable:
         _penalty_contract.coupled(penalty)
         return
@@ -53,7 +53,7 @@ def check_mask_rule(rule: MaskRule) -> None:
     back. TypeError unless given a MaskRule.
     """
     if not isinstance(rule, MaskRule):
-        raise TypeError(f"check_mask_rule takes a MaskRule, got {rule!r}")
+        raise TypeError(f"check_mask_rule takes a MaskRule, got {_checks.shown(rule, MaskRule)}")
     try:
         numeric.check_rule(rule.keep_probability)
     except ValueError as error:
@@ -79,7 +79,7 @@ def check_structure(structure: Structure, shapes: Collection[tuple[int, ...]] = 
     adds zeros and changes nothing the second time. TypeError unless given a Structure.
     """
     if not isinstance(structure, Structure):
-        raise TypeError(f"check_structure takes a Structure, got {structure!r}")
+        raise TypeError(f"check_structure takes a Structure, got {_checks.shown(structure, Structure)}")
     generator = torch.Generator().manual_seed(0)
     for shape in shapes:
         w = torch.randn(shape, dtype=torch.float64, generator=generator)

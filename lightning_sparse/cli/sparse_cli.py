@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, Trainer
@@ -106,6 +107,7 @@ class SparseCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         own = self.settings["trainer"].get("callbacks") or []
         self.settings["trainer"]["callbacks"] = [*(own if isinstance(own, list) else [own]), *self.extra_callbacks()]
+        _check_states(self.settings["trainer"]["callbacks"])
         return super().instantiate_trainer(**kwargs)
 
     def extra_callbacks(self) -> list[Callback]:
@@ -121,3 +123,18 @@ class SparseCLI(LightningCLI):
     def sparsifiers(self) -> list[Sparsifier]:
         """Return the sparsity callbacks of the Trainer."""
         return [callback for callback in self.trainer.callbacks if isinstance(callback, Sparsifier)]
+
+
+def _check_states(callbacks: Iterable[Callback]) -> None:
+    """Raise ValueError for two callbacks with one state key, because a checkpoint would hold the state of only one of them."""
+    seen: dict[str, Callback] = {}
+    for callback in callbacks:
+        if type(callback).state_dict is Callback.state_dict:
+            continue
+        if callback.state_key in seen:
+            same = "select" if isinstance(callback, Sparsifier) else "settings"
+            raise ValueError(
+                f"two callbacks are {type(callback).__name__} with the same {same}, and a checkpoint would hold the state of only one of "
+                f"them; remove one (trainer.callbacks and the key sparsify count together), or give each its own {same}"
+            )
+        seen[callback.state_key] = callback

@@ -31,7 +31,7 @@ class Scaled(Penalty):
 
     def __post_init__(self) -> None:
         if not isinstance(self.p, Penalty):
-            raise TypeError(f"p must be a Penalty, got {self.p!r}; duality.to_penalty turns a mask rule into one")
+            raise TypeError(f"p must be a Penalty, got {_checks.shown(self.p, Penalty)}; duality.to_penalty turns a mask rule into one")
         _checks.positive("t", self.t)
 
     @property

@@ -10,9 +10,14 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch import nn
 from toys import Repeated, Toy, data, hooks, trainer, weights
 
-from lightning_sparse import mask_rules, penalties, schedules
+from lightning_sparse import duality, mask_rules, penalties, schedules
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, SparsityMonitor
+from lightning_sparse.curvature import EmpiricalFisher
 from lightning_sparse.duality import Penalty
+from lightning_sparse.noise import Gaussian
+from lightning_sparse.schedules import LinearWarmup
+from lightning_sparse.scores import LAMP
+from lightning_sparse.structure import Rows
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 
@@ -35,7 +40,28 @@ CONSTRUCTORS = {
     "no lam": (lambda: ReweightedPenalty(LOG_SUM), TypeError, "ReweightedPenalty needs lam, its strength"),
     "eps": (lambda: penalties.LogSum(eps=0.0), ValueError, "eps must be a finite number > 0, got 0.0"),
     "p": (lambda: penalties.Lp(p=2.0), ValueError, r"p must lie in \(0, 2\), got 2.0"),
-    "a class": (lambda: ReweightedPenalty(penalties.LogSum, lam=1.0), TypeError, "takes a Penalty or a MaskRule"),
+    "a penalty's class": (
+        lambda: ReweightedPenalty(penalties.LogSum, lam=1.0),
+        TypeError,
+        r"takes a Penalty or a MaskRule such as .*, got the class LogSum; did you mean LogSum\(eps=...\)\?",
+    ),
+    "a rule's class": (lambda: AdaptiveMask(mask_rules.Standout, lam=1.0), TypeError, r"the class Standout; did you mean Standout\(\)\?"),
+    "a penalty's base": (lambda: ReweightedPenalty(duality.Penalty, lam=1.0), TypeError, r"got <class '.*Penalty'>$"),
+    "a class inside": (lambda: penalties.Scaled(penalties.LogSum, 0.1), TypeError, r"did you mean LogSum\(eps=...\)\?"),
+    "a structure's class": (lambda: AdaptiveMask(LOG_SUM, 1.0, structure=Rows), TypeError, r"the class Rows; did you mean Rows\(\)\?"),
+    "a score's class": (lambda: AdaptiveProx(LOG_SUM, 1.0, score=LAMP), TypeError, r"the class LAMP; did you mean LAMP\(\)\?"),
+    "a noise's class": (lambda: AdaptiveMask(LOG_SUM, 1.0, noise=Gaussian), TypeError, r"the class Gaussian; did you mean Gaussian\(\)\?"),
+    "a curvature's class": (
+        lambda: AdaptiveMask(LOG_SUM, 1.0, curvature=EmpiricalFisher),
+        TypeError,
+        r"the class EmpiricalFisher; did you mean EmpiricalFisher\(\)\?",
+    ),
+    "a schedule's class": (
+        lambda: AdaptiveMask(LOG_SUM, LinearWarmup),
+        TypeError,
+        r"lam must be a number or a Schedule .*; did you mean LinearWarmup\(lam=...\)\?",
+    ),
+    "another class": (lambda: ReweightedPenalty(LOG_SUM, 1.0, structure=int), TypeError, r"got <class 'int'>"),
     "not subquadratic": (lambda: ReweightedPenalty(Quartic(), lam=1.0), ValueError, r"not subquadratic: eta_hat decreases at w = 1e-08"),
     "not separable": (lambda: AdaptiveProx(mask_rules.TopK(0.5)), ValueError, "needs a separable penalty"),
     "tol": (lambda: ReweightedPenalty(LOG_SUM, 1.0, tol=1.0), ValueError, r"tol must lie in \(0, 1\), got 1.0"),

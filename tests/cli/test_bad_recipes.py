@@ -85,6 +85,10 @@ FILES = {
     "no strength": (FORM + "  init_args: {penalty: {class_path: LogSum, init_args: {eps: 2.0}}}\n", ["ReweightedPenalty needs lam"]),
     "arguments of nothing": ("sparsify: {init_args: {lam: 1}}\n", ["sparsify", "required: penalty"]),
     "shrinks only": (FORM + "  init_args: {penalty: {class_path: Ridge, init_args: {c: 2.0}}, lam: 1.0}\n", ["only shrinks", "threshold"]),
+    "two of a class": (
+        "trainer:\n  callbacks:\n" + 2 * "  - {class_path: MagnitudePruning, init_args: {target_sparsity: 0.5}}\n",
+        ["two callbacks are MagnitudePruning with the same select", "give each its own select"],
+    ),
     "one callback for a list": ("trainer: {callbacks: {class_path: EarlyStopping}}\n", ["trainer.callbacks", "required: monitor"]),
 }  # fmt: skip
 

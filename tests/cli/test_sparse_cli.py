@@ -105,6 +105,30 @@ MISTAKES = {
 }  # fmt: skip
 
 
+PRUNE = {"class_path": "MagnitudePruning", "init_args": {"target_sparsity": 0.5}}
+SAVE: dict[str, Any] = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "loss"}}
+TWICE = {
+    "a callback of the Trainer and the key sparsify": ([PRUNE], PRUNE, "two callbacks are MagnitudePruning with the same select"),
+    "two checkpoint callbacks": ([SAVE, SAVE], None, "two callbacks are ModelCheckpoint with the same settings"),
+}
+
+
+@pytest.mark.parametrize(("listed", "sparsify", "expected"), TWICE.values(), ids=TWICE.keys())
+def test_two_callbacks_with_one_state_are_refused_in_one_line(
+    listed: list[Any], sparsify: Any, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own.yaml").write_text(yaml.safe_dump({"trainer": {"logger": False, "callbacks": listed}, "sparsify": sparsify}), encoding="utf-8")
+    message = refused(capsys, "--config", "own.yaml")
+    assert message.startswith(f"error: {expected}")
+    assert message.count("\n") == 1
+
+
+def test_two_callbacks_of_one_class_with_their_own_select_are_accepted() -> None:
+    two = [{**PRUNE, "init_args": {"target_sparsity": 0.5, "select": [name]}} for name in ("layer.weight", "other.weight")]
+    Path("own.yaml").write_text(yaml.safe_dump({"trainer": {"logger": False, "callbacks": two}}), encoding="utf-8")
+    assert kinds(made("--config", "own.yaml")) == ["MagnitudePruning", "MagnitudePruning"]
+
+
 @pytest.mark.parametrize("case", MISTAKES)
 def test_invalid_input_gives_a_one_line_error(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     words, expected = MISTAKES[case]
