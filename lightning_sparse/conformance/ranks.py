@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +29,13 @@ def on_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
 
     Raises RuntimeError with the tracebacks of all ranks that raised.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    answers = call(_rank, *[(rank, port, function, arguments) for rank in range(2)])
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        if sys.platform != "linux":
+            held.close()  # because only Linux lets rank 0 listen on a port that is bound here; kept, no other process is given it
+        answers = call(_rank, *[(rank, port, function, arguments) for rank in range(2)])
     errors = [f"rank {rank}: {error.splitlines()[-1]}\n{error}" for rank, (_, error) in enumerate(answers) if error]
     if errors:
         raise RuntimeError("\n".join(errors))
