@@ -4,12 +4,39 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterator
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # because threads slow small networks down
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names of tests that differ between processes, because pytest-xdist then runs nothing and does not say why."""
+    if odd := [item.nodeid for item in items if re.search(r"\bat 0x[0-9a-f]{6}", item.nodeid)]:
+        raise pytest.UsageError(f"these tests have an address in memory in their name; give them ids: {odd}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _root(pytestconfig: pytest.Config) -> set[str]:
+    """Return the names of files and folders in the root when the tests start; those that a test left are added."""
+    return _entries(pytestconfig)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_in_the_root(_root: set[str], pytestconfig: pytest.Config) -> Iterator[None]:
+    """Fail a test that leaves a file or folder in the root, where a test in another process might read it; use tmp_path."""
+    yield
+    left = sorted(_entries(pytestconfig) - _root)
+    _root.update(left)
+    assert not left, f"this test, or one that ran beside it, left {left} in {pytestconfig.rootpath}; write to tmp_path"
+
+
+def _entries(config: pytest.Config) -> set[str]:
+    """Return the names in the root, without caches and hidden files."""
+    return {name for name in os.listdir(config.rootpath) if not name.startswith((".", "__pycache__"))}
 
 
 @pytest.fixture(scope="session")

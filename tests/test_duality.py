@@ -151,7 +151,7 @@ FINE_PRINT = {
 }
 
 
-@pytest.mark.parametrize("penalty", FINE_PRINT, ids=repr)
+@pytest.mark.parametrize("penalty", FINE_PRINT, ids=lambda penalty: repr(penalty).partition(" at 0x")[0])
 def test_the_fine_print_of_every_row(penalty: Penalty) -> None:
     kind, slope, unbiased = FINE_PRINT[penalty]
     found = duality.fine_print(penalty)
