@@ -76,7 +76,7 @@ ARGUMENTS = {
     "ceiling": (lambda: mask(1.0, ceiling=0.0), ValueError, "ceiling must be a finite number > 0, got 0.0"),
     "large alpha_min": (lambda: mask(1.0, alpha_min=1.0), ValueError, r"alpha_min must lie in \(0, 1\), got 1.0"),
     "metric": (lambda: prox(1.0, metric=None), ValueError, "metric must be 'auto', 'adam' or 'plain', got None"),
-    "a number as penalty": (lambda: AdaptiveProx(3, 1.0), TypeError, "AdaptiveProx takes a Penalty or a MaskRule, got 3"),
+    "a number as penalty": (lambda: AdaptiveProx(3, 1.0), TypeError, "AdaptiveProx takes a Penalty or a MaskRule such as .*, got 3"),
     "per cent": (lambda: penalty(target_sparsity=90), ValueError, r"target_sparsity must lie in \(0, 1\), got 90; did you mean 0.9\?"),
     "per cent to prune": (lambda: MagnitudePruning(97.5), ValueError, r"sparsity must lie in \(0, 1\), got 97.5; did you mean 0.975\?"),
     "per cent in files": (lambda: SparseCheckpoint(target=99), ValueError, r"target must lie in \[0, 1\], got 99; did you mean 0.99\?"),
