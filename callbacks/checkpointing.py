@@ -12,12 +12,12 @@ from torch.nn import Parameter
 
 from lightning_sparse import _checks, elementwise, schedules, step_sizes
 from lightning_sparse.callbacks.options import Options
-from lightning_sparse.callbacks.progress import Clock
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.callbacks.weight_averaging import Averages
 from lightning_sparse.methods.base import Method
 from lightning_sparse.optimizer import ClipFactor
 from lightning_sparse.state import are_masks, are_tensors, entry, is_count, is_factor, is_flag, is_share, is_whole, short
+from lightning_sparse.step import Clock
 from lightning_sparse.step_sizes import StepSizes
 from lightning_sparse.support import Support
 from lightning_sparse.weights import WeightStore

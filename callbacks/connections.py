@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse import optimizer as steps
-from lightning_sparse.callbacks import progress, weight_averaging
+from lightning_sparse import step as steps
+from lightning_sparse.callbacks import weight_averaging
 from lightning_sparse.methods.base import Method, Run
 from lightning_sparse.step_sizes import is_always_read
 
@@ -28,7 +28,6 @@ class Connections:
     def __init__(self, run: Run, method: Method) -> None:
         self.run, self.method, self.weights = run, method, run.support.weights
         self.averages: weight_averaging.Averages | None = None
-        self.signature: tuple[int, ...] = ()  # changes when parameters become trainable
         self.measured: set[int] = set()  # optimisers whose step sizes are measured, by id
         self.with_modes: list[Any] = []  # optimisers that hold other weights in evaluation
         self._handles: list[steps.Handle] = []
@@ -57,7 +56,6 @@ class Connections:
         self.method.attach(module, wrappers if isinstance(wrappers, list) else [wrappers])
         if compiled:
             self.method.compile(self.run.engine, [(optimizer, weights.members(optimizer)) for optimizer in trainer.optimizers])
-        self.signature = progress.trainable_signature(weights, trainer)
         self.with_modes = [*weight_averaging.with_modes(weights.optimizers)]
         measures = support.needs_step_sizes or self.method.needs_step_sizes
         self.measured = {id(one) for one in weights.optimizers if measures and not is_always_read(one)}

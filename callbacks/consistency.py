@@ -46,10 +46,14 @@ class Watch:
     def __init__(self, options: Options, weights: WeightStore, strength: Strength, settings: Callable[[], Mapping[str, Any]]) -> None:
         self.options, self.weights, self.strength, self.settings = options, weights, strength, settings
         self.own_hooks: frozenset[str] = frozenset()  # the module's hooks between a backward and its step
+        self.scaler: Any | None = None  # the enabled GradScaler, which skips steps whose gradients are not finite
+        self.checks_gradients = True  # not if a GradScaler skips bad steps or the module may repair them
 
-    def prepare(self, module: LightningModule) -> None:
-        """Look up the module's hooks once at the start of a fit, because the lookup is slow."""
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        """Look up the module's hooks and the GradScaler once at the start of a fit, because that takes long."""
         self.own_hooks = frozenset(hook for hook in _GRADIENT_HOOKS if compatibility.overrides(hook, module))
+        self.scaler = _scaler_of(trainer)
+        self.checks_gradients = not self.own_hooks and self.scaler is None
 
     def check_loss(self, trainer: Trainer, loss: Tensor) -> None:
         """Raise FloatingPointError for a loss that is not finite, before its gradient is computed.
@@ -58,11 +62,11 @@ class Watch:
         ranks, none of which may be left waiting, the averaged gradients show the bad loss; if those are not checked, the ranks
         decide together.
         """
-        fits = _is_number if scaler_of(trainer) is not None else math.isfinite
+        fits = _is_number if self.scaler is not None else math.isfinite
         values = [loss.item()] if loss.numel() == 1 else loss.detach().flatten().tolist()  # item() reads a scalar without another operation
         bad = not all(map(fits, values))
         if trainer.world_size > 1:
-            bad = self._skips_check(trainer) and trainer.strategy.reduce_boolean_decision(bad, all=False)
+            bad = not self.checks_gradients and trainer.strategy.reduce_boolean_decision(bad, all=False)
         if bad:
             nonfinite = elementwise.count_nonfinite(self.weights.all_live())
             state = f"{_listed(nonfinite)} since an earlier step; files written before that are intact" if nonfinite else _UNCHANGED
@@ -71,8 +75,6 @@ class Watch:
 
     def check_gradients(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Raise FloatingPointError, before the step, if gradients of selected weights are not finite."""
-        if self._skips_check(trainer):
-            return
         clipped = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm == "value"
         grads = {name: p.grad for name, p, _ in self.weights.members(optimizer) if p.grad is not None}
         unknown = elementwise.maybe_nonfinite(grads)
@@ -96,10 +98,6 @@ class Watch:
                 f"{self._remedy()}"
             )
 
-    def _skips_check(self, trainer: Trainer) -> bool:
-        """Return True if gradients are not checked, because a GradScaler skips bad steps or the module may repair them."""
-        return bool(self.own_hooks) or scaler_of(trainer) is not None
-
     def _remedy(self) -> str:
         """Describe what to do about it, naming the arguments that the callback was given."""
         given = self.settings()
@@ -118,8 +116,8 @@ def _listed(found: Mapping[str, tuple[int, int]]) -> str:
     return ", ".join(first) + (f" and {len(found) - 3} more parameters hold such values" if len(found) > 3 else "")
 
 
-def scaler_of(trainer: Trainer) -> Any | None:
-    """Return the enabled GradScaler, which skips steps whose gradients are not finite; None if there is none."""
+def _scaler_of(trainer: Trainer) -> Any | None:
+    """Return the enabled GradScaler; None if there is none."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
 
@@ -182,6 +180,17 @@ def check_same_weights(trainer: Trainer, weights: WeightStore, support: Support,
                 "module, so that its gradients are not averaged; weights that were frozen when DDP wrapped the module "
                 "(BackboneFinetuning), whose gradients it never averages. Make changes on all ranks; resume from the last checkpoint"
             )
+
+
+def sum_over_ranks(trainer: Trainer, number: Tensor) -> Tensor:
+    """Return the sum of a number over all ranks."""
+    summed: Tensor = trainer.strategy.reduce(number.to(trainer.strategy.root_device), reduce_op="sum")
+    return summed
+
+
+def on_any_rank(trainer: Trainer, bad: bool) -> bool:
+    """Return True on every rank if any rank is ``bad``."""
+    return bool(trainer.strategy.reduce_boolean_decision(bad, all=False)) if trainer.world_size > 1 else bad
 
 
 def _gathered(trainer: Trainer, numbers: list[int | Tensor]) -> Tensor:

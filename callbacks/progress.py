@@ -1,4 +1,4 @@
-"""Measure the run's length, count optimiser steps, and choose the parameters, also those that become trainable later."""
+"""Measure the run's length, and choose the parameters, also those that become trainable later."""
 
 from __future__ import annotations
 
@@ -15,92 +15,26 @@ from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.weight_averaging import extra_epochs
 from lightning_sparse.schedules import Constant, Strength
 from lightning_sparse.select import select
+from lightning_sparse.step import Clock
 from lightning_sparse.weights import WeightStore
 
+# -- length ----------------------------------------------------------------------------------------------------------------
 
-class Clock:
-    """Counts the same steps as Lightning, however often an optimiser steps or evaluates its loss within one.
 
-    Lightning counts one optimiser step a batch in automatic optimisation (none while it accumulates), also where a module's
-    ``optimizer_step`` skips it or steps several times. For each batch the clock records which optimisers had their gradients prepared,
-    how often each evaluated its loss, and whether the batch's step was counted. The count and the run's length are stored in the
-    strength.
-    """
+def batches_of(trainer: Trainer) -> int:
+    """Return the number of batches trained on."""
+    return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
 
-    def __init__(self, strength: Strength) -> None:
-        self.strength = strength
-        self.manual = False  # in manual optimisation batches are counted
-        self.begun = False  # training has started
-        self.offset, self.whole = 0, math.inf  # steps before this callback's first, and those of the whole run
-        self.drift = 0  # steps that earlier epochs had beyond those of epochs as long as this one
-        self.begin_batch(0)
 
-    # -- the run -----------------------------------------------------------------------------------------------------------
+def steps_done(trainer: Trainer, manual: bool) -> int:
+    """Return the optimiser steps so far, as the clock counts them: batches under manual optimisation."""
+    return batches_of(trainer) if manual else trainer.global_step
 
-    def begin_at(self, offset: int) -> None:
-        """Set the callback's first step to ``offset`` steps into the run."""
-        self.offset, self.strength.total = offset, max(self.whole - offset, 1)
 
-    def measure(self, trainer: Trainer, options: Options) -> None:
-        """Measure the run's length. Not earlier, because the Trainer would forget a stateful loader's position in its epoch."""
-        self.whole = total_steps(trainer, self.drift, options, self.strength)
-        self.begin_at(self.offset)
-
-    def begin(self, trainer: Trainer) -> bool:
-        """Start training; return True the first time. A run that began without this callback leaves it fewer steps."""
-        if not self.begun:
-            self.begin_at(batches_of(trainer) if self.manual else trainer.global_step)
-        begun, self.begun = self.begun, True
-        return not begun
-
-    def begin_epoch(self, trainer: Trainer) -> bool:
-        """Start an epoch; return True if the loader was rebuilt with another length."""
-        drift = drift_of(trainer, batches_of(trainer) if self.manual else trainer.global_step)
-        changed, self.drift = drift != self.drift, drift
-        return changed
-
-    # -- a batch -----------------------------------------------------------------------------------------------------------
-
-    def begin_batch(self, steps: int) -> None:
-        """Start a batch; Lightning has counted ``steps`` optimiser steps before it."""
-        self.counted = False  # this batch's step is counted
-        self._steps = steps
-        self._prepared: set[int] = set()  # optimisers whose gradients were prepared and that have not stepped since
-        self._evaluations: dict[int, int] = {}  # of the loss within an optimiser's step, by the optimiser's id
-
-    def begin_step(self, optimizer: Any) -> None:
-        """Start an optimiser's step."""
-        self._evaluations[id(optimizer)] = 0
-
-    def prepare(self, optimizer: Any) -> int:
-        """Note that an optimiser's gradients are about to be changed; return how often its loss was evaluated in this step."""
-        self._prepared.add(id(optimizer))
-        if id(optimizer) not in self._evaluations:  # because under a GradScaler the loss is evaluated before the step begins
-            return 1
-        self._evaluations[id(optimizer)] += 1
-        return self._evaluations[id(optimizer)]
-
-    def is_prepared(self, optimizer: Any) -> bool:
-        """Return True if an optimiser's gradients were prepared in this batch since it last stepped."""
-        return id(optimizer) in self._prepared
-
-    def end_step(self, optimizer: Any, stepped: bool = True) -> None:
-        """End an optimiser's step; ``stepped`` is False if it was skipped."""
-        self._evaluations.pop(id(optimizer), None)
-        if stepped:
-            self._prepared.discard(id(optimizer))
-
-    def count(self) -> None:
-        """Count this batch's step."""
-        self.strength.step, self.counted = self.strength.step + 1, True
-
-    def missing(self, trainer: Trainer) -> int:
-        """Return, at a batch's end, the number of its steps that were not counted yet."""
-        steps = trainer.global_step
-        if not self.manual:  # a step without a call of the optimiser; not one that a GradScaler skipped
-            return int(steps > self._steps and not self.counted and not self._prepared)
-        batches, ends = batches_of(trainer), (self.whole, of_epochs(trainer, self.drift), trainer.max_steps)
-        return _reached(steps, batches, *ends) - _reached(self._steps, batches - 1, *ends)
+def missing_batches(trainer: Trainer, clock: Clock) -> int:
+    """Return, at a batch's end under manual optimisation, the number of steps that the clock has not counted yet."""
+    batches, ends = batches_of(trainer), (clock.whole, of_epochs(trainer, clock.drift), trainer.max_steps)
+    return _reached(trainer.global_step, batches, *ends) - _reached(clock.steps_before, batches - 1, *ends)
 
 
 def _reached(steps: int, batches: int, total: float, epochs: float, most: int) -> int:
@@ -111,24 +45,6 @@ def _reached(steps: int, batches: int, total: float, epochs: float, most: int) -
     return max(by_batches, 0 if most == -1 else steps * int(total) // most)
 
 
-def is_idle(optimizer: Any) -> bool:
-    """Return True at learning rate 0: torch's checkpointing steps an optimiser without state under FSDP2, to create its state."""
-    return all(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups)
-
-
-def is_skipped(optimizer: Any) -> bool:
-    """Return True if the GradScaler skips this step: a fused optimiser is still called, with ``found_inf`` set."""
-    return float(getattr(optimizer, "found_inf", None) or 0) > 0
-
-
-# -- length ----------------------------------------------------------------------------------------------------------------
-
-
-def batches_of(trainer: Trainer) -> int:
-    """Return the number of batches trained on."""
-    return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
-
-
 def batches_of_epoch(trainer: Trainer, steps: float) -> float:
     """Return the batches of an epoch, or of a run of ``steps`` if its loader has no length; inf if both are unknown."""
     batches = float(trainer.num_training_batches)
@@ -136,7 +52,10 @@ def batches_of_epoch(trainer: Trainer, steps: float) -> float:
 
 
 def total_steps(trainer: Trainer, drift: int, options: Options, strength: Strength) -> float:
-    """Return the run's optimiser steps (batches under manual optimisation); inf if unknown and not needed."""
+    """Return the run's optimiser steps (batches under manual optimisation); inf if unknown and not needed.
+
+    Call it once training starts, because before that the Trainer would forget a stateful loader's position in its epoch.
+    """
     float(trainer.estimated_stepping_batches)  # because this loads the data, whose length is unknown before
     total = min(of_epochs(trainer, drift), math.inf if trainer.max_steps == -1 else trainer.max_steps)
     if total == trainer.max_steps:  # because max_steps counts the steps of all optimisers
@@ -218,12 +137,6 @@ def newly_trainable(weights: WeightStore, patterns: list[str] | None, trainer: T
     updated -= {id(parameter) for parameter in weights.parameters.values()}
     found = select(module, patterns, trainable=False)
     return {name: parameter for name, parameter in found.items() if parameter.requires_grad and id(parameter) in updated}
-
-
-def trainable_signature(weights: WeightStore, trainer: Trainer) -> tuple[int, ...]:
-    """Return numbers that change when parameters become trainable: groups per optimiser, and trainable selected parameters."""
-    groups = (len(optimizer.param_groups) for optimizer in trainer.optimizers)
-    return (*groups, sum(parameter.requires_grad for parameter in weights.parameters.values()))
 
 
 def example_inputs(trainer: Trainer, module: LightningModule) -> Any:

@@ -26,6 +26,7 @@ on_load_checkpoint             an exact continuation from both
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -36,14 +37,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse import archive
-from lightning_sparse import optimizer as steps
+from lightning_sparse import archive, elementwise
 from lightning_sparse.callbacks import best, checks, consistency, endings, logging, progress, weight_averaging
 from lightning_sparse.callbacks.checkpointing import CheckpointState, callbacks_of
 from lightning_sparse.callbacks.connections import Connections
 from lightning_sparse.callbacks.form import SparsityCallback
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
-from lightning_sparse.methods.base import Run, Step
+from lightning_sparse.methods.base import Run
+from lightning_sparse.optimizer import grad_scale
+from lightning_sparse.step import Clock, Step, is_idle, is_skipped
 from lightning_sparse.structure import Coupled
 from lightning_sparse.target_search import TargetSearch
 from lightning_sparse.weights import write_view
@@ -57,13 +59,15 @@ class Sparsifier(SparsityCallback):
         self.run = Run(self.weights, self.strength, self.engine, self.support, warn=rank_zero_warn, info=rank_zero_info)
         self.method.reset(self.run)
         self.search = TargetSearch(self.support)
-        self.clock = progress.Clock(self.strength)
+        self.clock = Clock(self.strength)
         self.saved = CheckpointState(self.options, self.method, self.weights, self.support, self.clock, self.clipping, self.sizes)
         self.watch = consistency.Watch(self.options, self.weights, self.strength, self.settings)
         self.connections = Connections(self.run, self.method)
         self.swaps = weight_averaging.Swaps()
         self.fit = endings.Fit()
         self.ending: endings.Ending | None = None  # training is over
+        self._moments = self.method.moments()  # those of a step at which the method acts
+        self._trainable: tuple[int, ...] = ()  # changes when parameters become trainable
         self._doubted = False  # the method has warned of an optimiser
         self._logs_histograms = False  # to W&B
         self._batch: tuple[Any, int] | None = None  # last training batch, for the duality gap
@@ -112,7 +116,7 @@ class Sparsifier(SparsityCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.run.seed, self.run.rank = trainer.strategy.broadcast(torch.initial_seed()), trainer.global_rank  # one seed for all
         self.run.mean = partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
-        self.run.total = partial(_sum_over_ranks, trainer)
+        self.run.total = partial(consistency.sum_over_ranks, trainer)
         self.clock.manual = self.run.manual = not pl_module.automatic_optimization
         self.method.prepare()
         self.weights.parameters = progress.choose(self.options.select, trainer, pl_module, self.saved.restored)
@@ -127,7 +131,7 @@ class Sparsifier(SparsityCallback):
             rank_zero_warn(doubt)
         self._doubted = any(doubts)
         consistency.check_same_settings(trainer, self.recipe(), self.weights)
-        self.watch.prepare(pl_module)
+        self.watch.prepare(trainer, pl_module)
         self._attach(trainer, pl_module)
         if self.options.keep_zeros:
             self.support.keep_zeros(self.weights.parameters)
@@ -139,11 +143,17 @@ class Sparsifier(SparsityCallback):
         """Attach to the module, its averages and its optimisers; called again when parameters become trainable."""
         end = partial(self._end_step, trainer)
         self.connections.attach(trainer, pl_module, self._filed, self._begin_step, end, self.options.compile)
+        self._trainable = self._count_trainable(trainer)
+
+    def _count_trainable(self, trainer: Trainer) -> tuple[int, ...]:
+        """Return numbers that change when parameters become trainable: groups per optimiser, and trainable selected parameters."""
+        groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+        return (*groups, sum(parameter.requires_grad for parameter in self.weights.parameters.values()))
 
     def _add_new_parameters(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Include parameters that became trainable during the run."""
         new = progress.newly_trainable(self.weights, self.options.select, trainer, pl_module)
-        if new or progress.trainable_signature(self.weights, trainer) != self.connections.signature:
+        if new or self._count_trainable(trainer) != self._trainable:
             self.weights.parameters |= new
             checks.check_overlap(self, trainer)
             self._attach(trainer, pl_module)
@@ -167,7 +177,7 @@ class Sparsifier(SparsityCallback):
         self._compare_batches(trainer)
         self.watch.check_start()
         self._measure(trainer)
-        first = self.clock.begin(trainer)
+        first = self.clock.begin(progress.steps_done(trainer, self.clock.manual))
         self.method.begin()
         endings.warn_new_length(self.options, self.support, self.strength, self.saved.planned)
         self.saved.planned = None
@@ -180,7 +190,7 @@ class Sparsifier(SparsityCallback):
         consistency.check_batches(trainer)
 
     def _measure(self, trainer: Trainer) -> None:
-        self.clock.measure(trainer, self.options)
+        self.clock.measure(progress.total_steps(trainer, self.clock.drift, self.options, self.strength))
         self.run.batches = progress.batches_of_epoch(trainer, self.clock.whole)
         if self.strength.target is not None and self.options.keep_zeros and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             checks.check_target(self.strength.target.target, self.share_of_zeros())
@@ -188,7 +198,7 @@ class Sparsifier(SparsityCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.averages is not None and self.averages.copy_before_batch_norm(trainer):  # because this epoch only updates batch norm
             self.support.freeze_zeros()
-        if self.clock.begin_epoch(trainer):
+        if self.clock.begin_epoch(progress.drift_of(trainer, progress.steps_done(trainer, self.clock.manual))):
             self._measure(trainer)
 
     # -- a step --------------------------------------------------------------------------------------------------------------
@@ -196,46 +206,54 @@ class Sparsifier(SparsityCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.connections.with_modes:
             weight_averaging.train(self.connections.with_modes)
-        if batch_idx == 0 or progress.trainable_signature(self.weights, trainer) != self.connections.signature:
+        if batch_idx == 0 or self._count_trainable(trainer) != self._trainable:
             self._add_new_parameters(trainer, pl_module)
         self._batch = (batch, batch_idx)
         self.clock.begin_batch(trainer.global_step)
-        self.method.before_forward(batch)
+        if "before_forward" in self._moments:
+            self.method.before_forward(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self.watch.check_loss(trainer, loss)
-        self.method.before_backward(loss, partial(self._loss_scale, trainer))
+        if trainer.world_size > 1 or loss.numel() != 1 or not math.isfinite(loss.item()):  # else there is nothing to say
+            self.watch.check_loss(trainer, loss)
+        if "before_backward" in self._moments:
+            self.method.before_backward(loss, partial(self._loss_scale, trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        scaled = consistency.scaler_of(trainer) is not None
-        self.method.after_backward(partial(self._loss_scale, trainer), partial(_on_any_rank, trainer) if scaled else None)
+        if "after_backward" in self._moments:
+            overflowed = None if self.watch.scaler is None else partial(consistency.on_any_rank, trainer)
+            self.method.after_backward(partial(self._loss_scale, trainer), overflowed)
 
     def _loss_scale(self, trainer: Trainer) -> float:
         """Return the factor on the loss in backward: the fp16 scale divided by the number of accumulated batches."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        factor = 1.0 if scaler is None else float(scaler.get_scale())
+        factor = 1.0 if self.watch.scaler is None else float(self.watch.scaler.get_scale())
         return factor / (1 if self.clock.manual else trainer.accumulate_grad_batches)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if (evaluations := self.clock.prepare(optimizer)) > 1:
             checks.check_closures(self.options.form, pl_module, optimizer, evaluations)
-        self.watch.check_gradients(trainer, optimizer)
-        members = self.weights.members(optimizer)
-        scale = steps.grad_scale(consistency.scaler_of(trainer), optimizer)
-        self.support.measure_squares(optimizer, scale)
+        step = self._step(optimizer)
+        grads = [parameter.grad for _, parameter, _ in step.members if parameter.grad is not None]
+        if self.watch.checks_gradients and not elementwise.are_finite(grads):
+            self.watch.check_gradients(trainer, optimizer)
+        if self.support.score.needs_squares:
+            self.support.measure_squares(optimizer, step.grad_scale)
         if self.strength.target is not None and self.search.is_due(self.options.freeze, ahead=1):
-            self.search.measure_gradients(optimizer, scale)
+            self.search.measure_gradients(optimizer, step.grad_scale)
         if self.support.frozen is None:
-            self.run.before_optimizer(self.method, self._step(trainer, optimizer))
+            if "before_optimizer" in self._moments and self.run.weights is self.weights:
+                self.method.before_optimizer(step)
+            elif "before_optimizer" in self._moments:  # on the sizes of groups
+                self.run.before_optimizer(self.method, step)
             if id(optimizer) in self.connections.measured:
-                self.sizes.before(optimizer, ((p, group, self.weights.live(name)) for name, p, group in members))
+                self.sizes.before(optimizer, ((p, group, self.weights.live(name)) for name, p, group in step.members))
         clips = bool(trainer.gradient_clip_val or "configure_gradient_clipping" in self.watch.own_hooks)
         if clips and not self.clock.manual:  # Lightning clips after this hook; a manual loop clips before it
-            self.clipping.before_clipping(parameter.grad for _, parameter, _ in members)
+            self.clipping.before_clipping(parameter.grad for _, parameter, _ in step.members)
 
-    def _step(self, trainer: Trainer, optimizer: Optimizer) -> Step:
+    def _step(self, optimizer: Optimizer) -> Step:
         """Return what the method needs to know of one step of ``optimizer``."""
-        scaler = consistency.scaler_of(trainer)
+        scaler = self.watch.scaler
         return Step(
             optimizer,
             self.weights.members(optimizer),
@@ -243,7 +261,7 @@ class Sparsifier(SparsityCallback):
             self.engine,
             self.weights.live,
             self.sizes,
-            grad_scale=steps.grad_scale(scaler, optimizer),
+            grad_scale=1.0 if scaler is None else grad_scale(scaler, optimizer),
             loss_scale=_unit_scale if scaler is None else scaler.get_scale,
             clip_factor=self.clipping.last,
         )
@@ -251,14 +269,14 @@ class Sparsifier(SparsityCallback):
     def _begin_step(self, optimizer: Optimizer) -> None:
         """Prepare for an optimiser's step; in automatic optimisation its forward and backward follow."""
         self.clock.begin_step(optimizer)
-        if self.clock.manual and not progress.is_skipped(optimizer):  # after a skipped step the noise stays for the next forward
+        if self.clock.manual and not is_skipped(optimizer):  # after a skipped step the noise stays for the next forward
             self.weights.restore()
 
     def _end_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Handle the end of an optimiser's step."""
         listed = self in trainer.callbacks  # type: ignore[attr-defined] # False in a tuner's trial run, which is undone
-        skipped = progress.is_skipped(optimizer)
-        if listed and not skipped and (self.clock.is_prepared(optimizer) or not progress.is_idle(optimizer)):
+        skipped = is_skipped(optimizer)
+        if listed and not skipped and (self.clock.is_prepared(optimizer) or not is_idle(optimizer)):
             self._after_step(trainer, optimizer)
         self.clock.end_step(optimizer, stepped=not skipped)
 
@@ -267,13 +285,17 @@ class Sparsifier(SparsityCallback):
         support, members = self.support, self.weights.members(optimizer)
         if support.frozen is None and self.method.requires_hook and not self.clock.is_prepared(optimizer):
             checks.refuse_unhooked(self.options.form, optimizer)
-        self.clipping.after_step(parameter.grad for _, parameter, _ in members)
+        if self.clipping.norm is not None:
+            self.clipping.after_step(parameter.grad for _, parameter, _ in members)
         if support.frozen is None:
             if id(optimizer) in self.connections.measured:
                 doubt = self.sizes.after(optimizer, (member[1:] for member in members))
                 if not self._doubted:
                     checks.warn_unknown_step_sizes(self.options, doubt, self.method.adds_gradients)
-            self.run.after_optimizer(self.method, self._step(trainer, optimizer))
+            if "after_optimizer" in self._moments and self.run.weights is self.weights:
+                self.method.after_optimizer(self._step(optimizer))
+            elif "after_optimizer" in self._moments:
+                self.run.after_optimizer(self.method, self._step(optimizer))
         if support.frozen is not None or support.held or support.cut:
             support.hold_(optimizer)
         if not self.clock.manual and not self.clock.counted:
@@ -286,7 +308,8 @@ class Sparsifier(SparsityCallback):
 
     def _advance(self, arrived: bool = False) -> None:
         """Do what is due at this step: update the method, and freeze if the target was met (``arrived``) or the time has come."""
-        self.method.progress()
+        if "progress" in self._moments:
+            self.method.progress()
         freeze = self.options.freeze
         if freeze and self.support.frozen is None and (arrived or self.strength.step >= round(self.strength.total * (1 - freeze))):
             endings.tell_parts(self.options.form, self.support, self.strength)
@@ -297,8 +320,10 @@ class Sparsifier(SparsityCallback):
         self.support.freeze(names, None if target is None else target.target)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.method.after_batch()
-        for _ in range(self.clock.missing(trainer)):
+        if "after_batch" in self._moments:
+            self.method.after_batch()
+        manual = self.clock.manual
+        for _ in range(progress.missing_batches(trainer, self.clock) if manual else self.clock.missing(trainer.global_step)):
             self._count_step()
         if self._logs_histograms:
             logging.batch(self, trainer, batch_idx)
@@ -443,13 +468,3 @@ class Sparsifier(SparsityCallback):
 
 def _unit_scale() -> float:
     return 1.0
-
-
-def _sum_over_ranks(trainer: Trainer, number: Tensor) -> Tensor:
-    summed: Tensor = trainer.strategy.reduce(number.to(trainer.strategy.root_device), reduce_op="sum")
-    return summed
-
-
-def _on_any_rank(trainer: Trainer, bad: bool) -> bool:
-    """Return True on every rank if any rank is ``bad``."""
-    return bool(trainer.strategy.reduce_boolean_decision(bad, all=False)) if trainer.world_size > 1 else bad

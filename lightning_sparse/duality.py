@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_sparse import _checks, _pictures, elementwise, numeric
 from lightning_sparse._construction import Constructed, brief, typed
-from lightning_sparse.numeric import scalar_div
+from lightning_sparse.elementwise import scalar_div
 
 Examples = tuple[dict[str, Any], ...]
 

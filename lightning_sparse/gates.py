@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sparse import numeric
+from lightning_sparse import elementwise
 
 LOW, HIGH, NODES = -12.0, 12.0, 4097  # log alpha is clamped to [LOW, HIGH]; the keep probability is 4e-6 and 1 at the ends
 
@@ -39,7 +39,7 @@ class Gate:
         u = torch.rand(inner.shape, dtype=inner.dtype, device=inner.device, generator=generator).clamp(1e-6, 1 - 1e-6)
         soft = torch.sigmoid((u.logit() + inner) / self.beta)
         stretched = soft * (self.zeta - self.gamma) + self.gamma
-        inside = numeric.outside((stretched <= 0) | (stretched >= 1))
+        inside = elementwise.outside((stretched <= 0) | (stretched >= 1))
         rise = (soft * (1 - soft)).mul_((self.zeta - self.gamma) / self.beta).mul_(inside)
         log_mean, growth = self._interpolate(inner, 0)
         scale = (-log_mean).exp_()

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sparse.elementwise import outside as outside
+from lightning_sparse.elementwise import scalar_div as scalar_div
+
 Function = Callable[[Tensor], Tensor]
 
 LOW, HIGH = 1e-8, 1e5  # the range of |w| that tables and grids cover
@@ -108,21 +111,9 @@ def prox(omega: Function, w: Tensor, step: Tensor | float, points: int = 65, rou
     return torch.where(w.isinf(), w, (x * w.detach().double().sign()).to(w.dtype))
 
 
-def scalar_div(number: float | Tensor, tensor: Tensor) -> Tensor:
-    """Compute number / tensor in one pass, because torch takes the reciprocal of the tensor first and then the product."""
-    if not isinstance(number, Tensor):
-        number = torch.tensor(number, dtype=torch.result_type(tensor, 1.0), device="cpu")
-    return torch.div(number, tensor)
-
-
 def farther(x: Tensor, size: Tensor, cost: Tensor) -> Tensor:
     """Return True where 0 is better than x in [0, size] for (x - size)^2 / 2 + cost; an infinite size is kept."""
     return (cost >= x * (size - x / 2)) & ~size.isinf()
-
-
-def outside(where: Tensor) -> Tensor:
-    """Return 0 where ``where`` is true, else 1, because a product costs a tenth of a select between scattered places."""
-    return where.logical_not().view(torch.uint8)
 
 
 def _golden(objective: Function, low: Tensor, high: Tensor, rounds: int) -> Tensor:

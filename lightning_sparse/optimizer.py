@@ -1,11 +1,9 @@
-"""Compute what an optimiser does to a gradient (step size, momentum, clipping), and call hooks around its steps."""
+"""Compute what an optimiser does to a gradient: step size, momentum, clipping."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from types import MethodType
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -83,7 +81,8 @@ def _other_step_size(state: Mapping[str, Any], group: Mapping[str, Any], factor:
 
 
 def _per_weight(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: elementwise.local_part(value) for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
+    values = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
+    return {name: value if type(value) is Tensor else elementwise.local_part(value) for name, value in values.items()}
 
 
 def step_size_kind(optimizer: Optimizer, group: Mapping[str, Any]) -> Kind:
@@ -155,18 +154,18 @@ class ClipFactor:
 
     def __init__(self) -> None:
         self.last, self.mean = 1.0, 1.0
-        self._norm: Tensor | None = None
+        self.norm: Tensor | None = None  # before clipping, while the step has not ended
         self._measured = False
 
     def before_clipping(self, gradients: Iterable[Any]) -> None:
         """Measure the gradients right before they are clipped; not called without clipping."""
-        self._norm = _norm(gradients)
+        self.norm = _norm(gradients)
 
     def after_step(self, gradients: Iterable[Any]) -> None:
         """Measure the gradients again, after the optimiser step that used them."""
-        if self._norm is None:
+        if self.norm is None:
             return
-        factor, self._norm = float(_norm(gradients) / self._norm), None
+        factor, self.norm = float(_norm(gradients) / self.norm), None
         if math.isfinite(factor) and factor > 0:
             self.last, self.mean = factor, self.DECAY * self.mean + (1 - self.DECAY) * factor if self._measured else factor
             self._measured = True
@@ -188,77 +187,3 @@ def grad_scale(scaler: Any, optimizer: Optimizer) -> float:
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     return float(scaler.get_scale())
-
-
-# -- calls around an optimiser's steps -------------------------------------------------------------------------------------
-# torch's own step hooks are not used, because they belong to a class's step: if a subclass calls super().step() they run once for each
-# class in between that was ever instantiated, and not at all for a wrapper that never calls Optimizer.__init__.
-
-Hook = Callable[[Any], None]  # takes the optimiser
-
-
-class _Hooks(NamedTuple):
-    before: Hook | None
-    after: Hook | None
-
-
-class Handle:
-    """Removes the hooks of one :func:`around` call, and with the last ones the method that called them."""
-
-    def __init__(self, optimizer: Any, method: str, hooks: dict[int, _Hooks]) -> None:
-        self._optimizer, self._method, self._hooks, self._key = optimizer, method, hooks, id(self)
-
-    def remove(self) -> None:
-        """Remove the hooks; a second call does nothing."""
-        self._hooks.pop(self._key, None)
-        own = vars(self._optimizer).get(self._method)
-        if self._hooks or not isinstance(own, MethodType) or getattr(own.__func__, "_sparse_hooks", None) is not self._hooks:
-            return  # other hooks need the method, or something else has wrapped it since
-        if own.__func__._sparse_own is None:  # type: ignore[attr-defined]
-            delattr(self._optimizer, self._method)
-        else:
-            setattr(self._optimizer, self._method, own.__func__._sparse_own)  # type: ignore[attr-defined]
-
-
-def around(optimizer: Any, before: Hook | None = None, after: Hook | None = None, method: str = "step") -> Handle:
-    """Call ``before(optimizer)`` when a step of ``optimizer`` begins and ``after(optimizer)`` when it has ended.
-
-    Steps within a step (``super().step()``, an optimiser that it holds) do not call the hooks again. ``after`` is not called if the
-    step raises. ``method`` names another method to call the hooks around.
-    """
-    hooks: dict[int, _Hooks] | None = getattr(getattr(optimizer, method), "_sparse_hooks", None)
-    if hooks is None:
-        hooks = {}
-        setattr(optimizer, method, MethodType(_watched(optimizer, method, hooks), optimizer))
-    handle = Handle(optimizer, method, hooks)
-    hooks[id(handle)] = _Hooks(before, after)
-    return handle
-
-
-def _watched(optimizer: Any, method: str, hooks: dict[int, _Hooks]) -> Callable[..., Any]:
-    """Return a method for ``optimizer`` that calls ``hooks`` around the one it has."""
-    own, inside = vars(optimizer).get(method), False  # ``own`` is set on this object, as by a scheduler
-    given = getattr(optimizer, method)
-
-    @functools.wraps(getattr(given, "__func__", given))  # because GradScaler reads a step's signature, and schedulers its attributes
-    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal inside
-        call = functools.partial(getattr(type(self), method), self) if own is None else own
-        if inside or self is not optimizer:  # because a copy of the optimiser has a copy of this method
-            return call(*args, **kwargs)
-        called = [*hooks.values()]
-        for one in called:
-            if one.before is not None:
-                one.before(self)
-        inside = True
-        try:
-            result = call(*args, **kwargs)
-        finally:
-            inside = False
-        for one in called:
-            if one.after is not None:
-                one.after(self)
-        return result
-
-    watched._sparse_hooks, watched._sparse_own = hooks, own  # type: ignore[attr-defined]
-    return watched

@@ -1,4 +1,4 @@
-"""The reweighted (majorise-minimise) proximal step, and the zero region of a penalty's prox."""
+"""The zero region of a penalty's prox."""
 
 from __future__ import annotations
 
@@ -12,16 +12,6 @@ from lightning_sparse.duality import Penalty
 from lightning_sparse.elementwise import is_frozen_config, map_chunks
 
 _FIRST = -400  # in quarter octaves: steps from 2^-100 to 2^100
-
-
-def reweighted_step(penalty: Penalty, w: Tensor, step: Tensor | float, out: Tensor | None = None) -> Tensor:
-    """Return w / (1 + step / eta_hat(w)), step = rho lam: one majorise-minimise step of the prox, never an exact zero by itself.
-
-    The result is written to ``out`` if it is given; ``out`` may be ``w``.
-    """
-    eta = penalty.eta_hat(w).clamp(min=torch.finfo(w.dtype).tiny)  # so that a step of 0 changes nothing where eta_hat is 0
-    pull = torch.div(torch.as_tensor(step, dtype=w.dtype, device=w.device), eta, out=eta)
-    return torch.div(w, pull.add_(1), out=out)
 
 
 def in_zero_region(penalty: Penalty, w: Tensor, rho: Tensor | float, lam: float, steps: float) -> Tensor:

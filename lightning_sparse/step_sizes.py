@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse import elementwise
-from lightning_sparse.optimizer import Kind, momentum_gain, step_size_kind
+from lightning_sparse.optimizer import Kind, step_size_kind
 
 _SAMPLE = 4096  # weights of a parameter whose steps are compared with their gradients
 _WINDOW = 0.98  # weight of the past in the mean step and the mean gradient, because it exceeds the memory of most momenta
@@ -101,27 +101,6 @@ def suits_logarithms(optimizer: Optimizer, parameter: Tensor, group: dict[str, A
 def finds_scale(group: Mapping[str, Any]) -> bool:
     """Return True if an optimiser multiplies ``lr`` by a scale that it finds itself and keeps in its groups (Prodigy, D-Adaptation)."""
     return "d" in group and ("d0" in group or "growth_rate" in group)
-
-
-def uniform_rate(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
-    """Return the step per unit of gradient in the long run if it is one number, as with SGD; else 0."""
-    if not isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD)):
-        return 0.0
-    return _number(group.get("lr"), 0.0) * momentum_gain(group)
-
-
-@torch.no_grad()
-def bound_uniform_steps(
-    optimizer: Optimizer, members: Iterable[tuple[str, Tensor, dict[str, Any]]], longest: float, grad_scale: float = 1.0
-) -> None:
-    """Bound the gradients of parameters that move by lr times their gradient, so that a step is at most ``longest / sqrt(inputs)``.
-
-    Gradients are ``grad_scale`` times those of the loss. Parameters under other rules stay as they are.
-    """
-    for _, parameter, group in members:
-        if parameter.numel() and uniform_rate(optimizer, group) > 0 and float(group["lr"]) > 0:
-            farthest = longest * parameter[0].numel() ** -0.5 * grad_scale / float(group["lr"])
-            parameter.grad.clamp_(-farthest, farthest)  # type: ignore[union-attr]
 
 
 class StepSizes:
@@ -223,7 +202,7 @@ class Measured:
     def after(self, w: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
         """Compare the step with the gradient that caused it."""
         old, self._old = self._old, None
-        lr = _number(group.get("lr"), 1.0)
+        lr = number(group.get("lr"), 1.0)
         if old is None or lr == 0 or grad.layout != torch.strided:
             return
         if self.steps == 0:
@@ -267,7 +246,7 @@ class Measured:
         averages = "momentum" not in group or (plain > 2 / (1 - _memory(group)) and fits_scaled > _MOSTLY)
         if added:
             plain, scaled = plain / math.sqrt(max(fits, _FITS)), scaled / math.sqrt(max(fits_scaled, _FITS))
-        lr, settings = _number(group.get("lr"), 1.0), {"betas": (_memory(group), 0.0)}
+        lr, settings = number(group.get("lr"), 1.0), {"betas": (_memory(group), 0.0)}
         if fits > fits_scaled:
             return Rate({}, (settings if averages else {}) | {"lr": lr * max(plain, 0.0)})
         if scaled <= 0:
@@ -303,7 +282,7 @@ def _is_kept(kept: Any) -> bool:
     return whole and all(bool(torch.isfinite(one).all()) for one in kept.values()) and kept["fit"].shape == (4,)
 
 
-def _number(value: Any, default: float) -> float:
+def number(value: Any, default: float) -> float:
     """Return a finite number, also one in a tensor; else ``default``."""
     try:
         number = float(value)
@@ -313,7 +292,7 @@ def _number(value: Any, default: float) -> float:
 
 
 def _eps(group: Mapping[str, Any]) -> float:
-    eps = _number(group.get("eps"), 1e-8)
+    eps = number(group.get("eps"), 1e-8)
     return eps if 0 < eps < 1e-3 else 1e-8
 
 
@@ -323,5 +302,5 @@ def _memory(group: Mapping[str, Any]) -> float:
         return 0.9
     betas = group.get("betas")
     first = betas[0] if isinstance(betas, (tuple, list)) and betas else group.get("momentum")
-    beta = _number(first, 0.0)
+    beta = number(first, 0.0)
     return beta if 0 <= beta < 1 else 0.0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ConstantLR
 
-from lightning_sparse import optimizer as steps
+from lightning_sparse import step as steps
 from lightning_sparse.conformance.optimizers import super_step, wrapped_step
 
 

@@ -13,7 +13,8 @@ from lightning_sparse.conformance import optimizers, step_sizes
 from lightning_sparse.optimizer import momentum_gain, momentum_memory, read_step_size, settling_steps, step_size_of
 from lightning_sparse.penalties import LogSum
 from lightning_sparse.proximal import in_zero_region
-from lightning_sparse.step_sizes import Measured, StepSizes, is_readable, source, uniform_rate
+from lightning_sparse.step import uniform_rate
+from lightning_sparse.step_sizes import Measured, StepSizes, is_readable, source
 
 
 def train(optimizer: Any, weights: list[nn.Parameter], steps: int, sizes: StepSizes | None = None, sign: float = 1.0) -> None:

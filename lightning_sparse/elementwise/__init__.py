@@ -5,10 +5,10 @@ processes. Only this subpackage handles chunks, buckets, kernels, random words, 
 modules inside.
 """
 
-from lightning_sparse.elementwise.engine import Drawn, Engine
+from lightning_sparse.elementwise.engine import Drawn, Engine, are_finite, map_chunks, outside, scalar_div
 from lightning_sparse.elementwise.finite import count_nonfinite, maybe_nonfinite
 from lightning_sparse.elementwise.kernels import is_frozen_config
-from lightning_sparse.elementwise.pieces import map_chunks, raise_malloc_thresholds
+from lightning_sparse.elementwise.pieces import raise_malloc_thresholds
 from lightning_sparse.elementwise.rng import generator_for, in_order, normal_like, random_words
 from lightning_sparse.elementwise.shards import (
     apply_mask_,
@@ -31,6 +31,7 @@ __all__ = [
     "Engine",
     "apply_mask_",
     "apply_masks_",
+    "are_finite",
     "count_nonfinite",
     "cut_like",
     "fsdp_modules",
@@ -46,8 +47,10 @@ __all__ = [
     "max_shards",
     "maybe_nonfinite",
     "normal_like",
+    "outside",
     "raise_malloc_thresholds",
     "random_words",
+    "scalar_div",
     "scatter_to_zeros_",
     "shard_like",
     "sum_shards",

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.elementwise import shards
-from lightning_sparse.elementwise.pieces import PLAIN, bucket_rows, flatten
-
-_LARGE = 1 << 20  # elements: a sum, which only reads them, is faster than the call for many
+from lightning_sparse.elementwise.engine import are_finite, bucket_rows, can_check, flatten
 
 
 @torch.no_grad()
@@ -32,29 +30,15 @@ def count_nonfinite(tensors: Mapping[str, Tensor], nan_only: bool = False) -> di
 def maybe_nonfinite(gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return the gradients that may contain NaN or inf. The check is collective: one bad gradient returns all of them.
 
-    One call, the one that GradScalers use, checks all gradients that are dense, small and on the CPU; it rewrites them with equal
-    values.
+    :func:`are_finite` checks at once all gradients that it can check.
     """
-    easy = [grad for grad in gradients.values() if type(grad) in PLAIN and _is_easy(grad)]
-    if not _are_finite(easy):
+    easy = [grad for grad in gradients.values() if can_check(grad)]
+    if not are_finite(easy):
         return gradients
     if len(easy) == len(gradients):
         return {}
     seen = set(map(id, easy))
     return {name: grad for name, grad in gradients.items() if id(grad) not in seen}
-
-
-def _is_easy(grad: Tensor) -> bool:
-    return grad.is_cpu and grad.layout == torch.strided and grad.numel() <= _LARGE
-
-
-def _are_finite(tensors: list[Tensor]) -> bool:
-    found, one = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
-    try:
-        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, one)
-    except RuntimeError:  # elements share memory, or the type is not supported
-        return False
-    return found.item() == 0
 
 
 def _sums(parts: list[Tensor]) -> list[Tensor]:

@@ -8,12 +8,12 @@ each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _unflatten_dense_tensors
 
 PLAIN = (Tensor, nn.Parameter)  # types of tensors that are not split over processes
 CHUNK = 1 << 18  # elements for each thread: a few float32 operands of that size fit the last-level cache, fewer cost more calls
@@ -60,7 +60,7 @@ def flat_view(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def map_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def map_large(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Apply an elementwise ``function`` chunk by chunk; the result has the memory layout of the first tensor."""
     cut = list(chunks(*tensors))
     if len(cut) == 1:
@@ -77,59 +77,6 @@ def map_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 # -- buckets -----------------------------------------------------------------------------------------------------------------
 
 
-def bucket_rows(rows: Sequence[Row], size: int | None = None, small: int = SMALL, few: int = FEW) -> list[list[int]]:
-    """Group row numbers into buckets of the same types and device, each number once.
-
-    A bucket has at most ``size`` elements (by default one chunk). A row stays alone if it has more than ``small`` elements, if
-    its bucket would have fewer than ``few`` rows, or if one of its tensors is not plain and dense.
-    """
-    size = size or chunk_size()
-    if len(rows) < few:
-        return [[number] for number in range(len(rows))]
-    kinds: dict[object, list[int]] = {}
-    for number, row in enumerate(rows):
-        plain = all(type(tensor) in PLAIN and tensor.layout == torch.strided for tensor in row)
-        kind = (row[0].device, *(tensor.dtype for tensor in row)) if plain and row[0].numel() <= small else number
-        kinds.setdefault(kind, []).append(number)
-    buckets = [bucket for kind in kinds.values() for bucket in _filled(kind, rows, size)]
-    return [part for bucket in buckets for part in ([bucket] if len(bucket) >= few else [[number] for number in bucket])]
-
-
-def _filled(numbers: Iterable[int], rows: Sequence[Row], size: int) -> Iterator[list[int]]:
-    """Split row numbers, in order, into lists of at most ``size`` elements."""
-    bucket: list[int] = []
-    count = 0
-    for number in numbers:
-        if bucket and count + rows[number][0].numel() > size:
-            yield bucket
-            bucket, count = [], 0
-        bucket.append(number)
-        count += rows[number][0].numel()
-    yield bucket
-
-
-def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Copy all elements of ``tensors``, each in row-major order, into one new tensor."""
-    flat: Tensor = _flatten_dense_tensors(tensors)
-    return flat
-
-
-def unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """View a flat tensor as tensors of the shapes of ``tensors``."""
-    parts: Sequence[Tensor] = _unflatten_dense_tensors(flat, tensors)
-    return parts
-
-
-def merge(rows: Sequence[Row]) -> Row:
-    """Return the only row, or one row with the flattened columns of all."""
-    return rows[0] if len(rows) == 1 else tuple(flatten(column) for column in zip(*rows, strict=True))
-
-
-def split(made: Tensor, rows: Sequence[Row]) -> Sequence[Tensor]:
-    """View what was computed from :func:`merge` as one tensor for each row."""
-    return [made] if len(rows) == 1 else unflatten(made, [first for first, *_ in rows])
-
-
 class _Bucket(NamedTuple):
     """Row numbers, the flat buffers of some columns, and each tensor's view into them; a single row has no buffer."""
 
@@ -143,9 +90,13 @@ class Buckets:
 
     Buffers and views are cached, because creating them costs as much as the computation. The cache is keyed by the tensors of
     the first column; buckets share the buffers.
+
+    Args:
+        group: groups the numbers of rows into buckets.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Callable[[Sequence[Row]], list[list[int]]]) -> None:
+        self._group = group
         self._plans: dict[Hashable, tuple[list[_Bucket], Sequence[Tensor]]] = {}
         self._buffers: dict[Hashable, Tensor] = {}
 
@@ -184,14 +135,11 @@ class Buckets:
 
     def _plan(self, columns: Columns, copied: Sequence[int]) -> list[_Bucket]:
         """Return the buckets of all rows, with buffers for the columns ``copied``."""
-        count = len(columns[0]) if columns else 0
-        if count < FEW:
-            return [_Bucket([number]) for number in range(count)]
         key = (tuple(copied), chunk_size(), *_signature(columns))
         if key not in self._plans:
             if len(self._plans) >= _PLANS:
                 self.clear()
-            buckets = bucket_rows(list(zip(*columns, strict=True)))
+            buckets = self._group(list(zip(*columns, strict=True)))
             # the first column is kept, because the key holds the ids of its tensors
             self._plans[key] = [self._bucket(numbers, columns, copied) for numbers in buckets], columns[0]
         return self._plans[key][0]
@@ -201,7 +149,8 @@ class Buckets:
             return _Bucket(numbers)
         members = [_members(columns[column], _Bucket(numbers)) for column in copied]
         flat = tuple(self._buffer(column, tensors) for column, tensors in enumerate(members))
-        return _Bucket(numbers, flat, tuple(list(unflatten(one, tensors)) for one, tensors in zip(flat, members, strict=True)))
+        views = tuple(list(_unflatten_dense_tensors(one, tensors)) for one, tensors in zip(flat, members, strict=True))
+        return _Bucket(numbers, flat, views)
 
     def _buffer(self, column: int, tensors: Sequence[Tensor]) -> Tensor:
         """Return the buffer of a column, which all buckets share."""

@@ -64,8 +64,9 @@ def apply_mask_(tensor: Tensor, mask: Tensor) -> None:
     By a product in chunks, because a masked fill costs several times as much, and because torch converts the uint8 mask to
     floats: a large temporary would be allocated each time.
     """
-    for part, kept in chunks(local_part(tensor.detach()), local_part(mask).view(torch.uint8), size=_CHUNK):
-        part.mul_(kept)
+    part, kept = local_part(tensor.detach()), local_part(mask).view(torch.uint8)
+    for values, ones in [(part, kept)] if part.numel() <= _CHUNK else chunks(part, kept, size=_CHUNK):
+        values.mul_(ones)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Define the base of the training methods, the run that a method works in, and the optimiser step that it acts on.
+"""Define the base of the training methods, and the run that a method works in.
 
 Torch only: any training loop can call a method's moments.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,17 +18,19 @@ from lightning_sparse import duality, proximal
 from lightning_sparse.duality import Penalty
 from lightning_sparse.elementwise import Engine
 from lightning_sparse.grouped import GroupedWeights, groups_within
-from lightning_sparse.optimizer import ClipFactor, momentum_gain
+from lightning_sparse.optimizer import ClipFactor
 from lightning_sparse.schedules import Strength
+from lightning_sparse.step import Scale, Step
 from lightning_sparse.step_sizes import StepSizes
 from lightning_sparse.structure import Coupled, Element, Structure
 from lightning_sparse.support import Support
 from lightning_sparse.weights import Member, WeightStore
 
-__all__ = ["Member", "Method", "Run", "Step"]
+__all__ = ["Member", "Method", "Run", "Scale", "Step"]
 
 Reduce = Callable[[Tensor], Tensor]
-Scale = Callable[[], float]
+# of a step, in order
+MOMENTS = ("before_forward", "before_backward", "after_backward", "before_optimizer", "after_optimizer", "progress", "after_batch")
 
 
 @dataclass
@@ -125,62 +127,6 @@ class Run:
             self.weights.after_optimizer(method, step)
 
 
-@dataclass
-class Step:
-    """Describes one step of an optimiser, and the strengths that lam has in it.
-
-    ======================  ==========================================  ======================================
-    strength                lam multiplied by                           used by
-    ======================  ==========================================  ======================================
-    ``lam_on_gradient``     AMP scale, -1 where the group maximises     gradient terms: penalty, loss, eta-trick,
-                                                                        learned noise, what bounded masks fall short of
-    ``lam_on_prox``         the step's clip factor, momentum gain       proximal steps
-    ``lam``                 the mean clip factor (the caller's; the     the zero test: ``Method.is_at_rest``
-                            zero region also uses the momentum's
-                            memory)
-    ``lam``                 1; calibrated by the curvature              the noise of masks
-    ======================  ==========================================  ======================================
-
-    Args:
-        optimizer: the optimiser that steps.
-        members: (name, parameter, param group) of each selected parameter that it updates.
-        lam: the strength in force.
-        engine: runs functions over many tensors.
-        live: returns the live weights of a parameter by name; by default its data.
-        sizes: step sizes of the optimiser.
-        grad_scale: the scale that a fused optimiser's gradients still have; 1 for others.
-        loss_scale: returns the GradScaler's factor on the loss (the call waits for an accelerator); 1 without one.
-        clip_factor: the factor by which clipping multiplied this step's gradients.
-    """
-
-    optimizer: Optimizer
-    members: list[Member]
-    lam: float
-    engine: Engine
-    live: Callable[[str], Tensor] | None = None
-    sizes: StepSizes = field(default_factory=StepSizes)
-    grad_scale: float = 1.0
-    loss_scale: Scale = lambda: 1.0
-    clip_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.live is None:
-            parameters = {name: parameter for name, parameter, _ in self.members}
-            self.live = lambda name: parameters[name].detach()
-
-    def trained(self) -> Iterable[Member]:
-        """Yield the members that have a gradient."""
-        return (member for member in self.members if member[1].grad is not None)
-
-    def lam_on_gradient(self, group: dict[str, Any]) -> float:
-        """Return lam for a term that is added to gradients of a param group."""
-        return self.lam * self.grad_scale * (-1 if group.get("maximize") else 1)
-
-    def lam_on_prox(self, group: dict[str, Any]) -> float:
-        """Return lam for a proximal step after the optimiser's, on a param group."""
-        return momentum_gain(group) * (self.lam * self.clip_factor)
-
-
 class Method:
     """A training method: what it does at each moment of a step, and its eta, keep probability and zero region.
 
@@ -200,6 +146,11 @@ class Method:
     requires_hook: ClassVar[bool] = False  # an optimiser step without before_optimizer is refused
 
     run: Run  # the current run
+
+    @classmethod
+    def moments(cls) -> frozenset[str]:
+        """Return the moments of a step at which the method acts; its other moments need no call."""
+        return frozenset(name for name in MOMENTS if getattr(cls, name) is not getattr(Method, name))
 
     def __init__(self, penalty: Penalty) -> None:
         self.penalty = penalty

@@ -23,7 +23,7 @@ from lightning_sparse.methods.noisy_forwards import NoisyForwards
 from lightning_sparse.penalties import Scaled
 from lightning_sparse.per_label import PerLabel
 from lightning_sparse.schedules import LinearWarmup
-from lightning_sparse.step_sizes import bound_uniform_steps, uniform_rate
+from lightning_sparse.step import bound_uniform_steps, uniform_rate
 from lightning_sparse.weights import Attachment
 
 WARM = 0.5  # share of the run over which a KL weight that was found rises

@@ -11,11 +11,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_sparse import _checks, counts
-from lightning_sparse import optimizer as steps
+from lightning_sparse import step as steps
 from lightning_sparse.methods.base import Member, Run, Step
 from lightning_sparse.methods.second_optimizer import SecondOptimizer, Share, overflowed, reference
 from lightning_sparse.state import are_tensors, by_name, entry
-from lightning_sparse.step_sizes import finds_scale, suits_logarithms, uniform_rate
+from lightning_sparse.step import uniform_rate
+from lightning_sparse.step_sizes import finds_scale, suits_logarithms
 
 WHOLE_BECAUSE = "its learned parameters belong to whole weights, not to the parts that FSDP2 gives each process"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse import _checks, proximal, step_sizes
+from lightning_sparse import _checks, step_sizes
 from lightning_sparse import optimizer as steps
 from lightning_sparse.duality import Penalty
 from lightning_sparse.elementwise import Engine
@@ -28,7 +28,17 @@ class ProximalStep:
 
     def __call__(self, w: Tensor, *step_size: Any) -> None:
         step = steps.step_size(*step_size)
-        w.copy_(self.penalty.prox(w, step) if self.exact else proximal.reweighted_step(self.penalty, w, step))
+        w.copy_(self.penalty.prox(w, step) if self.exact else reweighted_step(self.penalty, w, step))
+
+
+def reweighted_step(penalty: Penalty, w: Tensor, step: Tensor | float, out: Tensor | None = None) -> Tensor:
+    """Return w / (1 + step / eta_hat(w)), step = rho lam: one majorise-minimise step of the prox, never an exact zero by itself.
+
+    The result is written to ``out`` if it is given; ``out`` may be ``w``.
+    """
+    eta = penalty.eta_hat(w).clamp(min=torch.finfo(w.dtype).tiny)  # so that a step of 0 changes nothing where eta_hat is 0
+    pull = torch.div(torch.as_tensor(step, dtype=w.dtype, device=w.device), eta, out=eta)
+    return torch.div(w, pull.add_(1), out=out)
 
 
 class Proximal(Method):

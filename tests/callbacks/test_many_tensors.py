@@ -16,7 +16,7 @@ from lightning_sparse import optimizer as steps_of
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, PenaltyLoss, ReweightedPenalty
 from lightning_sparse.conformance.loops import TwoOptimizers
 from lightning_sparse.curvature import EmpiricalFisher
-from lightning_sparse.elementwise import pieces
+from lightning_sparse.elementwise import engine, pieces
 from lightning_sparse.noise import Gaussian, ScaledBernoulli
 from lightning_sparse.penalties import LogSum
 from lightning_sparse.schedules import LinearWarmup
@@ -56,11 +56,11 @@ FORMS: dict[str, Callable[[], Any]] = {
 def trained(form: Any, optimizer: Any, few: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Toy, dict[str, float], list[int]]:
     """Train with buckets of at least ``few`` small tensors; also return logged figures and all bucket sizes."""
     sizes: list[int] = []
-    grouped = pieces.bucket_rows
+    grouped = engine.bucket_rows
     with monkeypatch.context() as patch:
         patch.setattr(pieces, "FEW", few)
         patch.setattr(
-            pieces, "bucket_rows", lambda *given, **how: [sizes.append(len(one)) or one for one in grouped(*given, **({"few": few} | how))]
+            engine, "bucket_rows", lambda *given, **how: [sizes.append(len(one)) or one for one in grouped(*given, **({"few": few} | how))]
         )
         module = Toy(deep(), optimizer)
         run = trainer(form, epochs=3)

@@ -11,7 +11,8 @@ from rows import MIXED
 from torch import Tensor, nn
 
 from lightning_sparse.elementwise import pieces
-from lightning_sparse.elementwise.pieces import Buckets, BufferPool, bucket_rows
+from lightning_sparse.elementwise.engine import bucket_rows
+from lightning_sparse.elementwise.pieces import Buckets, BufferPool
 
 
 def test_each_row_is_in_one_bucket_of_its_kind() -> None:
@@ -38,7 +39,7 @@ LAYOUTS: list[Callable[[Tensor], Tensor]] = [lambda t: t, lambda t: t.t() if t.d
 def test_written_columns_are_copied_back_and_others_are_not(layout: Callable[[Tensor], Tensor]) -> None:
     targets, sources, others = ([layout(tensor.clone()) for tensor in MIXED] for _ in range(3))
     with torch.no_grad():
-        for target, other, source in Buckets().rows((targets, others, sources), written=2):
+        for target, other, source in Buckets(bucket_rows).rows((targets, others, sources), written=2):
             target.add_(source.square())
             other.neg_()
             source.zero_()  # a bucket is a copy
@@ -51,7 +52,7 @@ def test_written_columns_are_copied_back_and_others_are_not(layout: Callable[[Te
 def test_channels_last_tensors_share_a_bucket() -> None:
     images = [torch.randn(3, 2, 4, 5).to(memory_format=torch.channels_last) for _ in range(9)]
     copies = [image.clone() for image in images]
-    for (part,) in Buckets().rows([images]):
+    for (part,) in Buckets(bucket_rows).rows([images]):
         part.mul_(2)
     assert all(torch.equal(image, 2 * copy) for image, copy in zip(images, copies, strict=True))
 
@@ -61,7 +62,7 @@ COPIES: list[Callable[[Tensor], Tensor]] = [torch.clone, lambda t: nn.Parameter(
 
 @pytest.mark.parametrize("copy", COPIES, ids=["plain", "parameters", "double"])
 def test_add_adds_to_each_target(copy: Callable[[Tensor], Tensor]) -> None:
-    sources, cached = [*map(copy, MIXED)], Buckets()
+    sources, cached = [*map(copy, MIXED)], Buckets(bucket_rows)
     with torch.no_grad():
         for _ in range(2):
             targets = [torch.ones_like(tensor) for tensor in MIXED]
@@ -73,7 +74,7 @@ def test_add_adds_to_each_target(copy: Callable[[Tensor], Tensor]) -> None:
 
 def test_buffers_are_reused_and_each_tensor_gets_its_own_values() -> None:
     """Alternates tensors of equal size and different shapes; each has its own views of the shared buffer."""
-    cached, addresses = Buckets(), set()
+    cached, addresses = Buckets(bucket_rows), set()
     tall, wide = ([torch.full(size, 3.0) for _ in range(9)] for size in ((8, 2), (2, 8)))
     for tensors in (tall, wide, tall, wide, tall[:8] + wide[:1]):
         for (part,) in cached.rows([tensors]):
@@ -85,7 +86,7 @@ def test_buffers_are_reused_and_each_tensor_gets_its_own_values() -> None:
 
 
 def test_a_changed_dtype_or_size_of_the_same_tensors_is_detected() -> None:
-    cached, tensors = Buckets(), [torch.zeros(2, 2) for _ in range(40)]
+    cached, tensors = Buckets(bucket_rows), [torch.zeros(2, 2) for _ in range(40)]
     for first in range(30):
         for (part,) in cached.rows([tensors[first : first + 9]]):
             part.add_(1)

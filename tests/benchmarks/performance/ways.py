@@ -38,7 +38,7 @@ def updates(shape: tuple[int, int]) -> Iterator[tuple[str, str, Ways]]:
     compiled = torch.compile(bernoulli, dynamic=True)
     compiled(w, h, draw.float())
     as_floats: Ways = {"torch.compile, of words made floats": lambda: compiled(w, h, draw.float())}
-    yield "Bernoulli mask", USED, cut(pieces.map_chunks, bernoulli, w, h, draw) | as_floats
+    yield "Bernoulli mask", USED, cut(elementwise.map_chunks, bernoulli, w, h, draw) | as_floats
     where = torch.rand(shape) < 0.5
     zeroing: Ways = {
         "a product with 0 and 1": lambda: w * numeric.outside(where),

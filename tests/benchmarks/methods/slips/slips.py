@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse import numeric, proximal
+from lightning_sparse import numeric
 from lightning_sparse import optimizer as steps_of
 from lightning_sparse.callbacks import AdaptiveProx, EtaTrick
 from lightning_sparse.duality import Penalty
+from lightning_sparse.methods.proximal import reweighted_step
 from lightning_sparse.penalties import LogSum
 
 
@@ -61,4 +62,4 @@ class SlippedAdaProx(AdaptiveProx):
         for _, parameter, group in self.weights.members(optimizer):
             rho = steps_of.read_step_size(optimizer, parameter, group, self.metric)
             for _ in range(self.batches):  # the gradients are gone by now, Adam's moments are not
-                parameter.copy_(proximal.reweighted_step(self.penalty, parameter.detach(), rho * self.lam))
+                parameter.copy_(reweighted_step(self.penalty, parameter.detach(), rho * self.lam))
