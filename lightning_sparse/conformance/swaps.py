@@ -72,9 +72,9 @@ def _module(subject: Subject) -> _Module:
     return _Module(optimizer=subject.optimizer) if subject.optimizer else _Module()
 
 
-def _run(subject: Subject, average: Average, module: _Module, first: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
+def _run(subject: Subject, average: Average, module: _Module, first: bool, epochs: int = 2) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Fit with ``average`` and return the final weights and their average."""
-    subject.fit(module, average, first=first, epochs=EPOCHS)
+    subject.fit(module, average, first=first, epochs=epochs)
     return toys.weights(module), average.mean
 
 
@@ -102,7 +102,7 @@ def own_average_changes_nothing(subject: Subject, folder: Path) -> None:
 def own_average_is_sparse(subject: Subject, folder: Path) -> None:
     for first, order in ORDERS:
         average, module = Average(*PAIRS[0]), _module(subject)
-        _run(subject, average, module, first)
+        _run(subject, average, module, first, EPOCHS)
         names = [name for name, _ in module.named_parameters()]
         mean = dict(zip(names, average.mean, strict=False))
         zeros = sum(int((w == 0).sum()) for w in average.evaluated.values())
