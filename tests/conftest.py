@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import re
 import sys
@@ -17,6 +18,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuse names of tests that differ between processes, because pytest-xdist then runs nothing and does not say why."""
     if odd := [item.nodeid for item in items if re.search(r"\bat 0x[0-9a-f]{6}", item.nodeid)]:
         raise pytest.UsageError(f"these tests have an address in memory in their name; give them ids: {odd}")
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the imported modules from garbage collection, because searching them takes an eighth of the tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
