@@ -134,6 +134,7 @@ def outcome(subject: Subject, name: str) -> Outcome:
     """Run one check and return its outcome. Any error of the subject is a failure."""
     try:
         with undisturbed(), tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)  # because some checks build networks, and an outcome must not depend on what ran before
             CHECKS[name].run(subject, Path(folder))
     except NotApplicable as reason:
         return Outcome(name, "n/a", str(reason))

@@ -136,3 +136,20 @@ def test_the_callers_random_state_is_unchanged():
     torch.manual_seed(5)
     testing.check_callback(Magnitude(), only=["fit_ends_with_true_zeros"])
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_outcome_does_not_depend_on_the_callers_random_state():
+    """Checks that build a network themselves get the same one, whatever ran before."""
+    seen = []
+
+    class Looks(Magnitude):
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            seen.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+            super().on_train_end(trainer, module)
+
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        testing.check_callback(lambda: [Looks()], only=["layers_without_rows"])
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(first) == len(second) > 0
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
