@@ -20,7 +20,7 @@ from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.opened import Opened
 from lightning_sparse.cli.saved import Saved, silence_device_messages
 from lightning_sparse.cli.training import launch
-from lightning_sparse.shrinking import Budget, GroupScores, Shrunk, Stages, choose, remove, save_shrunk, share_of
+from lightning_sparse.shrinking import Budget, GroupScores, Shrunk, Stages, choose, remove, rounding, save_shrunk, share_of
 from lightning_sparse.shrinking.report import Report, changed_widths
 from lightning_sparse.shrinking.stages import DEVICES
 from lightning_sparse.structure import Channels, Heads
@@ -35,6 +35,7 @@ _ABOUT = (
 _QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 _BATCHES = 50  # that the scores are computed on
 GIVEN = ("--max_drop", "--max_params", "--max_multiply_adds", "--max_latency", "--speed_up")  # one of them makes it this verb
+ROUND_TO = "keep multiples of this many channels, or fastest: of 1, 4, 8, 16 and 32 the multiple that is measured to be fastest"
 _GOALS = [flag.removeprefix("--") for flag in GIVEN]
 
 
@@ -73,12 +74,22 @@ def run(words: Sequence[str]) -> int:
         budget = Budget(**{name: getattr(args, name) for name in _GOALS}, device=args.device)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    try:
+        args.round_to = (rounding.FASTEST if budget.is_timed else 8) if args.round_to is None else args.round_to
+        rounding.check(args.round_to)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if not 0 < args.step < 1:
         raise UsageError(f"--step must lie between 0 and 1, got {args.step}")
     cli = launch(Opened, ["fit", *recipes.with_paths(["--config", args.config]), *overrides])
     with silence_device_messages():
         _Run(args, budget, words, overrides, cli).run()
     return 0
+
+
+def unit(text: str) -> int | str:
+    """Read --round_to: a whole number, or a word that is checked later."""
+    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning in each stage, and of groups (default: %(default)s)")
     parser.add_argument("--step", type=float, default=0.25, help="share of the multiply-adds that a stage cuts (default: %(default)s)")
     parser.add_argument("--stages", type=int, default=12, help="at most (default: %(default)s)")
-    parser.add_argument("--round_to", type=int, default=8, help="keep multiples of this many channels (default: %(default)s)")
+    parser.add_argument("--round_to", type=unit, metavar="N", help=f"{ROUND_TO} (default: fastest with a goal of latency, else 8)")
     return parser
 
 
@@ -188,17 +199,28 @@ class _Run:
         if not self.stages.state.stages:
             for axis, count, why in coupling.left_out(groups):
                 print(f"left out: {count} groups of {axis}: {why}")
-        chosen = self._lowest(module, groups, target)
+        scores, size = self._scores(module, groups), self.args.round_to
+        given = 8 if isinstance(size, str) else size
+        chosen = choose(module, self.one, groups, scores, target, given)
         if chosen and self.args.search == "groups":
             self._trainer(self.args.epochs, *_sparsifiers(module, groups, chosen)).fit(module, datamodule=self.cli.datamodule)
-            chosen = self._lowest(module, groups, target)  # groups that are zero by now have the score 0
-        smaller: LightningModule | None = remove(module, self.inputs, groups, chosen, self.args.round_to) if chosen else None
-        return smaller
+            scores = self._scores(module, groups)  # 0 for groups that are zero by now
 
-    def _lowest(self, module: LightningModule, groups: list[coupling.Group], target: int) -> list[coupling.Group]:
+        def removed(unit: int) -> LightningModule | None:
+            chosen = choose(module, self.one, groups, scores, target, unit)
+            return remove(module, self.inputs, groups, chosen, unit) if chosen else None
+
+        if not isinstance(size, str):
+            return removed(size)
+        found = rounding.fastest(removed, self.stages.timed_inputs, self.stages.budget.device)
+        if found is not None:
+            print(found)
+        return None if found is None else found.module
+
+    def _scores(self, module: LightningModule, groups: list[coupling.Group]) -> dict[str, float]:
         scores = GroupScores(groups)
         self._trainer(1, _Scoring(scores), limit_train_batches=_BATCHES, limit_val_batches=0).fit(module, datamodule=self.cli.datamodule)
-        return choose(module, self.one, groups, scores.values(), target, self.args.round_to)
+        return scores.values()
 
     def _tune(self, module: LightningModule) -> None:
         self._trainer(self.args.epochs).fit(module, datamodule=self.cli.datamodule)

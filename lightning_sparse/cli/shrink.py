@@ -28,7 +28,7 @@ def run(verb: str, words: list[str]) -> int:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT")
     parser.add_argument("--config", help="recipe or YAML of the run (default: the config.yaml beside the checkpoint)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: CKPT's path with .shrunk)")
-    parser.add_argument("--round_to", type=int, default=8, metavar="N", help="keep multiples of this many channels (default: %(default)s)")
+    parser.add_argument("--round_to", type=budget.unit, default=8, metavar="N", help=f"{budget.ROUND_TO} (default: %(default)s)")
     parser.add_argument("--allow_branches", action="store_true", help="accept a forward that branches on values of tensors")
     args, overrides = parser.parse_known_args(words)
     saved = open_checkpoint(args.checkpoint, args.config, overrides)

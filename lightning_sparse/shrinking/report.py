@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ class Report:
         left_out: (axis, number of groups, reason) of what cannot be removed.
         constants: constant groups that stay, with the reason.
         timings: median seconds before, again (A/A) and after, and the ratios; empty if not measured.
+        rounding: what the multiple of the widths was chosen by, if it was measured.
     """
 
     widths: dict[str, tuple[int, int, str]]
@@ -42,6 +43,7 @@ class Report:
     left_out: list[tuple[str, int, str]] = field(default_factory=list)
     constants: dict[str, str] = field(default_factory=dict)
     timings: dict[str, latency.Timing] = field(default_factory=dict)
+    rounding: str = ""
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -53,8 +55,9 @@ class Report:
         return [(name, f"{a:,}", f"{b:,}", f"{a / b:.2f}x" if b else "-") for name, (a, b) in counted.items()]
 
     def notes(self) -> list[str]:
-        """Return lines about constants and about what was left out."""
-        lines = [f"{self.folded} constant groups were added to biases"] if self.folded else []
+        """Return lines about the rounding, about constants and about what was left out."""
+        lines = [self.rounding] if self.rounding else []
+        lines += [f"{self.folded} constant groups were added to biases"] if self.folded else []
         lines += [f"kept {name}: {why}" for name, why in list(self.constants.items())[:5]]
         return lines + [f"left out: {count} groups of {axis}: {why}" for axis, count, why in self.left_out]
 
@@ -88,7 +91,12 @@ def count_multiply_adds(module: nn.Module, inputs: Any) -> int:
 
 def measure(before: nn.Module, after: nn.Module, inputs: Any, budget: float, device: str | None = None) -> dict[str, latency.Timing]:
     """Time both networks ("before", "after") in interleaved rounds, in evaluation mode; None for ``device`` moves nothing."""
-    arms = {name: surgery.duplicate(module).eval() for name, module in (("before", before), ("after", after))}
+    return time_all({"before": before, "after": after}, inputs, budget, device)
+
+
+def time_all(modules: Mapping[str, nn.Module], inputs: Any, budget: float, device: str | None = None) -> dict[str, latency.Timing]:
+    """Time networks against the first of them in interleaved rounds, in evaluation mode; None for ``device`` moves nothing."""
+    arms = {name: surgery.duplicate(module).eval() for name, module in modules.items()}
     if device is not None:
         arms = {name: module.to(device) for name, module in arms.items()}
         inputs = _pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
@@ -101,4 +109,4 @@ def measure(before: nn.Module, after: nn.Module, inputs: Any, budget: float, dev
 
     with torch.inference_mode():
         calls = {name: partial(call, module) for name, module in arms.items()}
-        return latency.measure(calls, "before", budget, clock=time.perf_counter if is_cuda else None)
+        return latency.measure(calls, next(iter(calls)), budget, clock=time.perf_counter if is_cuda else None)

@@ -91,6 +91,10 @@ def test_measured_goals_and_the_int8_column(capsys: pytest.CaptureFixture[str]) 
     assert stage["milliseconds"] > 0
     assert f"measured at batch 48 on cpu: {stage['milliseconds']:.3f} ms, {stage['times_faster']:.2f} times faster than dense" in shown
     assert "not reached within these stages: --max_latency 1e-06" in shown
+    assert re.search(r"widths are multiples of \d+, measured \(1: ", shown)  # the default with such a goal
+    assert state("timed")["settings"]["round_to"] == "fastest"
+    message = refused(capsys, "shrink", *words, "--speed_up", "2", "--round_to", "quick")
+    assert "round_to must be a whole number >= 1 or 'fastest', got 'quick'" in message
     written = Path("timed", "report.md").read_text()
     table = {cells[0]: cells[1:] for line in written.splitlines() if len(cells := line.strip("| ").split(" | ")) == 4}
     for label in ("bytes", "latency at batch 1", "test/accuracy"):
