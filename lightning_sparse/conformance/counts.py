@@ -132,21 +132,22 @@ def _volume(subject: Subject, folder: Path, *stop: Callback, **options: Any) -> 
 def wandb_runs_stay_small(subject: Subject, folder: Path) -> None:
     keep: dict[str, Any] = {"default_root_dir": folder, "enable_checkpointing": True}
     saved = ModelCheckpoint(folder / "files", filename="kept", every_n_epochs=10)
+    loader = toys.data(2 * 16)  # two batches in an epoch
     # by name: the fewest histograms, the step of the last ones, how to fit
     runs: dict[str, tuple[int, int | None, tuple[Callback, ...], dict[str, Any]]] = {
-        "of 60 epochs": (20, 240, (), {"epochs": 60}),
-        "of 240 steps": (20, 240, (), {"epochs": -1, "max_steps": 240}),
-        "of 10,000 epochs that stops after 40": (15, 160, (_Stop(39),), {"epochs": 10_000}),
+        "of 60 epochs": (20, 120, (), {"epochs": 60}),
+        "of 120 steps": (20, 120, (), {"epochs": -1, "max_steps": 120}),
+        "of 10,000 epochs that stops after 40": (15, 80, (_Stop(39),), {"epochs": 10_000}),
         "of one epoch of 300 steps": (4, 300, (), {"epochs": 1, "loader": toys.data(16 * 300)}),
         "of 60 epochs that is interrupted after 30": (10, None, (saved, _Stop(29, error=True)), {"epochs": 60, **keep}),
-        "that resumes it": (10, 240, (), {"epochs": 60, "ckpt_path": folder / "files" / "kept.ckpt"}),
+        "that resumes it": (10, 120, (), {"epochs": 60, "ckpt_path": folder / "files" / "kept.ckpt"}),
     }
     quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
     silent = True
     with patch.dict(os.environ, quiet):
         for index, (name, (least, last, stop, options)) in enumerate(runs.items()):
             try:
-                at, tables = _volume(subject, folder / str(index), *stop, **options)
+                at, tables = _volume(subject, folder / str(index), *stop, **({"loader": loader} | options))
             except ModuleNotFoundError:
                 raise NotApplicable("wandb is not installed") from None
             silent = silent and not at and not tables

@@ -58,9 +58,9 @@ class WithoutEnd(ReweightedPenalty):
 LOG_SUM = penalties.LogSum(eps=2.0)
 MUTANTS = {
     Tables: "wrote 60 table files",
-    EachStep: "logged histograms 240 times",
+    EachStep: "logged histograms 120 times",
     AThirtieth: "of 10,000 epochs that stops after 40 logged histograms 1 times",
-    WithoutEnd: "not at step 240",
+    WithoutEnd: "not at step 120",
 }
 
 
