@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_sparse import elementwise
 from lightning_sparse._labels import Place, log_softmax_dim, log_softmax_shares, places
+from lightning_sparse.noise import normal_like
 
 Start = tuple[Tensor, Tensor]  # a tensor of the loss's graph, and the gradient that a backward pass starts from there
 _SMALLEST = 1e-12
@@ -79,7 +79,7 @@ def _start(place: Place, output: Tensor, above: Tensor, scale: float, generator:
         above = above / value.numel()
     curvature = torch.full_like(value, 2.0) if _is_square(place) else _CURVATURES[place.kind](place.node, value)
     size = (scale * above.abs() * curvature).sqrt()  # above = scale * k
-    return (size * elementwise.normal_like(size, generator)).to(output)
+    return (size * normal_like(size, generator)).to(output)
 
 
 def _drawn_label(logs: Tensor, sizes: Tensor, dim: int, scale: float, generator: torch.Generator | None) -> Tensor:

@@ -1,7 +1,12 @@
-"""The mask's distribution given its keep probability alpha: E s = 1 and Var s = (1 - alpha) / alpha."""
+"""Noise: the mask's distribution given its keep probability alpha (E s = 1 and Var s = (1 - alpha) / alpha), on weights or on outputs.
+
+Learned noise: a weight w has the noise variance w^2 / eta; the divergence from a prior is f(eta) / 2.
+Source: Molchanov, Ashukha, Vetrov, "Variational Dropout Sparsifies Deep Neural Networks", arXiv 1701.05369.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +14,14 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from numpy.random import SFC64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_sparse import _checks, elementwise
+from lightning_sparse import _checks
 from lightning_sparse._construction import Constructed, typed
-from lightning_sparse.elementwise import map_chunks
-from lightning_sparse.numeric import scalar_div
+from lightning_sparse.duality import Penalty
+from lightning_sparse.elementwise import map_chunks, scalar_div
 
 
 class Noise(metaclass=Constructed):
@@ -59,7 +65,7 @@ class ScaledBernoulli(Elementwise):
     from_words = True
 
     def numbers(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return elementwise.in_order(elementwise.random_words(like.numel(), like.device, generator), like)
+        return in_order(random_words(like.numel(), like.device, generator), like)
 
     def mask(self, alpha: Tensor, numbers: Tensor) -> Tensor:
         return _scaled_bernoulli(alpha, numbers)
@@ -101,7 +107,7 @@ class Gaussian(Elementwise):
             raise ValueError(f"share={self.share:g} is a share of the samples, whose outputs get noise: it needs local=True")
 
     def numbers(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return elementwise.normal_like(like, generator)
+        return normal_like(like, generator)
 
     def mask(self, alpha: Tensor, numbers: Tensor) -> Tensor:
         return (1 + numbers * variance(alpha).sqrt_()).masked_fill_(alpha == 0, 0.0)
@@ -112,9 +118,17 @@ def variance(alpha: Tensor) -> Tensor:
     return (1 - alpha) / alpha
 
 
+def kept(variance: Tensor) -> Tensor:
+    """The keep probability of a mask of that variance, 1 / (1 + Var s), in its memory: the inverse of :func:`variance`."""
+    return variance.add_(1).reciprocal_()
+
+
 def bounded_variance(eta: Tensor, lam: float | Tensor, alpha_min: float) -> Tensor:
     """Var s = lam / eta, ``lam`` > 0, of the keep probability 1 / (1 + lam / eta), and at most that of ``alpha_min``."""
     return scalar_div(lam, eta).clamp_(max=1 / alpha_min - 1)
+
+
+# -- noise on outputs ------------------------------------------------------------------------------------------------------
 
 
 def output_noise(layer: Any, x: Tensor, spread: Tensor, generator: torch.Generator | None = None, share: float = 1.0) -> Tensor:
@@ -146,7 +160,7 @@ def additive_output_noise(layer: Any, x: Tensor, weight: Tensor, generator: torc
     """Noise of variance ``weight`` (x^2) for the output of a Linear or ConvNd ``layer``: its weights have those variances."""
     square = _Square.apply(x)
     total = functional.linear(square, weight) if isinstance(layer, nn.Linear) else layer._conv_forward(square, weight, None)
-    return _Deviation.apply(total, elementwise.normal_like(total, generator))  # type: ignore[no-any-return]
+    return _Deviation.apply(total, normal_like(total, generator))  # type: ignore[no-any-return]
 
 
 class _Square(torch.autograd.Function):
@@ -203,3 +217,133 @@ def for_sample_fraction(noise: Callable[[Tensor], Tensor], x: Tensor, share: flo
     front = 0 if wrapped else start
     placed = functional.pad(found, [0, 0] * (found.dim() - 1) + [front, count - taken - front])
     return placed.roll(start, 0) if wrapped else placed
+
+
+# -- learned noise ---------------------------------------------------------------------------------------------------------
+
+_WIDEST = 69.0  # logarithms of variances are cut off there: 1e-30 to 1e30
+LOUDEST = 5.0  # logarithm of the noise's deviation over a weight: more of it no longer changes what is zero, but drowns the loss
+LOUDEST_UNDER_SGD = 2.5  # there gradients, and with them steps, grow with the noise; a keep probability of 0.007
+
+
+class Multiplicative:
+    """w (1 + eta^(-1/2) N(0, 1)) with theta = log eta: the noise and its gradient grow with w."""
+
+    def start(self, log_noise: float) -> float:
+        """theta where log(1 / eta) is ``log_noise``."""
+        return -log_noise
+
+    def bound_(self, w: Tensor, theta: Tensor, loudest: float = LOUDEST) -> None:
+        """Bring theta back, in place, from where the noise is e^loudest times the weight."""
+        theta.clamp_(min=-2 * loudest)
+
+    def eta(self, w: Tensor, theta: Tensor) -> Tensor:
+        return _exp(theta).to(w.dtype)
+
+    def output_noise(self, layer: Any, x: Tensor, theta: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Noise for the output of a Linear or ConvNd layer; its gradient flows into w, theta and x."""
+        return output_noise(layer, x, _Exp.apply(theta, -1.0), generator)
+
+    def deviation(self, w: Tensor, theta: Tensor) -> Tensor:
+        """The noise's standard deviation relative to w, with its sign: added = w * deviation * N(0, 1)."""
+        return _exp(theta, -0.5, _WIDEST / 2).to(w.dtype)
+
+    def slope(self, added: Tensor) -> Tensor:
+        """d added / d theta."""
+        return added * -0.5
+
+    def divergence(self, prior: Penalty, w: Tensor, theta: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The gradients of f(eta) / 2 in w (none here) and in theta."""
+        eta = _exp(theta)
+        return None, eta.mul_(prior.dual_slope(eta)).div_(2)
+
+
+class Additive:
+    """w + sigma N(0, 1) with theta = log sigma, eta = w^2 / sigma^2: the gradient in w holds no noise."""
+
+    def start(self, log_noise: float) -> float:
+        """theta where log sigma is ``log_noise``."""
+        return log_noise
+
+    def bound_(self, w: Tensor, theta: Tensor, loudest: float = LOUDEST) -> None:
+        """Bring theta back, in place, from where the noise is e^loudest times the largest of the weights."""
+        if w.numel():
+            theta.clamp_(max=w.abs().amax().log().add_(loudest).clamp_(min=-_WIDEST))
+
+    def eta(self, w: Tensor, theta: Tensor) -> Tensor:
+        return _exp(theta, -2.0).mul_(w).mul_(w).to(w.dtype)
+
+    def output_noise(self, layer: Any, x: Tensor, theta: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Noise for the output of a Linear or ConvNd layer; its gradient flows into theta and x."""
+        return additive_output_noise(layer, x, _Exp.apply(theta, 2.0), generator)
+
+    def deviation(self, w: Tensor, theta: Tensor) -> Tensor:
+        """The noise's standard deviation: added = deviation * N(0, 1)."""
+        return _exp(theta, 1.0, _WIDEST / 2).to(w.dtype)
+
+    def slope(self, added: Tensor) -> Tensor:
+        """d added / d theta."""
+        return added
+
+    def divergence(self, prior: Penalty, w: Tensor, theta: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The gradients of f(w^2 / sigma^2) / 2 in w and in theta."""
+        in_w = _exp(theta, -2.0).mul_(w)
+        in_w.mul_(prior.dual_slope((in_w * w).clamp_(1e-30, 1e30)))
+        return in_w, (in_w * w).neg_()
+
+
+def _exp(theta: Tensor, factor: float = 1.0, widest: float = _WIDEST) -> Tensor:
+    """exp(factor * theta), cut off; in its own memory throughout, since a fresh tensor costs more than the arithmetic."""
+    return (theta * factor).clamp_(-widest, widest).exp_()
+
+
+class _Exp(torch.autograd.Function):
+    """The same with its gradient in theta, in a pass each."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, factor: float) -> Tensor:
+        ctx.factor, value = factor, map_chunks(lambda theta: _exp(theta, factor), theta)
+        ctx.save_for_backward(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (value,) = ctx.saved_tensors
+        return map_chunks(lambda grad, value: (grad * value).mul_(ctx.factor), grads[0], value), None
+
+
+# -- random numbers --------------------------------------------------------------------------------------------------------
+
+
+def generator_for(device: torch.device, *key: int) -> torch.Generator:
+    """Return a generator seeded by ``key``: equal keys give equal draws."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") % 2**63)
+
+
+def random_words(count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Draw ``count`` uniform uint16 numbers: four from each 64-bit draw, which costs far less than floats do."""
+    size = -(-count // 4)
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator).view(torch.uint16)[:count]
+    seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+    return torch.from_numpy(SFC64(seed).random_raw(size).view("uint16"))[:count]
+
+
+def normal_like(tensor: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw N(0, 1) numbers in the shape and memory order of ``tensor``, because torch draws in any other order far more slowly."""
+    if _is_row_major(tensor):
+        return torch.empty_like(tensor).normal_(generator=generator)
+    return in_order(torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device).normal_(generator=generator), tensor)
+
+
+def in_order(flat: Tensor, like: Tensor) -> Tensor:
+    """View ``flat`` in the shape and memory order of ``like``, so that both can be cut into chunks."""
+    return flat.view(like.shape) if _is_row_major(like) else flat.as_strided(like.shape, like.stride())
+
+
+def _is_row_major(tensor: Tensor) -> bool:
+    """Return True for a row-major tensor, and for tensors without an order that could be followed."""
+    if tensor.is_contiguous() or type(tensor) not in (Tensor, nn.Parameter):
+        return True
+    return not torch.ops.aten.is_non_overlapping_and_dense(tensor)

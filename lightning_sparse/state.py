@@ -70,3 +70,31 @@ def are_tensors(value: Any) -> bool:
 def are_masks(value: Any) -> bool:
     """Return True for a dict of boolean tensors by name."""
     return by_name(value) and all(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in value.values())
+
+
+def check_curvature(state: Any, parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless ``state`` is that of curvature estimates for these parameters (of any, where there are none yet)."""
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), dict) for key in ("mean", "weight")):
+        raise ValueError(f"the checkpoint's curvature must be a dict of 'mean' and 'weight' by parameter name, got {state!r:.80}")
+    if state["mean"].keys() != state["weight"].keys() or (parameters and not state["mean"].keys() <= parameters.keys()):
+        raise ValueError(f"the checkpoint's curvature is of other parameters: {sorted(map(str, state['mean']))[:5]}")
+    missed = state.get("missed", [])
+    if not isinstance(missed, list) or not all(isinstance(name, str) for name in missed):
+        raise ValueError(f"the checkpoint's curvature has a damaged 'missed', a list of names, got {missed!r:.80}")
+    updates = state.get("updates", {})
+    if not isinstance(updates, dict) or not all(isinstance(count, int) and count >= 0 for count in updates.values()):
+        raise ValueError(f"the checkpoint's curvature has damaged 'updates', whole numbers by parameter name, got {updates!r:.80}")
+    for name, mean in state["mean"].items():
+        if not (_is_estimate(mean, parameters.get(name)) and _is_share(state["weight"][name])):
+            raise ValueError(f"the checkpoint's curvature of {name!r} is damaged; resume from another file")
+
+
+def _is_estimate(mean: Any, parameter: Tensor | None) -> bool:
+    """Finite and >= 0, shaped as the parameter is."""
+    if not (isinstance(mean, Tensor) and mean.is_floating_point()):
+        return False
+    return (parameter is None or mean.shape == parameter.shape) and bool(((mean >= 0) & mean.isfinite()).all())
+
+
+def _is_share(weight: Any) -> bool:
+    return isinstance(weight, float) and 0 < weight < 1 + 1e-6  # it tends to 1, up to rounding

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_sparse import elementwise, noise
+from lightning_sparse import noise
 
 
 @pytest.mark.parametrize("kind", [noise.ScaledBernoulli(), noise.Gaussian()])
@@ -23,7 +23,7 @@ def test_noise_has_mean_one_and_the_promised_variance(kind):
 
 @pytest.mark.parametrize("alpha", [1e-6, 1e-3, 0.123456, 0.5, 0.99999, 1.0])
 def test_over_all_draws_a_bernoulli_mask_has_mean_one_exactly(alpha, monkeypatch):
-    monkeypatch.setattr(elementwise, "random_words", lambda count, *_: torch.arange(65536, dtype=torch.int32).to(torch.uint16))
+    monkeypatch.setattr(noise, "random_words", lambda count, *_: torch.arange(65536, dtype=torch.int32).to(torch.uint16))
     mask = noise.ScaledBernoulli().sample(torch.full((65536,), alpha, dtype=torch.float64))
     assert mask.mean() == pytest.approx(1, abs=1e-12)
     assert mask.count_nonzero() / 65536 == pytest.approx(alpha, abs=1 / 65536)

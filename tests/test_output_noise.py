@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import elementwise, noise
+from lightning_sparse import noise
 
 LAYERS = {"linear": (lambda: nn.Linear(5, 4), (6, 5)), "conv": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 2, 4, 4))}
 
@@ -18,7 +18,7 @@ def seeded() -> torch.Generator:
 def by_the_formula(layer: nn.Module, x: Tensor, variances: Tensor) -> Tensor:
     """Compute draw * sqrt(V x^2), with V the variances of the weights."""
     total = torch.func.functional_call(layer, {"weight": variances, "bias": torch.zeros_like(layer.bias)}, (x * x,))
-    return elementwise.normal_like(total, seeded()) * total.sqrt()
+    return noise.normal_like(total, seeded()) * total.sqrt()
 
 
 def made(kind: str) -> tuple[nn.Module, Tensor, Tensor]:

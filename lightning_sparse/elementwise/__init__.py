@@ -1,6 +1,6 @@
 """Run elementwise functions over many tensors: :class:`Engine`; over one tensor: :func:`map_chunks`.
 
-The other functions draw random numbers, find values that are not finite, and gather or split tensors that FSDP2 shards over
+The other functions find values that are not finite, and gather or split tensors that FSDP2 shards over
 processes. Only this subpackage handles chunks, buckets, kernels, random words, buffers and shards: import from here, not from the
 modules inside.
 """
@@ -9,7 +9,6 @@ from lightning_sparse.elementwise.engine import Drawn, Engine, are_finite, map_c
 from lightning_sparse.elementwise.finite import count_nonfinite, maybe_nonfinite
 from lightning_sparse.elementwise.kernels import is_frozen_config
 from lightning_sparse.elementwise.pieces import raise_malloc_thresholds
-from lightning_sparse.elementwise.rng import generator_for, in_order, normal_like, random_words
 from lightning_sparse.elementwise.shards import (
     apply_mask_,
     apply_masks_,
@@ -37,8 +36,6 @@ __all__ = [
     "fsdp_modules",
     "full_tensor",
     "gather_where",
-    "generator_for",
-    "in_order",
     "is_frozen_config",
     "is_sharded",
     "local_part",
@@ -46,10 +43,8 @@ __all__ = [
     "map_shards",
     "max_shards",
     "maybe_nonfinite",
-    "normal_like",
     "outside",
     "raise_malloc_thresholds",
-    "random_words",
     "scalar_div",
     "scatter_to_zeros_",
     "shard_like",

@@ -220,9 +220,9 @@ def bucket_rows(rows: Sequence[Row], size: int | None = None, small: int = piece
     A bucket has at most ``size`` elements (by default one chunk). A row stays alone if it has more than ``small`` elements, if
     its bucket would have fewer than ``few`` rows, or if one of its tensors is not plain and dense.
     """
-    size = size or pieces.chunk_size()
     if len(rows) < few:
         return [[number] for number in range(len(rows))]
+    size = size or pieces.chunk_size()
     kinds: dict[object, list[int]] = {}
     for number, row in enumerate(rows):
         plain = all(type(tensor) in PLAIN and tensor.layout == torch.strided for tensor in row)

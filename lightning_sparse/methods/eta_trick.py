@@ -88,7 +88,7 @@ class EtaTrick(Method):
         self.learned.arrange()
 
     def after_backward(self, scale: Scale, overflowed: Callable[[bool], bool] | None = None) -> None:
-        if overflowed is not None and not self.run.support.is_frozen:
+        if overflowed is not None and self.run.support.frozen is None:
             self.learned.show_overflow(overflowed)
 
     @torch.no_grad()

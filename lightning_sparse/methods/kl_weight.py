@@ -52,14 +52,14 @@ class KlWeight:
 
     def before_forward(self, batch: Any) -> None:
         """Start counting the labels of a batch."""
-        if self.per_label is not None and not self.run.support.is_frozen:
+        if self.per_label is not None and self.run.support.frozen is None:
             self.per_label.begin(batch)
 
     def before_backward(self, loss: Tensor, scale: Scale) -> None:
         """Record the loss of a batch."""
         if self.per_label is not None:
             self.per_label.listen(loss)
-        if self.run.strength.target is None and not self.run.support.is_frozen:
+        if self.run.strength.target is None and self.run.support.frozen is None:
             self._losses.append(loss.detach().reshape(()).float() / scale())
 
     def after_backward(self, scale: Scale) -> None:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse import _checks, duality, elementwise
+from lightning_sparse import _checks, duality
 from lightning_sparse.duality import Penalty
 from lightning_sparse.gates import Gate
-from lightning_sparse.learned_noise import LOUDEST, LOUDEST_UNDER_SGD, Additive, Multiplicative
 from lightning_sparse.methods.base import Member, Method, Run, Scale, Step
 from lightning_sparse.methods.kl_weight import KlWeight
 from lightning_sparse.methods.learned_parameters import LearnedParameters
-from lightning_sparse.methods.mask import WHOLE_BECAUSE, check_noise
+from lightning_sparse.methods.mask import WHOLE_BECAUSE
 from lightning_sparse.methods.noisy_forwards import NoisyForwards
+from lightning_sparse.noise import LOUDEST, LOUDEST_UNDER_SGD, Additive, Multiplicative, normal_like
 from lightning_sparse.penalties import Scaled
 from lightning_sparse.per_label import PerLabel
 from lightning_sparse.schedules import LinearWarmup
@@ -133,7 +133,7 @@ class LearnedNoise(Method):
     def after_backward(self, scale: Scale, overflowed: Callable[[bool], bool] | None = None) -> None:
         if not self.run.manual:  # else more forwards of this batch may come before a step
             self.after_batch()
-        if overflowed is not None and not self.run.support.is_frozen:
+        if overflowed is not None and self.run.support.frozen is None:
             self.learned.show_overflow(overflowed)
 
     @torch.no_grad()
@@ -169,7 +169,7 @@ class LearnedNoise(Method):
         return self.forwards.state_dict() | self.learned.state_dict()
 
     def check_state(self, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
-        check_noise(state)
+        self.forwards.check_state(state)
         self.learned.check_state(state, parameters)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -217,7 +217,7 @@ class VariationalDropout(LearnedNoise):
 
     def draw(self, name: str, attachment: Attachment, generator: torch.Generator) -> None:
         w = self.run.weights.live(name)
-        draw = elementwise.normal_like(w, generator).mul_(self.kind.deviation(w, self.learned.values[name].detach()))
+        draw = normal_like(w, generator).mul_(self.kind.deviation(w, self.learned.values[name].detach()))
         if self.noise == "additive":
             attachment.substitute(name, w + draw)
         else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,12 @@ from torch.optim import Optimizer
 from lightning_sparse import _checks, counts
 from lightning_sparse import step as steps
 from lightning_sparse.methods.base import Member, Run, Step
-from lightning_sparse.methods.second_optimizer import SecondOptimizer, Share, overflowed, reference
+from lightning_sparse.methods.optimizer_like import SCALING, innermost, like, moved
 from lightning_sparse.state import are_tensors, by_name, entry
 from lightning_sparse.step import uniform_rate
 from lightning_sparse.step_sizes import finds_scale, suits_logarithms
 
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # entries of a group that schedulers set
 WHOLE_BECAUSE = "its learned parameters belong to whole weights, not to the parts that FSDP2 gives each process"
 
 
@@ -141,7 +143,8 @@ class LearnedParameters:
     @torch.no_grad()
     def show_overflow(self, anywhere: Callable[[bool], bool]) -> None:
         """Write inf to the weights' gradients if a learned gradient overflowed, so that the GradScaler skips the step."""
-        bad = anywhere(overflowed(self.values.values()))
+        grads = [value.grad for value in self.values.values() if value.grad is not None]
+        bad = anywhere(any(not bool(torch.isfinite(grad).all()) for grad in grads))
         for grad in self.run.weights.gradients() if bad else []:
             grad.view(-1)[:1] = torch.inf
 
@@ -236,3 +239,88 @@ def _are_moments(value: Any) -> bool:
 
 def _are_ratios(value: Any) -> bool:
     return by_name(value) and all(isinstance(ratio, float) and 0 < ratio < float("inf") for ratio in value.values())
+
+
+# -- the second optimiser ---------------------------------------------------------------------------------------------------
+
+
+class Share(NamedTuple):
+    """Parameters that follow group ``number`` of the user's optimiser at ``ratio`` times its rate, and the ``weights`` they belong to."""
+
+    number: int
+    ratio: float
+    weights: list[Parameter]
+    parameters: list[Parameter]
+
+
+class SecondOptimizer:
+    """Optimises some parameters like the user's ``first``, with one optimiser for each one needed that ``first`` holds.
+
+    ``first``, its groups and its schedulers are not changed: rate and momentum are copied from its groups before each step.
+    """
+
+    def __init__(self, first: Optimizer, shares: Iterable[Share]) -> None:
+        self.first = first
+        found: dict[int, tuple[Optimizer, list[Share]]] = {}
+        for share in shares:
+            inner = innermost(first, share.weights[0])
+            found.setdefault(id(inner), (inner, []))[1].append(share)
+        self._parts = [(like(inner, [self._group(share) for share in of_it]), of_it) for inner, of_it in found.values()]
+
+    def _group(self, share: Share) -> dict[str, Any]:
+        return _settings(self.first.param_groups[share.number], share.ratio) | {"params": share.parameters}
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the param groups, as the next step uses them."""
+        return [group for part, _ in self._parts for group in part.param_groups]
+
+    def follow(self) -> None:
+        """Copy rate and momentum from the user's groups, before they step."""
+        for part, shares in self._parts:
+            of = {id(parameter): share for share in shares for parameter in share.parameters}
+            for group in part.param_groups:  # the optimiser's class may have split them
+                share = of[id(group["params"][0])]
+                group.update(_settings(self.first.param_groups[share.number], share.ratio))
+
+    def step(self) -> None:
+        """Step once, under the scale of a GradScaler if the user's optimiser was given one for this step."""
+        scaling = {name: vars(self.first)[name] for name in SCALING if name in vars(self.first)}
+        for part, _ in self._parts:
+            vars(part).update(scaling)
+            part.step(*_closure(part))
+            for name in scaling:
+                delattr(part, name)
+
+    def moments(self, parameter: Parameter) -> dict[str, Any]:
+        """Return the optimiser's state of a parameter."""
+        return next((dict(part.state[parameter]) for part, _ in self._parts if parameter in part.state), {})
+
+    def restore_moments(self, parameter: Parameter, kept: Mapping[str, Any]) -> None:
+        """Restore :meth:`moments`, on the parameter's device; step counts stay on the device that the optimiser needs."""
+        for part, _ in self._parts:
+            for group in part.param_groups:
+                if kept and any(one is parameter for one in group["params"]):
+                    part.state[parameter] = dict(moved(kept, parameter, bool(group.get("fused") or group.get("capturable"))))
+
+
+def _closure(optimizer: Optimizer) -> tuple[Any, ...]:
+    """Return a closure without a loss, for an optimiser whose ``step`` requires one."""
+    needed = [one for one in inspect.signature(optimizer.step).parameters.values() if one.default is one.empty]
+    return ((lambda: None),) if any(one.kind is one.POSITIONAL_OR_KEYWORD for one in needed) else ()
+
+
+def reference(group: Mapping[str, Any]) -> float:
+    """Return the rate that a group's schedule scales: the highest if it is known, else the initial one; 0 for none."""
+    return float(group.get("max_lr", group.get("initial_lr", group.get("lr"))) or 0.0)
+
+
+def _settings(group: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+    """Return a group's settings for other parameters: without weight decay, at ``ratio`` times its rate.
+
+    Tensors are copied, because an optimiser may keep running sums in its groups and update them in place (Prodigy).
+    """
+    settings = {key: value for key, value in group.items() if key not in ("params", "param_names", "name")}
+    settings = {key: value.clone() if isinstance(value, Tensor) else value for key, value in settings.items()}
+    settings |= {key: group[key] * ratio for key in _RATES if group.get(key) is not None}
+    return settings | ({"weight_decay": 0.0} if "weight_decay" in group else {})

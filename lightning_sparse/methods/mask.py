@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse import duality
-from lightning_sparse._curvature import EXACT, noise_eta, unrealised
-from lightning_sparse._labels import batch_size
 from lightning_sparse.curvature import Curvature
+from lightning_sparse.curvature.estimate import EXACT, calibrated
 from lightning_sparse.duality import Penalty
-from lightning_sparse.elementwise import Engine
+from lightning_sparse.elementwise import Engine, scalar_div
 from lightning_sparse.methods.base import Member, Method, Run, Scale, Step
 from lightning_sparse.methods.noisy_forwards import NoisyForwards
-from lightning_sparse.noise import Noise, bounded_variance, output_noise
-from lightning_sparse.state import are_names, entry, is_count
+from lightning_sparse.noise import Noise, bounded_variance, kept, output_noise
 from lightning_sparse.weights import Attachment
 
 WHOLE_BECAUSE = (
@@ -48,15 +45,16 @@ class MaskFormula:
     penalty: Penalty
     ceiling: float
 
-    def eta(self, lam: Any, *terms: Any) -> Tensor:
+    def eta(self, lam: Any, w: Tensor, *curvature: Tensor) -> Tensor:
         """The eta of the noise: eta_hat(w), times max(H, lam / ceiling) where H is known."""
-        return noise_eta(self.penalty, lam, self.ceiling, *terms)
+        eta = self.penalty.eta_hat(w)
+        return calibrated(eta, curvature[0].to(eta), lam, self.ceiling) if curvature else eta
 
     def keep_probability(self, *terms: Any) -> Tensor:
         """alpha = 1 / (1 + lam / eta), ``keep`` at least, but for a rule that drops a weight for good."""
         *terms_of_eta, lam, keep = terms
         eta = self.eta(lam, *terms_of_eta)
-        alpha = duality.alpha_of(eta, lam).clamp_(min=keep)
+        alpha = kept(scalar_div(lam, eta)).clamp_(min=keep)
         return alpha if self.penalty.separable else alpha.masked_fill(eta == 0, 0.0)
 
     def variance(self, *terms: Any) -> Tensor:
@@ -64,15 +62,25 @@ class MaskFormula:
         *terms_of_eta, lam, keep = terms
         return bounded_variance(self.eta(lam, *terms_of_eta), lam, keep)
 
+    def unrealised(self, w: Tensor, curvature: Tensor, lam: Any, keep: Any) -> Tensor:
+        """The share in [0, 1] of lam * Omega that noise bounded by ``ceiling`` and ``keep`` does not realise, weight by weight.
+
+        To second order noise costs H_jj Var s_j w_j^2 / 2, and lam w_j^2 / (2 eta_j) without bounds:
+        1 - H min(1 / max(H, lam / ceiling), (1 / keep - 1) eta / lam).
+        """
+        widest = self.penalty.eta_hat(w) * ((1 / keep - 1) / lam)
+        realised = torch.minimum(curvature.clamp(min=lam / self.ceiling).reciprocal_(), widest).mul_(curvature)
+        return realised.neg_().add_(1).clamp_(0, 1)
+
     def eta_of_both(self, w: Any, curvature: Any, lam: Any, keep: Any) -> Tensor:
         """The eta of noise and penalty: 1 / eta is the mean of both, weighted with their shares of lam * Omega."""
-        share = unrealised(self.penalty, lam, self.ceiling, keep, w, curvature)
+        share = self.unrealised(w, curvature, lam, keep)
         eta: Tensor = self.penalty.eta_hat(w) / (share + (1 - share) / curvature.clamp(min=lam / self.ceiling))
         return eta
 
     def add_remainder(self, grad: Tensor, w: Tensor, curvature: Tensor, lam: Any, keep: Any, strength: Any) -> None:
         """Add ``strength`` times the slope of what noise of strength ``lam`` falls short of the penalty."""
-        share = unrealised(self.penalty, lam, self.ceiling, keep, w, curvature)
+        share = self.unrealised(w, curvature, lam, keep)
         grad.add_(self.penalty.gradient(w) * share * strength)
 
 
@@ -201,7 +209,7 @@ class Mask(Method):
     def before_forward(self, batch: Any) -> None:
         if self.forwards.begin_batch():
             if self.curvature is not None:
-                self.curvature.begin(self.run.strength.step, batch_size(batch) or 1)
+                self.curvature.begin(self.run.strength.step)
                 self.curvature.observe_batch(batch)
             self._draw()
 
@@ -226,6 +234,8 @@ class Mask(Method):
 
     def draw_weights(self, names: list[str], attachment: Attachment) -> None:
         """Small weights are drawn together; those whose H_jj is not known yet, and all at lam 0, have no noise."""
+        if not names:
+            return
         lam, live = self.run.strength.lam, self.run.weights.live
         rows = {name: terms for name in names if (terms := self.terms(name, live(name))) is not None and lam > 0}
         known, generator = list(rows), self.forwards.stream(-1, -1)
@@ -238,7 +248,7 @@ class Mask(Method):
             attachment.multiply(known[number], mask, product)
 
     def before_backward(self, loss: Tensor, scale: Scale) -> None:
-        if self.curvature is not None and not self.run.support.is_frozen:
+        if self.curvature is not None and self.run.support.frozen is None:
             self.curvature.observe_loss(loss)
             self.curvature.before_backward(scale())
 
@@ -319,7 +329,7 @@ class Mask(Method):
         return self.forwards.state_dict() | estimate
 
     def check_state(self, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
-        check_noise(state)
+        self.forwards.check_state(state)
         if self.curvature is not None and "curvature" in state:
             self.curvature.check_state(state["curvature"], parameters)
 
@@ -327,12 +337,3 @@ class Mask(Method):
         if self.curvature is not None and "curvature" in state:
             self.curvature.load_state_dict(state["curvature"], self.run.weights.parameters)
         self.forwards.load_state_dict(state)
-
-
-def check_noise(state: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a state's entries of noise may be loaded; another method's state has none."""
-    for name in ("seed", "draws"):
-        if name in state:
-            entry(state, name, is_count, "a whole number >= 0")
-    if "bypassed" in state:
-        entry(state, "bypassed", are_names, "a list of parameter names")

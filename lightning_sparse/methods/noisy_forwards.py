@@ -9,8 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import elementwise, layers
+from lightning_sparse import layers
 from lightning_sparse.methods.base import Run
+from lightning_sparse.noise import generator_for
+from lightning_sparse.state import are_names, entry, is_count
 from lightning_sparse.weights import Attachment
 
 
@@ -76,7 +78,7 @@ class NoisyForwards:
         """Start a batch; return True if it is run with noise."""
         self._called, self._used = set(), set()
         weights = self.run.weights
-        if weights.attachment is None or self.run.support.is_frozen or not weights.parameters:
+        if weights.attachment is None or self.run.support.frozen is not None or not weights.parameters:
             return False
         weights.attachment.enable_forward_hooks()
         self.trained = {name for name, parameter in weights.parameters.items() if parameter.requires_grad}
@@ -100,7 +102,7 @@ class NoisyForwards:
     def stream(self, index: int, call: int = 0) -> torch.Generator:
         """Return the generator of one parameter (and call of its layer) in this batch, equal in a recomputed forward."""
         device = next(iter(self.run.weights.parameters.values())).device
-        return elementwise.generator_for(device, self.run.seed, self.run.rank, self.draws, index, call)
+        return generator_for(device, self.run.seed, self.run.rank, self.draws, index, call)
 
     def _add_noise(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if not self.noise_active or name not in self.layers or name not in self.trained:
@@ -148,6 +150,14 @@ class NoisyForwards:
     def state_dict(self) -> dict[str, Any]:
         """Return the numbers that continue the draws exactly, and the layers that are bypassed."""
         return {"seed": self.run.seed, "draws": self.draws, "bypassed": sorted(self._bypassed)}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError unless a state's entries of noise may be loaded; another method's state has none."""
+        for name in ("seed", "draws"):
+            if name in state:
+                entry(state, name, is_count, "a whole number >= 0")
+        if "bypassed" in state:
+            entry(state, "bypassed", are_names, "a list of parameter names")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`; entries are missing in another method's state."""

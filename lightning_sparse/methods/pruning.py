@@ -77,10 +77,12 @@ class MagnitudePruning(Method):
     def reset(self, run: Run) -> None:
         super().reset(run)
         self._reached, self._ranked = 0.0, 0  # the last share pruned to, and the number of parameters then
+        self._distinct: list[str] = []  # parameters, of tied ones the first
 
     def attach(self, module: nn.Module, wrappers: Iterable[Any] = ()) -> None:
         """Allow all weights to be non-zero at first."""
         held, weights = self.run.support.held, self.run.weights
+        self._distinct = list(counts.distinct(weights.parameters))
         for name in (name for name in weights.parameters if name not in held):
             held[name] = elementwise.map_shards(lambda w: torch.ones_like(w, dtype=torch.bool), weights.live(name))
 
@@ -90,19 +92,19 @@ class MagnitudePruning(Method):
         since = strength.step - round(self.begin_at * strength.total)
         ends = self._reached < lam == self.sparsity
         more = self._reached != lam or self._ranked != len(self.run.weights.parameters)
-        if not self.run.support.is_frozen and since >= 0 and ((since % self.every == 0 and more) or ends):
-            self._prune_to(lam, self.run.weights.parameters)
+        if self.run.support.frozen is None and since >= 0 and ((since % self.every == 0 and more) or ends):
+            self._prune_to(lam, self._distinct)
 
     def freeze(self, names: Iterable[str]) -> None:
         """Prune to the final share, because nothing can be pruned later."""
-        self._prune_to(self.sparsity, names)
+        parameters = self.run.weights.parameters
+        self._prune_to(self.sparsity, counts.distinct({name: parameters[name] for name in names}))
 
     @torch.no_grad()
     def _prune_to(self, share: float, names: Iterable[str]) -> None:
-        """Prune up to ``share`` of these parameters, tied ones once; every process ranks the same full weights."""
+        """Prune up to ``share`` of these parameters, of tied ones the first; every process ranks the same full weights."""
         weights, held = self.run.support.weights, self.run.support.held
-        distinct = counts.distinct({name: weights.parameters[name] for name in names})
-        before = {name: elementwise.full_tensor(held[name]) for name in distinct}
+        before = {name: elementwise.full_tensor(held[name]) for name in names}
         for group in [before] if self.scope == "global" else [{name: kept} for name, kept in before.items()]:
             for name, kept in self.run.support.keep_highest(group, share).items():
                 held[name] = weights.part(name, kept & before[name])
@@ -114,12 +116,12 @@ class MagnitudePruning(Method):
     def state_dict(self) -> dict[str, Any]:
         """Return the lower bound of the ramp if the run was resumed as a longer one."""
         strength = self.run.strength
-        above = strength.least > strength.schedule(strength.step, strength.total) and not self.run.support.is_frozen
+        above = strength.least > strength.schedule(strength.step, strength.total) and self.run.support.frozen is None
         return {"asked": strength.least} if above else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the lower bound of the ramp to the share that the saved run had asked for, because pruned weights stay pruned."""
-        if not self.run.support.is_frozen:
+        if self.run.support.frozen is None:
             self.run.strength.least = max(_asked_by(state), float(state.get("asked", 0.0)))
 
     def check_state(self, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:

@@ -9,9 +9,9 @@ from torch import nn
 from toys import Toy, data, trainer
 
 from lightning_sparse import noise, penalties
-from lightning_sparse._curvature import EXACT, calibrated, unrealised
 from lightning_sparse.callbacks import AdaptiveMask, EtaTrick, ReweightedPenalty, VariationalDropout
 from lightning_sparse.curvature import EmpiricalFisher, InputMoment
+from lightning_sparse.curvature.estimate import EXACT, calibrated
 from lightning_sparse.methods.mask import FADED, FADES, MaskFormula, faded
 
 LOG_SUM = penalties.LogSum(eps=2.0)
@@ -25,7 +25,7 @@ def test_the_noise_to_second_order_and_the_remainder_are_the_penalty(penalty, ce
     w, curvature, lam = torch.randn(2000, dtype=torch.float64), torch.rand(2000, dtype=torch.float64) ** 6, 1e-2
     eta = penalty.eta_hat(w)
     variance = noise.bounded_variance(calibrated(eta, curvature, lam, ceiling), lam, alpha_min)
-    share = unrealised(penalty, lam, ceiling, alpha_min, w, curvature)
+    share = MaskFormula(penalty, ceiling).unrealised(w, curvature, lam, alpha_min)
     total = curvature * variance * w**2 / 2 + share * lam * w**2 / eta / 2
     torch.testing.assert_close(total, lam * w**2 / eta / 2, rtol=1e-9, atol=1e-15)
     assert ((share >= 0) & (share <= 1)).all()
@@ -33,7 +33,7 @@ def test_the_noise_to_second_order_and_the_remainder_are_the_penalty(penalty, ce
 
 def test_a_weight_of_zero_and_one_that_the_penalty_leaves_alone():
     w, curvature = torch.tensor([0.0, 5.0]), torch.tensor([0.5, 0.5])
-    share = unrealised(penalties.MCP(c=0.3), 1e-2, 1.0, 0.9, w, curvature)
+    share = MaskFormula(penalties.MCP(c=0.3), 1.0).unrealised(w, curvature, 1e-2, 0.9)
     assert share[0] == 1
     assert share.isfinite().all()
     eta = MaskFormula(penalties.MCP(c=0.3), 1.0).eta_of_both(w, curvature, 1e-2, 0.9)

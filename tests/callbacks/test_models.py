@@ -195,7 +195,7 @@ def test_a_compiled_model_ends_as_the_eager_one_and_is_compiled_once(form, way):
 @pytest.mark.parametrize("way", COMPILED.values(), ids=COMPILED.keys())
 def test_in_compiled_layers_noise_and_curvature_are_those_of_layers_that_cannot_be_seen(way, monkeypatch):
     compiled = end(AdaptiveMask, way)[0]
-    for package in ("lightning_sparse.layers", "lightning_sparse._curvature"):
+    for package in ("lightning_sparse.layers", "lightning_sparse.curvature.estimate"):
         monkeypatch.setattr(f"{package}.layers", lambda module, parameters: {})
     for name, w in end(AdaptiveMask)[0].items():
         torch.testing.assert_close(compiled[name], w, rtol=1e-3, atol=1e-4, msg=name)

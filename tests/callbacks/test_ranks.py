@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import Spy, Toy, data, weights
 
-from lightning_sparse import duality, elementwise, noise, penalties
+from lightning_sparse import duality, noise, penalties
 from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
 from lightning_sparse.conformance.ranks import DDP, on_ranks
 from lightning_sparse.conformance.toys import trainer
@@ -158,7 +158,7 @@ def enumerated(kind):
     """Simulate both ranks in one process: draw both masks and average the gradients."""
     module = Toy()
     matrices = {name: p for name, p in module.named_parameters() if p.dim() == 2}
-    streams = lambda rank, draw, *place: elementwise.generator_for(torch.device("cpu"), SEED, rank, draw, *place)  # noqa: E731
+    streams = lambda rank, draw, *place: noise.generator_for(torch.device("cpu"), SEED, rank, draw, *place)  # noqa: E731
     for draw, batches in enumerate(zip(data(48, seed=0), data(48, seed=1), strict=True), start=1):
         alpha = {name: duality.keep_probability(LOG_SUM.eta_hat(w.detach()), LAM).clamp(min=1e-3) for name, w in matrices.items()}
         whole = torch.cat([value.flatten() for value in alpha.values()])  # because one stream draws the masks of all weights

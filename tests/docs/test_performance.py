@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from performance import arguments, arms, compared, filled, held, hooks, operators, per_weight, record, rounds, scaling
 
-from lightning_sparse import elementwise
+from lightning_sparse import noise
 
 
 def test_every_second_round_goes_backwards_and_the_base_stands_in_it_twice() -> None:
@@ -125,7 +125,7 @@ def test_storages_are_counted_until_they_are_freed() -> None:
         assert meter.take() == (8000, 8000)
         del second
         assert meter.take() == (4000, 8000)
-        drawn = elementwise.random_words(1000, torch.device("cpu"))  # numpy's memory
+        drawn = noise.random_words(1000, torch.device("cpu"))  # numpy's memory
         assert meter.take()[0] >= 4000
         assert (drawn.view(torch.int16) >= 0).shape == first.shape
         assert meter.take() == (6000, 7000)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_sparse.conformance.optimizers import super_step, wrapped_step
-from lightning_sparse.methods.second_optimizer import SecondOptimizer, Share, innermost, reference
+from lightning_sparse.methods.learned_parameters import SecondOptimizer, Share, reference
+from lightning_sparse.methods.optimizer_like import innermost
 
 MAKES = {
     "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),

@@ -34,7 +34,7 @@ def updates(shape: tuple[int, int]) -> Iterator[tuple[str, str, Ways]]:
     """Return operation, current implementation, and all implementations by name."""
     w, g, h = torch.randn(shape) * 0.05, torch.randn(shape), torch.rand(shape)
     yield "penalty's gradient", USED, cut(each, lambda w, g: g.add_(PENALTY.gradient(w), alpha=LAM), w, g)
-    draw = elementwise.random_words(w.numel(), w.device).view(shape)
+    draw = noise.random_words(w.numel(), w.device).view(shape)
     compiled = torch.compile(bernoulli, dynamic=True)
     compiled(w, h, draw.float())
     as_floats: Ways = {"torch.compile, of words made floats": lambda: compiled(w, h, draw.float())}
@@ -74,7 +74,7 @@ def numbers(like: Tensor) -> Ways:
     """Return implementations that draw as many numbers as ``like`` has elements."""
     target, generator = torch.empty_like(like), np.random.Generator(np.random.SFC64(0))
     return {
-        "16-bit words of SFC64": lambda: elementwise.random_words(like.numel(), like.device),
+        "16-bit words of SFC64": lambda: noise.random_words(like.numel(), like.device),
         "torch.Tensor.uniform_": target.uniform_,
         "torch.Tensor.normal_": target.normal_,
         "numpy's float32 normals": lambda: generator.standard_normal(like.numel(), dtype=np.float32),

@@ -1,4 +1,4 @@
-"""The exponential mean that every curvature estimate keeps, and what the mask form does with it.
+"""The exponential mean that every curvature estimate keeps, and the estimate from the training gradients.
 
 H is the diagonal of the generalised Gauss-Newton matrix of the loss as it is averaged: over N labels, which are samples,
 tokens or pixels. For a layer with input x and output gradient g of the batch's loss, H = N times the sum over samples of
@@ -11,18 +11,18 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import _checks, elementwise
+from lightning_sparse import _checks, _output_curvature, elementwise
 from lightning_sparse._construction import Constructed, typed
 from lightning_sparse._group_curvature import GroupCurvature, observe
-from lightning_sparse._labels import LabelCount, Labels, graph_of_row
-from lightning_sparse.duality import Penalty
+from lightning_sparse._labels import LabelCount, Labels, batch_size, graph_of_row
 from lightning_sparse.layers import layers
-from lightning_sparse.sample_gradients import Reduction
+from lightning_sparse.sample_gradients import Reduction, by_sample, squared_gradients
+from lightning_sparse.state import check_curvature
 from lightning_sparse.weights import Attachment
 
 Reduce = Callable[[Tensor], Tensor]
@@ -110,7 +110,7 @@ class Curvature(metaclass=Constructed):
         self._groups = observe(attachment, module, self._wants)
         return layers(module, attachment.parameters) if self._groups is None else self._groups.layers
 
-    def begin(self, step: int, batch: int, scale: float = 1.0) -> None:
+    def begin(self, step: int, batch: int = 1, scale: float = 1.0) -> None:
         """Before a batch: record it if ``step`` is due. ``scale`` is what the loss was multiplied by before backward."""
         self._due, self._batch, self._scale = step % self.every == 0, max(batch, 1), scale
         self._active = self._due or bool(self._missed)
@@ -122,7 +122,7 @@ class Curvature(metaclass=Constructed):
     def observe_batch(self, batch: Any) -> None:
         """After :meth:`begin`: the batch itself, which tells how many labels it has where the loss does not."""
         if self._active:
-            self._count = LabelCount(self.labels)
+            self._batch, self._count = batch_size(batch) or 1, LabelCount(self.labels)
             self._count.begin(batch)
             self._graphs = graph_of_row(batch)
 
@@ -214,19 +214,7 @@ class Curvature(metaclass=Constructed):
 
     def check_state(self, state: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Raise ValueError unless ``state`` is a :meth:`state_dict` of these parameters (of any, where there are none yet)."""
-        if not isinstance(state, dict) or not all(isinstance(state.get(key), dict) for key in ("mean", "weight")):
-            raise ValueError(f"the checkpoint's curvature must be a dict of 'mean' and 'weight' by parameter name, got {state!r:.80}")
-        if state["mean"].keys() != state["weight"].keys() or (parameters and not state["mean"].keys() <= parameters.keys()):
-            raise ValueError(f"the checkpoint's curvature is of other parameters: {sorted(map(str, state['mean']))[:5]}")
-        missed = state.get("missed", [])
-        if not isinstance(missed, list) or not all(isinstance(name, str) for name in missed):
-            raise ValueError(f"the checkpoint's curvature has a damaged 'missed', a list of names, got {missed!r:.80}")
-        updates = state.get("updates", {})
-        if not isinstance(updates, dict) or not all(isinstance(count, int) and count >= 0 for count in updates.values()):
-            raise ValueError(f"the checkpoint's curvature has damaged 'updates', whole numbers by parameter name, got {updates!r:.80}")
-        for name, mean in state["mean"].items():
-            if not (_is_estimate(mean, parameters.get(name)) and _is_share(state["weight"][name])):
-                raise ValueError(f"the checkpoint's curvature of {name!r} is damaged; resume from another file")
+        check_curvature(state, parameters)
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
         """Continue from :meth:`state_dict`, on the parameters' devices."""
@@ -262,34 +250,6 @@ class Curvature(metaclass=Constructed):
             self._add_squares(name, grad.detach() ** 2)
 
 
-def _is_estimate(mean: Any, parameter: Tensor | None) -> bool:
-    """Finite and >= 0, shaped as the parameter is."""
-    if not (isinstance(mean, Tensor) and mean.is_floating_point()):
-        return False
-    return (parameter is None or mean.shape == parameter.shape) and bool(((mean >= 0) & mean.isfinite()).all())
-
-
-def _is_share(weight: Any) -> bool:
-    return isinstance(weight, float) and 0 < weight < 1 + 1e-6  # it tends to 1, up to rounding
-
-
-def noise_eta(penalty: Penalty, lam: float | Tensor, ceiling: float, w: Tensor, *estimate: Tensor) -> Tensor:
-    """eta_hat(w), :func:`calibrated` where there is an ``estimate`` of H_jj."""
-    eta = penalty.eta_hat(w)
-    return calibrated(eta, estimate[0].to(eta), lam, ceiling) if estimate else eta
-
-
-def unrealised(penalty: Penalty, lam: float | Tensor, ceiling: float, alpha_min: float, w: Tensor, curvature: Tensor) -> Tensor:
-    """The share in [0, 1] of lam * Omega that noise bounded by ``ceiling`` and ``alpha_min`` does not realise, weight by weight.
-
-    To second order noise costs H_jj Var s_j w_j^2 / 2, and lam w_j^2 / (2 eta_j) without bounds:
-    1 - H min(1 / max(H, lam / ceiling), (1 / alpha_min - 1) eta / lam).
-    """
-    widest = penalty.eta_hat(w) * ((1 / alpha_min - 1) / lam)
-    realised = torch.minimum(curvature.clamp(min=lam / ceiling).reciprocal_(), widest).mul_(curvature)
-    return realised.neg_().add_(1).clamp_(0, 1)
-
-
 def calibrated(eta: Tensor, curvature: Tensor, lam: float | Tensor, ceiling: float) -> Tensor:
     """eta_j max(H_jj, lam / ceiling): with it in the place of eta_j, noise of strength lam realises lam * Omega.
 
@@ -297,3 +257,92 @@ def calibrated(eta: Tensor, curvature: Tensor, lam: float | Tensor, ceiling: flo
     that strength.
     """
     return curvature.clamp(min=lam / ceiling).mul_(eta)
+
+
+class EmpiricalFisher(Curvature):
+    """H from the training gradients themselves: free of extra passes, and fit for negative log-likelihoods.
+
+    For a squared loss they vanish with the residual. Where the loss's graph shows one (a square, MSELoss, HuberLoss, SmoothL1Loss or
+    L1Loss, alone or beside others), H comes from one more backward pass in the steps that update it, from gradients in the
+    network's outputs that are drawn with the loss's curvature: the Gauss-Newton diagonal without bias, for weights on the fall-back path,
+    too (of Huber and L1 losses with l'(r) / r, see ``_output_curvature``). Where the graph shows none, as in compiled code
+    or with a backward() that is called on the loss directly, use :class:`InputMoment` or :class:`SampledFisher` for a squared loss.
+    Samples lie along dimension 0 of a layer's input; along dimension 1 of a Linear layer's where only that is as long as the
+    batch's first tensor. Where the batch itself is sequence-first, (T, B), each step of it is taken for a sample. Of a
+    torch_geometric batch each graph is a sample, also for layers whose rows are its nodes or edges.
+    """
+
+    def attach(self, module: nn.Module, attachment: Attachment) -> None:
+        for name, layer in self._observed(module, attachment).items():
+            attachment.on_forward(layer, partial(self._on_forward, name))
+        self._parameters.update(attachment.parameters if self._groups is None else self._groups.parameters)
+        self._attach_fallback(attachment)
+
+    def reset(self) -> None:
+        super().reset()
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._outputs: list[Tensor] = []  # of the layers that are recorded
+        self._loss: Tensor | None = None
+        self._is_drawn = False  # this batch's H comes from drawn gradients, and the training gradients are not recorded
+
+    def begin(self, step: int, batch: int = 1, scale: float = 1.0) -> None:
+        super().begin(step, batch, scale)
+        self._outputs, self._loss, self._is_drawn = [], None, False
+
+    def observe_loss(self, loss: Tensor) -> None:
+        super().observe_loss(loss)
+        self._loss = loss if self._active else None
+
+    def before_backward(self, scale: float) -> None:
+        super().before_backward(scale)
+        loss, outputs, self._loss, self._outputs = self._loss, self._outputs, None, []
+        starts = None if loss is None or not loss.requires_grad else _output_curvature.drawn(loss, scale, self.generator)
+        if starts:
+            wanted = [name for name in self._parameters if self._groups is not None or self._wants(name)]
+            inputs = outputs + [self._parameters[name] for name in wanted if self._parameters[name].requires_grad]
+            try:
+                torch.autograd.grad([at for at, _ in starts], inputs, [grad for _, grad in starts], retain_graph=True, allow_unused=True)
+            except RuntimeError as error:  # compiled code and reentrant checkpoints allow a single backward
+                self.fault = f"a second backward pass ends in {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            else:
+                self._is_drawn = True
+
+    def label_count(self) -> float:
+        return 1 if self._is_drawn else super().label_count()  # the drawn gradients are divided by it already
+
+    def end(self, reduce: Reduce | None = None, parameters: Mapping[str, Tensor] | None = None, more: bool = False) -> None:
+        super().end(reduce, parameters, more)
+        self._is_drawn, self._outputs, self._loss = False, [], None
+
+    def _on_forward(self, name: str, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if self._wants_layer(name) and output.requires_grad and layer.weight.requires_grad:
+            x = inputs[0].detach()
+            self._outputs.append(output)
+            output.register_hook(lambda grad: None if self._is_drawn else self._on_output_gradient(name, layer, x, grad.detach()))
+
+    def _wants(self, name: str) -> bool:
+        return not (self._is_drawn and self._groups is not None) and super()._wants(name)
+
+    def _on_gradient(self, name: str, grad: Tensor) -> None:
+        if not self._is_drawn:
+            super()._on_gradient(name, grad)
+
+    def _on_output_gradient(self, name: str, layer: nn.Module, x: Tensor, grad: Tensor) -> None:
+        if self._is_sequence_first(layer, x):
+            x, grad = x.transpose(0, 1), grad.transpose(0, 1)
+        if x.dim() < (2 if isinstance(layer, nn.Linear) else cast(nn.Parameter, layer.weight).dim()):  # one sample, not in a batch
+            x, grad = x[None], grad[None]
+        if isinstance(layer, nn.Linear) and x.dim() == 2 and (sample := self._graphs.get(len(x))) is not None:
+            x, grad = by_sample(x, sample), by_sample(grad, sample)
+        if self._groups is not None:
+            self._groups.add(name, layer, x, grad, self.samples)
+            return
+        value, used = squared_gradients(layer, x, grad, self.samples)
+        self._add_squares(name, value, len(x), used)
+
+    def _wants_layer(self, name: str) -> bool:
+        return self._wants(name) if self._groups is None else self._groups.wants_layer(name)
+
+    def _is_sequence_first(self, layer: nn.Module, x: Tensor) -> bool:
+        """(T, B, ...) of a batch of B samples: seen by the length of the batch's own first tensor, unless T = B."""
+        return isinstance(layer, nn.Linear) and x.dim() > 2 and len(x) != self._batch == x.shape[1]
