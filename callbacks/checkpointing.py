@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_sparse import _checks, elementwise, schedules, step_sizes
 from lightning_sparse.callbacks.options import Options
+from lightning_sparse.callbacks.progress import fits
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.callbacks.weight_averaging import Averages
 from lightning_sparse.methods.base import Method
@@ -177,6 +179,13 @@ def callbacks_of(checkpoint: Mapping[str, Any]) -> dict[Any, Any]:
     if not isinstance(states, dict):
         raise ValueError(f"the checkpoint is damaged: its 'callbacks' must be a dict by state key, got {short(states)}")
     return states
+
+
+def own_state(checkpoint: Mapping[str, Any], key: str, patterns: list[str] | None, trainer: Trainer, module: LightningModule) -> Any:
+    """Return the state under ``key``, else that of another sparsity callback for the same parameters; empty if there is none."""
+    states = callbacks_of(checkpoint)
+    others = (state for state in states.values() if fits(patterns, trainer, module, state))
+    return states[key] if key in states else next(others, {})
 
 
 # -- checks of the entries -------------------------------------------------------------------------------------------------

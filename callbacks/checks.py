@@ -23,9 +23,16 @@ from lightning_sparse.schedules import NEAR, Strength
 from lightning_sparse.select import left_out, owners
 from lightning_sparse.step_sizes import Doubt
 from lightning_sparse.structure import Coupled
+from lightning_sparse.support import Support
 from lightning_sparse.weights import WeightStore
 
 # -- refused settings ------------------------------------------------------------------------------------------------------
+
+
+def check_setup(callback: SparsityCallback, trainer: Trainer) -> None:
+    """Refuse runs and settings that are not supported, before parameters are chosen."""
+    check_run(callback.options, callback.method, trainer)
+    check_reachable(callback.options, callback.method, callback.strength, callback.given)
 
 
 def check_run(options: Options, method: Method, trainer: Trainer) -> None:
@@ -54,6 +61,19 @@ def check_run(options: Options, method: Method, trainer: Trainer) -> None:
         )
     if options.gap_samples and trainer.lightning_module is not None and not trainer.lightning_module.automatic_optimization:
         raise ValueError("gap_samples needs a training_step that returns its loss; manual optimisation has none: set gap_samples=0")
+
+
+def check_fit(callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> bool:
+    """Check parameters, optimisers and the method before training; return True if the method has warned of an optimiser."""
+    options, method, weights = callback.options, callback.method, callback.weights
+    check_optimizers(options.form, weights, trainer.optimizers)
+    check_overlap(callback, trainer)
+    warn_skipped(options, module)
+    warn_coverage(callback, trainer, module)
+    doubts = [method.check(optimizer, weights.members(optimizer)) for optimizer in trainer.optimizers]
+    for doubt in filter(None, doubts):
+        rank_zero_warn(doubt)
+    return any(doubts)
 
 
 def check_reachable(options: Options, method: Method, strength: Strength, given: Any) -> None:
@@ -94,11 +114,14 @@ def check_overlap(callback: SparsityCallback, trainer: Trainer) -> None:
             raise ValueError(f"two sparsity callbacks select {names[:5]}; give each callback its own weights with select=[...]")
 
 
-def check_target(target: float, zeros: float) -> None:
-    """Refuse a target below the share of ``zeros`` that keep_zeros=True keeps."""
-    if zeros > target + NEAR:
+def check_target(callback: SparsityCallback, trainer: Trainer) -> None:
+    """Refuse a target below the share of zeros that keep_zeros=True keeps."""
+    search = callback.strength.target
+    if search is None or not callback.keep_zeros or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if (zeros := callback.share_of_zeros()) > search.target + NEAR:
         raise ValueError(
-            f"target_sparsity={target:g} is out of reach: {zeros:.2%} of the selected weights are zero already and "
+            f"target_sparsity={search.target:g} is out of reach: {zeros:.2%} of the selected weights are zero already and "
             "keep_zeros=True keeps them at zero; raise the target, or set keep_zeros=False"
         )
 
@@ -160,7 +183,25 @@ def warn_counted(who: str, patterns: list[str] | None, module: LightningModule, 
     _report_skipped(coverage.measure(module, counted, patterns), f"{who} counts", patterns, module)
 
 
-def warn_all_zero(options: Options, held: Mapping[str, Tensor], live: Mapping[str, Tensor], module: LightningModule) -> list[str]:
+class ZeroStart:
+    """Warns of parameters whose weights are all zero when training starts, and of those of them that still are at its end."""
+
+    def __init__(self, options: Options, support: Support) -> None:
+        self.options, self.support = options, support
+        self.names: list[str] = []  # all zero at the start, and not held there
+
+    def check(self, names: Iterable[str], module: LightningModule) -> None:
+        """Check parameters that start to be trained."""
+        held = {name: self.support.held[name] for name in names if name in self.support.held}
+        live = {name: self.support.weights.live(name) for name in names}
+        self.names += _warn_all_zero(self.options, held, live, module)
+
+    def check_end(self, module: LightningModule) -> None:
+        """Check them again when training has ended."""
+        _warn_still_zero(self.options, {name: self.support.weights.parameters[name] for name in self.names}, module)
+
+
+def _warn_all_zero(options: Options, held: Mapping[str, Tensor], live: Mapping[str, Tensor], module: LightningModule) -> list[str]:
     """Warn of parameters that are all zero and ``held`` there, up to one weight; return those all zero in ``live`` but not held."""
     dead = _all_zero(held, but=1)
     if dead:
@@ -173,7 +214,7 @@ def warn_all_zero(options: Options, held: Mapping[str, Tensor], live: Mapping[st
     return [name for name in _all_zero(live) if name not in dead]
 
 
-def warn_still_zero(options: Options, began_at_zero: Mapping[str, Tensor], module: LightningModule) -> None:
+def _warn_still_zero(options: Options, began_at_zero: Mapping[str, Tensor], module: LightningModule) -> None:
     """Warn, when training ends, of parameters that were all zero at its start and are so again, up to one weight, which ranking keeps."""
     if dead := _all_zero(began_at_zero, but=1):
         rank_zero_warn(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse import step as steps
-from lightning_sparse.callbacks import weight_averaging
+from lightning_sparse.callbacks import consistency, progress, weight_averaging
 from lightning_sparse.methods.base import Method, Run
 from lightning_sparse.step_sizes import is_always_read
+from lightning_sparse.structure import Coupled
 
 AtStep = Callable[[Optimizer], None]
 
@@ -32,6 +35,13 @@ class Connections:
         self.with_modes: list[Any] = []  # optimisers that hold other weights in evaluation
         self._handles: list[steps.Handle] = []
 
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        """Tell the run its processes, its seed and how the module is optimised."""
+        self.run.seed, self.run.rank = trainer.strategy.broadcast(torch.initial_seed()), trainer.global_rank  # one seed for all
+        self.run.mean = partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
+        self.run.total = partial(consistency.sum_over_ranks, trainer)
+        self.run.manual = not module.automatic_optimization
+
     def attach(
         self, trainer: Trainer, module: LightningModule, filed: Callable[[str], Tensor], begin: AtStep, end: AtStep, compiled: bool
     ) -> None:
@@ -45,8 +55,7 @@ class Connections:
             end: called when it has ended.
             compiled: compile the method's kernels.
         """
-        self.detach()
-        self.detach_averages()
+        self.detach_all()
         weights, support = self.weights, self.run.support
         weights.attach(module, trainer.optimizers, filed)
         self.run.group(self.method)
@@ -59,6 +68,12 @@ class Connections:
         self.with_modes = [*weight_averaging.with_modes(weights.optimizers)]
         measures = support.needs_step_sizes or self.method.needs_step_sizes
         self.measured = {id(one) for one in weights.optimizers if measures and not is_always_read(one)}
+
+    def couple(self, trainer: Trainer, module: LightningModule) -> None:
+        """Find the groups of a structure that spans several parameters."""
+        structure = self.run.support.structure
+        if isinstance(structure, Coupled):
+            self.run.couple(structure, module, progress.example_inputs(trainer, module))
 
     def release(self) -> None:
         """Restore the live weights and remove the hooks on the optimisers."""
@@ -80,3 +95,8 @@ class Connections:
         """Detach from the averages. Not called after an exception, because a file written then holds the average."""
         if self.averages is not None:
             self.averages.detach()
+
+    def detach_all(self) -> None:
+        """Detach from the module, the optimisers and the averages."""
+        self.detach()
+        self.detach_averages()

@@ -47,6 +47,7 @@ class Watch:
         self.options, self.weights, self.strength, self.settings = options, weights, strength, settings
         self.own_hooks: frozenset[str] = frozenset()  # the module's hooks between a backward and its step
         self.scaler: Any | None = None  # the enabled GradScaler, which skips steps whose gradients are not finite
+        self.compared = False  # the ranks' numbers of batches
         self.checks_gradients = True  # not if a GradScaler skips bad steps or the module may repair them
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
@@ -84,6 +85,11 @@ class Watch:
                 f"the gradient of {_listed(found)} at optimiser step {self.strength.step}, {cause}; {_UNCHANGED}. "
                 f"{self._remedy()}; Trainer(detect_anomaly=True) names the operation"
             )
+
+    def compare_batches(self, trainer: Trainer) -> None:
+        """Compare the ranks' numbers of batches; every rank calls it once."""
+        self.compared = True
+        check_batches(trainer)
 
     def check_start(self) -> None:
         """Raise ValueError if selected weights are not finite before the first step."""

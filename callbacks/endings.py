@@ -1,34 +1,28 @@
-"""Handle the end of a run: unmet goals, true zeros, and a second fit that continues from the first."""
+"""Say how a run has ended: goals that it has not met, the zeros by lam and by rank, and how to use them."""
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_sparse import counts, elementwise
-from lightning_sparse.callbacks import logging
 from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
-from lightning_sparse.callbacks.weight_averaging import Snapshot, Swaps, hooks_of
 from lightning_sparse.schedules import Constant, Strength
 from lightning_sparse.structure import Blocks, Columns, Coupled
 from lightning_sparse.support import Support
-from lightning_sparse.weights import WeightStore
 
 FEW = 0.01  # share of zeros below which a run with lam > 0 is warned of
 TRIAL = 100  # optimiser steps below which a run may be only a trial
 COLLAPSED = 30  # a parameter left with one weight is reported if the target's own share of it is at least so many weights
 MASK = 1 / 32  # size of a compact file's bit mask, relative to the weights in float32: with fewer zeros the file is not smaller
-SMALL = 0.01  # share of the weights' squared norm: an average copied into the module is pruned if that removes less
 
 
 # -- goals -----------------------------------------------------------------------------------------------------------------
@@ -181,86 +175,3 @@ def _has_zero_row(weight: Tensor) -> bool:
 def _listed(names: Sequence[str]) -> str:
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
-
-
-class Ending:
-    """Records what a callback left in the module when training ended or failed: files hold what the module holds."""
-
-    def __init__(self, weights: WeightStore, support: Support, failed: bool = False) -> None:
-        self.weights, self.support, self.failed = weights, support, failed
-        self._left = Snapshot(weights, alone=failed)  # because the other ranks may not have failed
-
-    def has_final(self, name: str) -> bool:
-        """Return True if files show a parameter's data as they are: true zeros, or values written by others since."""
-        return not self.failed or self._left.changed(name)
-
-    @property
-    def is_frozen(self) -> bool:
-        """Return True if the support is frozen and the weights that a file written now holds lie in it."""
-        frozen = self.support.frozen
-        if frozen is None or self.failed:
-            return self.support.is_frozen
-        return all(_lies_in(self.weights.live(name), kept) for name, kept in frozen.items())
-
-    def handle_changed_weights(self, callback: SparsityCallback, trainer: Trainer, hook: str, swaps: Swaps) -> None:
-        """Prune an average that another callback's ``hook`` copied in, leave other changed weights alone, and log again."""
-        changed = self._left.differs()
-        if trainer.world_size > 1:
-            changed = trainer.strategy.reduce_boolean_decision(changed, all=False)
-        if not changed:
-            return
-        lost = self.support.lost()
-        if swaps.seen or lost <= SMALL:
-            self.support.prune()
-        for peer in dict.fromkeys((callback, peers_of(trainer)[-1])):  # the last one logs the totals
-            logging.finish(peer, trainer)
-        if not swaps.seen and lost > SMALL:
-            form = callback.options.form
-            rank_zero_warn(
-                f"the weights were changed in {hook} ({', '.join(hooks_of(trainer, [hook])) or 'of another callback'}), after "
-                f"{form} had set its zeros; setting them again would remove {lost:.0%} of the new weights' squared norm, so they "
-                "are left as they are, and the sparsity logged last is theirs. If they are an average of the trained weights, call the "
-                "callback's prune() after fit; if they are those of the best epoch, add BestAfterTarget() so that the epoch is sparse"
-            )
-
-
-def _lies_in(w: Tensor, kept: Tensor) -> bool:
-    return int(elementwise.sum_shards(((elementwise.local_part(w) != 0) & ~elementwise.local_part(kept).to(w.device)).sum(), w)) == 0
-
-
-class Fit:
-    """Identifies the Trainer and the module of a callback's last fit, to detect a second fit that continues it.
-
-    A copy or a pickle of it holds neither.
-    """
-
-    def __init__(self, trainer: Trainer | None = None, module: LightningModule | None = None) -> None:
-        self._known = tuple(weakref.ref(one) for one in (trainer, module) if one is not None)
-
-    def continues(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Return True if the same Trainer, which has trained before, fits the same module again."""
-        known = [one() for one in self._known]
-        return len(known) == 2 and known[0] is trainer and known[1] is module and trainer.fit_loop.total_batch_idx >= 0
-
-    def __reduce__(self) -> tuple[type[Fit], tuple[()]]:
-        return Fit, ()
-
-
-@torch.no_grad()
-def was_changed(weights: WeightStore, support: Support) -> bool:
-    """Return True if weights held at zero have been given other values since, because they are to be trained again."""
-    masks = [*support.held.items(), *support.cut.items(), *(support.frozen or {}).items()]
-    pruned = (elementwise.local_part(weights.parameters[name].detach())[~elementwise.local_part(where)] for name, where in masks)
-    return any(bool((values != 0).any()) for values in pruned)
-
-
-@torch.no_grad()
-def state_for_next_fit(state: dict[str, Any], weights: WeightStore) -> dict[str, Any]:
-    """Return the ``state`` that a second fit of the same Trainer continues from.
-
-    The module's weights stay as they are. The optimiser is new, so none of its state is included.
-    """
-    live = {name: elementwise.full_tensor(parameter.detach()) for name, parameter in weights.parameters.items()}
-    kept = {key: value for key, value in state.items() if key != "averaged"}
-    kept |= {"moments": {}} if "moments" in state else {}
-    return kept | {"taken": {name: w[w == 0].cpu() for name, w in live.items()}}

@@ -26,8 +26,6 @@ from lightning_sparse.support import Support
 from lightning_sparse.weights import Attachment, WeightStore
 
 _SWAPPING, _KEEPING = "WeightAveraging", "StochasticWeightAveraging"
-_STARTS = ("on_validation_start", "on_validation_epoch_start")
-_WITHIN = ("on_validation_batch_start", "on_validation_batch_end", *_STARTS, "on_validation_epoch_end", "on_validation_end")
 
 
 def averaging(trainer: Trainer) -> list[Any]:
@@ -179,35 +177,6 @@ class Snapshot:
         part = elementwise.local_part(data)
         number = digest(part, part == 0)
         return int(number if self._alone else elementwise.sum_shards(number, data))
-
-
-class Swaps:
-    """Detects whether others exchange the weights around the validations of a fit."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        self._before: Snapshot | None = None
-
-    def begin(self, weights: WeightStore, trainer: Trainer) -> None:
-        """Take a snapshot at the start of a validation."""
-        self._before = Snapshot(weights) if not self.seen and hooks_of(trainer, _STARTS) else None
-
-    def compare(self) -> None:
-        """Compare at the first batch, before weights are thresholded: the user's hooks have exchanged them by then."""
-        self.seen |= self._before is not None and self._before.differs()
-        self._before = None
-
-
-def check_undone(form: str, attachment: Attachment, trainer: Trainer, module: LightningModule) -> None:
-    """Raise RuntimeError if another changed the thresholded weights, because the live weights could not be restored."""
-    if names := attachment.changed_by_others():
-        users = hooks_of(trainer, _WITHIN) or [f"{type(module).__name__}.validation_step"]
-        raise RuntimeError(
-            f"{names[:3]} changed during validation while {form} evaluated the thresholded weights, so that the live "
-            f"weights would be lost. Possible causes: {', '.join(users)}. Exchange weights (or call an optimiser's eval()) in "
-            "on_validation_start or on_validation_epoch_start, and back in on_validation_epoch_end or on_validation_end; or do both "
-            "inside one hook"
-        )
 
 
 def with_modes(optimizers: Iterable[Optimizer]) -> Iterator[Any]:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.elementwise import Engine
-from lightning_sparse.optimizer import momentum_gain
+from lightning_sparse.optimizer import ClipFactor, grad_scale, momentum_gain
 from lightning_sparse.schedules import Strength
 from lightning_sparse.step_sizes import StepSizes, number
-from lightning_sparse.weights import Member
+from lightning_sparse.weights import Member, WeightStore
 
 Scale = Callable[[], float]
 
@@ -76,6 +76,33 @@ class Step:
     def lam_on_prox(self, group: dict[str, Any]) -> float:
         """Return lam for a proximal step after the optimiser's, on a param group."""
         return momentum_gain(group) * (self.lam * self.clip_factor)
+
+
+class Steps:
+    """Describes the steps of a run.
+
+    Args:
+        weights: the selected weights.
+        strength: lam in force.
+        engine: runs functions over many tensors.
+        sizes: step sizes of the optimisers.
+        clipping: measures how clipping changes the gradients.
+    """
+
+    def __init__(self, weights: WeightStore, strength: Strength, engine: Engine, sizes: StepSizes, clipping: ClipFactor) -> None:
+        self.weights, self.strength, self.engine, self.sizes, self.clipping = weights, strength, engine, sizes, clipping
+        self.scaler: Any | None = None  # the enabled GradScaler, which skips steps whose gradients are not finite
+
+    def of(self, optimizer: Optimizer) -> Step:
+        """Describe the step that ``optimizer`` takes now, or has just taken."""
+        given = optimizer, self.weights.members(optimizer), self.strength.lam, self.engine, self.weights.live, self.sizes
+        if self.scaler is None:
+            return Step(*given, clip_factor=self.clipping.last)
+        return Step(*given, grad_scale(self.scaler, optimizer), self.scaler.get_scale, self.clipping.last)
+
+    def loss_scale(self, batches: int) -> float:
+        """Return the factor on the loss in backward: the fp16 scale divided by the number of accumulated ``batches``."""
+        return (1.0 if self.scaler is None else float(self.scaler.get_scale())) / batches
 
 
 def uniform_rate(optimizer: Optimizer, group: Mapping[str, Any]) -> float:

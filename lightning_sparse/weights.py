@@ -295,6 +295,11 @@ class WeightStore:
         self._members[id(optimizer)] = (stamp, found)
         return found
 
+    def trainable(self, optimizers: Iterable[Optimizer]) -> tuple[int, ...]:
+        """Return numbers that change when parameters become trainable: groups per optimiser, and trainable selected parameters."""
+        groups = [len(optimizer.param_groups) for optimizer in optimizers]
+        return (*groups, sum(parameter.requires_grad for parameter in self.parameters.values()))
+
     def live(self, name: str) -> Tensor:
         """Return the weights that the optimiser owns, whatever the parameter's data are."""
         return self.parameters[name].detach() if self.attachment is None else self.attachment.live(name)
@@ -335,15 +340,3 @@ class WeightStore:
     def forget_optimizers(self) -> None:
         """Drop the references to the optimisers after a fit."""
         self.optimizers, self.places, self._members = [], {}, {}
-
-
-def write_view(state: dict[str, Any], module: nn.Module, parameters: Mapping[str, nn.Parameter], view: View) -> None:
-    """Write the view of each selected parameter into a state dict of ``module``, under every name that it has there."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    for key, _, _, parameter in owners(module):
-        if id(parameter) in names:
-            value = view(names[id(parameter)])
-            if elementwise.is_sharded(value) and not elementwise.is_sharded(state.get(key)):  # a full state dict, on rank 0 only
-                value = elementwise.full_tensor(value).cpu()
-            if key in state:
-                state[key] = value

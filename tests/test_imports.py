@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import walk
 
 ROOT = Path(__file__).parents[1]
@@ -64,3 +65,10 @@ def test_no_modules_import_each_other_and_a_cycle_would_be_noticed(tmp_path: Pat
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
     monkeypatch.setattr(walk, "modules", lambda: {names[name]: tmp_path / f"{name}.py" for name in names})
     assert walk.cycles() == [[*names.values()]]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", walk.METHODS)
+def test_a_training_step_enters_few_files(name: str) -> None:
+    torch.manual_seed(0)
+    assert walk.walk(walk.METHODS[name]()).files <= (11 if name == "VariationalDropout" else 10)  # its penalty is a table

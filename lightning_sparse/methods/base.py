@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_sparse import duality, proximal
 from lightning_sparse.duality import Penalty
 from lightning_sparse.elementwise import Engine
-from lightning_sparse.grouped import GroupedWeights, groups_within
+from lightning_sparse.grouped import GroupedWeights, OnGroups, groups_within
 from lightning_sparse.optimizer import ClipFactor
 from lightning_sparse.schedules import Strength
 from lightning_sparse.step import Scale, Step
@@ -64,6 +64,7 @@ class Run:
     batches: float = 1.0
     warn: Callable[[str], None] = warnings.warn
     info: Callable[[str], None] = print
+    acting: Any = None  # what changes gradients and weights in an optimiser's step: the method, or the method on groups
 
     @classmethod
     def alone(
@@ -111,6 +112,7 @@ class Run:
             self.weights = GroupedWeights(real, self.support.groups) if method.takes_groups else real
         elif structure.ranks_within:
             groups_within(structure, real.parameters)
+        self.acting = method if isinstance(self.weights, WeightStore) else OnGroups(self.weights, method)
 
     def before_optimizer(self, method: Method, step: Step) -> None:
         """Call the method's :meth:`Method.before_optimizer`, on groups if there are any."""

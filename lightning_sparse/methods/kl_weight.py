@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sparse.duality import Penalty
 from lightning_sparse.loss_guard import ALL, SLACK, LossGuard
 from lightning_sparse.loss_guard import is_state as is_guard
 from lightning_sparse.methods.base import Run, Scale, Step
+from lightning_sparse.penalties import Scaled
 from lightning_sparse.per_label import PerLabel
+from lightning_sparse.schedules import LinearWarmup
 from lightning_sparse.state import entry, is_factor
 
+WARM = 0.5  # share of the run over which a weight that was found rises
 _WORTH_SAYING = 0.1  # a share of the KL weight
 
 
@@ -26,10 +30,11 @@ class KlWeight:
 
     Args:
         per_label: counts the labels; None if the weight is given.
+        divergence: the penalty that the weight multiplies.
     """
 
-    def __init__(self, per_label: PerLabel | None) -> None:
-        self.per_label = per_label
+    def __init__(self, per_label: PerLabel | None, divergence: Penalty) -> None:
+        self.per_label, self.divergence = per_label, divergence
 
     def reset(self, run: Run) -> None:
         """Reset before a new fit."""
@@ -67,8 +72,21 @@ class KlWeight:
         if self.per_label is not None:
             self.per_label.end(scale())
 
-    def find(self, form: str) -> float | None:
-        """Return the weight of the labels counted so far, once; None if it is given or was found before. A collective."""
+    def before_optimizer(self, step: Step, form: str) -> Penalty | None:
+        """Train with a weight that is found now, and return its penalty; hold the strength back. A collective."""
+        weight = self._find(form)
+        penalty = None if weight is None else self._take(weight)
+        step.lam = self.run.strength.lam
+        self._hold_back(step)
+        return penalty
+
+    def _take(self, weight: float) -> Penalty:
+        """Train with this weight from here on; return the penalty that it is worth."""
+        self.run.strength.schedule = LinearWarmup(weight, WARM)
+        return Scaled(self.divergence, math.sqrt(weight))
+
+    def _find(self, form: str) -> float | None:
+        """Return the weight of the labels counted so far, once; None if it is given or was found before."""
         if self.per_label is None or not self.per_label.is_open:
             return None
         weight, doubt, found = self.per_label.settle(self.run.total, self.run.batches, form)
@@ -77,7 +95,7 @@ class KlWeight:
             self.run.warn(doubt)
         return weight
 
-    def hold_back(self, step: Step) -> None:
+    def _hold_back(self, step: Step) -> None:
         """Lower the strength while it drives the mean loss of all processes up."""
         if not self._losses:
             return
@@ -108,12 +126,12 @@ class KlWeight:
         if "guard" in state:
             entry(state, "guard", is_guard, "a dict of a LossGuard's numbers")
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> float | None:
-        """Restore the state; return the weight that was found before, or None."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> Penalty | None:
+        """Restore the state; return the penalty of a weight that was found before, or None."""
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
             self.run.strength.factor = self.guard.factor
         if self.per_label is None or "kl_weight" not in state:
             return None
         self.per_label.value = state["kl_weight"]
-        return self.per_label.value
+        return self._take(self.per_label.value)

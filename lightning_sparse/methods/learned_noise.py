@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -20,13 +19,10 @@ from lightning_sparse.methods.learned_parameters import LearnedParameters
 from lightning_sparse.methods.mask import WHOLE_BECAUSE
 from lightning_sparse.methods.noisy_forwards import NoisyForwards
 from lightning_sparse.noise import LOUDEST, LOUDEST_UNDER_SGD, Additive, Multiplicative, normal_like
-from lightning_sparse.penalties import Scaled
 from lightning_sparse.per_label import PerLabel
-from lightning_sparse.schedules import LinearWarmup
 from lightning_sparse.step import bound_uniform_steps, uniform_rate
 from lightning_sparse.weights import Attachment
 
-WARM = 0.5  # share of the run over which a KL weight that was found rises
 _STEP = 1.0  # largest step under SGD, in deviations that weights are usually initialised with
 
 
@@ -201,7 +197,7 @@ class VariationalDropout(LearnedNoise):
         per_label: PerLabel | None = None,
     ) -> None:
         super().__init__(penalty, learned_lr)
-        self.per_label, self.kl_weight = per_label, KlWeight(per_label)
+        self.per_label, self.kl_weight = per_label, KlWeight(per_label, divergence)
         self.divergence, self.noise = divergence, _checks.one_of("noise", noise, ("weight", "local", "additive"))
         self.kind = Additive() if noise == "additive" else Multiplicative()
         self.local, self.log_start = noise != "weight", _checks.between("log_start", log_start, -30, 30)
@@ -248,11 +244,6 @@ class VariationalDropout(LearnedNoise):
             loudest = LOUDEST_UNDER_SGD if uniform_rate(step.optimizer, group) > 0 else LOUDEST
             self.kind.bound_(self.run.weights.live(name), self.learned.values[name].detach(), loudest)
 
-    def take_weight(self, weight: float) -> None:
-        """Train with this strength from here on."""
-        self.run.strength.schedule = LinearWarmup(weight, WARM)
-        self.penalty = Scaled(self.divergence, math.sqrt(weight))
-
     def reset(self, run: Run) -> None:
         super().reset(run)
         self.kl_weight.reset(run)
@@ -280,10 +271,7 @@ class VariationalDropout(LearnedNoise):
 
     def before_optimizer(self, step: Step) -> None:
         if self.kl_weight.watches:
-            if (weight := self.kl_weight.find(type(self).__name__)) is not None:
-                self.take_weight(weight)
-                step.lam = self.run.strength.lam
-            self.kl_weight.hold_back(step)
+            self.penalty = self.kl_weight.before_optimizer(step, type(self).__name__) or self.penalty
         super().before_optimizer(step)
         if self.noise != "additive":  # under SGD gradients grow with noise and weights, else to NaN
             bound_uniform_steps(step.optimizer, step.trained(), _STEP, step.grad_scale)
@@ -296,8 +284,7 @@ class VariationalDropout(LearnedNoise):
         self.kl_weight.check_state(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if (weight := self.kl_weight.load_state_dict(state)) is not None:
-            self.take_weight(weight)
+        self.penalty = self.kl_weight.load_state_dict(state) or self.penalty
         super().load_state_dict(state)
 
 

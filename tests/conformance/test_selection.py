@@ -36,7 +36,7 @@ class Hasty(MagnitudePruning):
     """Prunes before training, without a warning."""
 
     def on_train_end(self, trainer, module):
-        self._began_at_zero = []
+        self.began_at_zero.names = []
         super().on_train_end(trainer, module)
 
 

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 from subjects import Alone
 
-from lightning_sparse import conformance, penalties, weights
-from lightning_sparse.callbacks import MagnitudePruning, ReweightedPenalty
+from lightning_sparse import conformance, penalties
+from lightning_sparse.callbacks import MagnitudePruning, ReweightedPenalty, end_of_fit
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 
@@ -34,10 +34,10 @@ class Hasty(ReweightedPenalty):
         self.weights.optimizers = optimizers
 
     def on_fit_end(self, trainer, module):
-        self.ending = None
+        self.end_of_fit.ending = None
 
     def teardown(self, trainer, module, stage):
-        self.ending = None
+        self.end_of_fit.ending = None
         super().teardown(trainer, module, stage)
 
 
@@ -46,7 +46,7 @@ class Insists(MagnitudePruning):
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
         super().on_save_checkpoint(trainer, module, checkpoint)
-        weights.write_view(checkpoint["state_dict"], module, self.parameters, self.thresholded)
+        end_of_fit.write_view(checkpoint["state_dict"], module, self.parameters, self.thresholded)
 
 
 MUTANTS = {

@@ -1,0 +1,220 @@
+"""End a fit: true zeros, what files hold from then on, weights that others change later, and a second fit that continues."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_sparse import elementwise
+from lightning_sparse.callbacks import endings, logging
+from lightning_sparse.callbacks.evaluation import Swaps
+from lightning_sparse.callbacks.form import SparsityCallback, peers_of
+from lightning_sparse.callbacks.user_warnings import rank_zero_warn
+from lightning_sparse.callbacks.weight_averaging import Averages, Snapshot, evaluate, hooks_of
+from lightning_sparse.select import owners
+from lightning_sparse.support import Support
+from lightning_sparse.weights import WeightStore
+
+SMALL = 0.01  # share of the weights' squared norm: an average copied into the module is pruned if that removes less
+
+
+class Ending:
+    """Records what a callback left in the module when training ended or failed: files hold what the module holds."""
+
+    def __init__(self, weights: WeightStore, support: Support, failed: bool = False) -> None:
+        self.weights, self.support, self.failed = weights, support, failed
+        self._left = Snapshot(weights, alone=failed)  # because the other ranks may not have failed
+
+    def has_final(self, name: str) -> bool:
+        """Return True if files show a parameter's data as they are: true zeros, or values written by others since."""
+        return not self.failed or self._left.changed(name)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Return True if the support is frozen and the weights that a file written now holds lie in it."""
+        frozen = self.support.frozen
+        if frozen is None or self.failed:
+            return self.support.is_frozen
+        return all(_lies_in(self.weights.live(name), kept) for name, kept in frozen.items())
+
+    def handle_changed_weights(self, callback: SparsityCallback, trainer: Trainer, hook: str, swaps: Swaps) -> None:
+        """Prune an average that another callback's ``hook`` copied in, leave other changed weights alone, and log again."""
+        changed = self._left.differs()
+        if trainer.world_size > 1:
+            changed = trainer.strategy.reduce_boolean_decision(changed, all=False)
+        if not changed:
+            return
+        lost = self.support.lost()
+        if swaps.seen or lost <= SMALL:
+            self.support.prune()
+        for peer in dict.fromkeys((callback, peers_of(trainer)[-1])):  # the last one logs the totals
+            logging.finish(peer, trainer)
+        if not swaps.seen and lost > SMALL:
+            form = callback.options.form
+            rank_zero_warn(
+                f"the weights were changed in {hook} ({', '.join(hooks_of(trainer, [hook])) or 'of another callback'}), after "
+                f"{form} had set its zeros; setting them again would remove {lost:.0%} of the new weights' squared norm, so they "
+                "are left as they are, and the sparsity logged last is theirs. If they are an average of the trained weights, call the "
+                "callback's prune() after fit; if they are those of the best epoch, add BestAfterTarget() so that the epoch is sparse"
+            )
+
+
+def _lies_in(w: Tensor, kept: Tensor) -> bool:
+    return int(elementwise.sum_shards(((elementwise.local_part(w) != 0) & ~elementwise.local_part(kept).to(w.device)).sum(), w)) == 0
+
+
+class EndOfFit:
+    """Ends a callback's fit: prunes to the target or warns, makes the zeros true, and handles weights that others change afterwards.
+
+    Args:
+        callback: the callback.
+        swaps: the exchanges of weights in its validations.
+        freeze: freezes the supports of all parameters at its target.
+        unreached: describes the goals that the run has not met.
+    """
+
+    def __init__(self, callback: SparsityCallback, swaps: Swaps, freeze: Callable[[], None], unreached: Callable[[], list[str]]) -> None:
+        self.callback, self.swaps, self.freeze, self.unreached = callback, swaps, freeze, unreached
+        self.fit = Fit()
+        self.ending: Ending | None = None  # training is over
+
+    def filed(self, name: str) -> Tensor:
+        """Return what a file written now holds of a parameter: thresholded weights in training, later the module's own."""
+        own = self.ending is not None and self.ending.has_final(name)
+        return self.callback.weights.live(name) if own else self.callback.support.thresholded(name)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Return True if the support is frozen and the weights that a file written now holds lie in it."""
+        return self.callback.frozen if self.ending is None else self.ending.is_frozen
+
+    def complete_file(self, checkpoint: dict[str, Any], module: LightningModule, waits: bool) -> None:
+        """Write thresholded weights into a file that no hook has thresholded; ``waits``: a loaded state is not restored yet."""
+        one = self.callback
+        if one.attachment is None and not self.is_done and one.parameters and not waits:  # after an exception hooks are removed
+            write_view(checkpoint["state_dict"], module, one.parameters, self.filed)
+        own = {id(parameter) for parameter in module.parameters()}
+        if self.ending is not None and any(id(parameter) not in own for parameter in one.parameters.values()):
+            checkpoint.get("callbacks", {}).pop(one.state_key, None)  # because the file holds another module than the one that was trained
+
+    @property
+    def is_done(self) -> bool:
+        """Return True if training has ended without an error."""
+        return self.ending is not None and not self.ending.failed
+
+    def state_for_next(self, trainer: Trainer, module: LightningModule) -> dict[str, Any] | None:
+        """Return the state that a second fit continues from; None if the first took no step or its zeros were changed since."""
+        one = self.callback
+        if not self.fit.continues(trainer, module) or not one.strength.step or was_changed(one.weights, one.support):
+            return None
+        return state_for_next_fit(one.state_dict(), one.weights)
+
+    def end_training(self, trainer: Trainer, averages: Averages | None) -> None:
+        """Meet the target if that is wanted, make the zeros true, and log the final figures."""
+        evaluate(self.callback.weights.optimizers)
+        self._meet_target(trainer)
+        self.callback.prune()
+        if averages is not None:
+            averages.copy_to_module(trainer)
+        endings.warn_collapsed(self.callback.options, self.callback.support)
+
+    def _meet_target(self, trainer: Trainer) -> None:
+        """Prune to the target at the end if ``finish="prune"``, else warn once of what the run did not reach.
+
+        A schedule that is behind because a GradScaler skipped steps gives no warning: only one that was cut short does.
+        """
+        one = self.callback
+        options, support, strength = one.options, one.support, one.strength
+        if not one.parameters:
+            return
+        missed = self.unreached() if strength.step < strength.total else []
+        missed += endings.schedule_left(options, support, strength) if trainer.should_stop else []
+        prunes = bool(missed) and options.finish == "prune"
+        if prunes:
+            self.freeze()
+        if missed:
+            endings.warn_target_missed(options, strength, missed, one.planned_end, support if prunes else None)
+        elif not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            endings.warn_few_zeros(options, support, strength, one.settings(), one.method.movement())
+
+    def end_fit(self, trainer: Trainer, averages: Averages | None) -> None:
+        """Handle what the hooks on_train_end of others did to the weights."""
+        if self.ending is None:  # a run resumed at its end has no on_train_end
+            self.callback.prune()
+        else:
+            self.ending.handle_changed_weights(self.callback, trainer, "on_train_end", self.swaps)
+        if averages is not None:
+            averages.prune()
+        self.record()
+        endings.say_what_next(self.callback, trainer)
+
+    def tear_down(self, trainer: Trainer) -> None:
+        """Handle what the hooks on_fit_end of others did to the weights."""
+        if self.ending is None:  # because a tuner stopped before training
+            self.callback.weights.restore()
+            self.record()
+        elif not self.ending.failed:
+            self.ending.handle_changed_weights(self.callback, trainer, "on_fit_end", self.swaps)
+
+    def record(self) -> None:
+        """Record what the module holds now that training has ended."""
+        self.ending = Ending(self.callback.weights, self.callback.support)
+
+    def record_failure(self) -> None:
+        """Record what the module holds when training has failed."""
+        self.ending = self.ending or Ending(self.callback.weights, self.callback.support, failed=True)
+
+
+class Fit:
+    """Identifies the Trainer and the module of a callback's last fit, to detect a second fit that continues it.
+
+    A copy or a pickle of it holds neither.
+    """
+
+    def __init__(self, trainer: Trainer | None = None, module: LightningModule | None = None) -> None:
+        self._known = tuple(weakref.ref(one) for one in (trainer, module) if one is not None)
+
+    def continues(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Return True if the same Trainer, which has trained before, fits the same module again."""
+        known = [one() for one in self._known]
+        return len(known) == 2 and known[0] is trainer and known[1] is module and trainer.fit_loop.total_batch_idx >= 0
+
+    def __reduce__(self) -> tuple[type[Fit], tuple[()]]:
+        return Fit, ()
+
+
+@torch.no_grad()
+def was_changed(weights: WeightStore, support: Support) -> bool:
+    """Return True if weights held at zero have been given other values since, because they are to be trained again."""
+    masks = [*support.held.items(), *support.cut.items(), *(support.frozen or {}).items()]
+    pruned = (elementwise.local_part(weights.parameters[name].detach())[~elementwise.local_part(where)] for name, where in masks)
+    return any(bool((values != 0).any()) for values in pruned)
+
+
+@torch.no_grad()
+def state_for_next_fit(state: dict[str, Any], weights: WeightStore) -> dict[str, Any]:
+    """Return the ``state`` that a second fit of the same Trainer continues from.
+
+    The module's weights stay as they are. The optimiser is new, so none of its state is included.
+    """
+    live = {name: elementwise.full_tensor(parameter.detach()) for name, parameter in weights.parameters.items()}
+    kept = {key: value for key, value in state.items() if key != "averaged"}
+    kept |= {"moments": {}} if "moments" in state else {}
+    return kept | {"taken": {name: w[w == 0].cpu() for name, w in live.items()}}
+
+
+def write_view(state: dict[str, Any], module: nn.Module, parameters: Mapping[str, nn.Parameter], view: Callable[[str], Tensor]) -> None:
+    """Write the view of each selected parameter into a state dict of ``module``, under every name that it has there."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for key, _, _, parameter in owners(module):
+        if id(parameter) in names:
+            value = view(names[id(parameter)])
+            if elementwise.is_sharded(value) and not elementwise.is_sharded(state.get(key)):  # a full state dict, on rank 0 only
+                value = elementwise.full_tensor(value).cpu()
+            if key in state:
+                state[key] = value
