@@ -26,6 +26,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _seed_of_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove at the test's end the seed that seed_everything() stores in the environment, because DDP in a later test would use it."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "")  # so that the test's end restores it, whoever changes it
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _root(pytestconfig: pytest.Config) -> set[str]:
     """Return the names of files and folders in the root when the tests start; those that a test left are added."""

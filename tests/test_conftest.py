@@ -25,6 +25,15 @@ def test_leaves(folder):
 def test_after():
     pass
 """
+SEEDS = """
+import os
+
+def test_sets():
+    os.environ["PL_GLOBAL_SEED"] = "0"
+
+def test_finds_none():
+    assert "PL_GLOBAL_SEED" not in os.environ
+"""
 ADDRESSES = """
 import pytest
 
@@ -48,6 +57,10 @@ def test_the_one_test_that_leaves_a_folder_in_the_root_fails(pytester: pytest.Py
 
 def test_caches_may_be_left(pytester: pytest.Pytester) -> None:
     run(pytester, LEAVES.format(name=".cache")).assert_outcomes(passed=3)
+
+
+def test_a_seed_in_the_environment_does_not_reach_the_next_test(pytester: pytest.Pytester) -> None:
+    run(pytester, SEEDS).assert_outcomes(passed=2)
 
 
 def test_names_with_an_address_are_refused(pytester: pytest.Pytester) -> None:

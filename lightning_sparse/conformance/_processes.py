@@ -61,6 +61,7 @@ def _run(writer: Any, function: Callable[..., Any], args: Sequence[Any]) -> None
 
     import torch
 
+    os.environ.pop("PL_GLOBAL_SEED", None)  # because DDP would replace the seed of each rank by that of a seed_everything() before
     torch.set_num_threads(1)
     logging.getLogger(os.environ.get("LIGHTNING_SPARSE_PACKAGE", "lightning.pytorch")).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
