@@ -95,12 +95,12 @@ class EndOfFit:
 
     def complete_file(self, checkpoint: dict[str, Any], module: LightningModule, waits: bool) -> None:
         """Write thresholded weights into a file that no hook has thresholded; ``waits``: a loaded state is not restored yet."""
-        one = self.callback
-        if one.attachment is None and not self.is_done and one.parameters and not waits:  # after an exception hooks are removed
-            write_view(checkpoint["state_dict"], module, one.parameters, self.filed)
+        callback = self.callback
+        if callback.attachment is None and not self.is_done and callback.parameters and not waits:  # after an exception hooks are removed
+            write_view(checkpoint["state_dict"], module, callback.parameters, self.filed)
         own = {id(parameter) for parameter in module.parameters()}
-        if self.ending is not None and any(id(parameter) not in own for parameter in one.parameters.values()):
-            checkpoint.get("callbacks", {}).pop(one.state_key, None)  # because the file holds another module than the one that was trained
+        if self.ending is not None and any(id(parameter) not in own for parameter in callback.parameters.values()):
+            checkpoint.get("callbacks", {}).pop(callback.state_key, None)  # the file holds another module than the trained one
 
     @property
     def is_done(self) -> bool:
@@ -109,13 +109,13 @@ class EndOfFit:
 
     def state_for_next(self, trainer: Trainer, module: LightningModule) -> dict[str, Any] | None:
         """Return the state that a second fit continues from; None if the first took no step or its zeros were changed since."""
-        one = self.callback
-        if not self.fit.continues(trainer, module) or not one.strength.step or was_changed(one.weights, one.support):
+        callback = self.callback
+        if not self.fit.continues(trainer, module) or not callback.strength.step or was_changed(callback.weights, callback.support):
             return None
-        return state_for_next_fit(one.state_dict(), one.weights)
+        return state_for_next_fit(callback.state_dict(), callback.weights)
 
     def end_training(self, trainer: Trainer, averages: Averages | None) -> None:
-        """Meet the target if that is wanted, make the zeros true, and log the final figures."""
+        """Meet the target if that is wanted, or warn, and make the zeros true."""
         evaluate(self.callback.weights.optimizers)
         self._meet_target(trainer)
         self.callback.prune()
@@ -128,9 +128,9 @@ class EndOfFit:
 
         A schedule that is behind because a GradScaler skipped steps gives no warning: only one that was cut short does.
         """
-        one = self.callback
-        options, support, strength = one.options, one.support, one.strength
-        if not one.parameters:
+        callback = self.callback
+        options, support, strength = callback.options, callback.support, callback.strength
+        if not callback.parameters:
             return
         missed = self.unreached() if strength.step < strength.total else []
         missed += endings.schedule_left(options, support, strength) if trainer.should_stop else []
@@ -138,9 +138,9 @@ class EndOfFit:
         if prunes:
             self.freeze()
         if missed:
-            endings.warn_target_missed(options, strength, missed, one.planned_end, support if prunes else None)
+            endings.warn_target_missed(options, strength, missed, callback.planned_end, support if prunes else None)
         elif not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            endings.warn_few_zeros(options, support, strength, one.settings(), one.method.movement())
+            endings.warn_few_zeros(options, support, strength, callback.settings(), callback.method.movement())
 
     def end_fit(self, trainer: Trainer, averages: Averages | None) -> None:
         """Handle what the hooks on_train_end of others did to the weights."""
