@@ -78,6 +78,9 @@ def draw(runs: list[Record], folder: Path) -> list[Path]:
         if dense := ended(runs, (problem, budget, 0.0), DENSE):
             axes.axhline(mean(run["test_error"] for run in dense), color="grey", linestyle=":", label=DENSE)
         axes.set(xscale="log", xlabel="weights left, %", ylabel="test error, %", title=PROBLEMS[problem].title)
+        left = [100 * (1 - target) for target in targets]
+        axes.set_xticks(left, [f"{share:g}" for share in left])
+        axes.set_xticks([], minor=True)
         axes.invert_xaxis()
         axes.legend(fontsize="small")
         files.append(folder / f"{problem}_{budget}.png")
