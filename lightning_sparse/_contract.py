@@ -21,12 +21,13 @@ def fail(subject: object, what: str, w: Tensor, wrong: Tensor, detail: str = "")
 
 
 def close(subject: object, what: str, w: Tensor, value: Tensor, wanted: Tensor, relative: float, absolute: float = 0.0) -> None:
-    """Raise ContractError naming w and both values if ``value`` differs from ``wanted``. Equal infinities are close."""
-    near = (value - wanted).abs() <= relative * wanted.abs() + absolute
-    wrong = ~(near | (value == wanted))
+    """Raise ContractError naming the w of the largest relative difference, and both values. Equal infinities are close."""
+    difference, allowed = (value - wanted).abs(), relative * wanted.abs() + absolute
+    wrong = ~((difference <= allowed) | (value == wanted))
     if wrong.any():
-        at = int(wrong.nonzero()[0])
-        fail(subject, f"{what} is {value[at]:.8g}, expected {wanted[at]:.8g},", w, wrong)
+        excess = (difference / allowed).nan_to_num(torch.inf, torch.inf).where(wrong, torch.zeros_like(difference))
+        at = int(excess.argmax())
+        fail(subject, f"{what}: {value[at]:.8g} against {wanted[at]:.8g}", w, torch.arange(len(w)) == at)
 
 
 def same_kind(subject: object, what: str, value: Tensor, like: Tensor) -> None:
