@@ -60,3 +60,8 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY_FUNCTIONS:
         return getattr(importlib.import_module(f"lightning_sparse.{_LAZY_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'lightning_sparse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List also what is imported when it is first used."""
+    return sorted({*globals(), *__all__})

@@ -72,3 +72,9 @@ def test_no_modules_import_each_other_and_a_cycle_would_be_noticed(tmp_path: Pat
 def test_a_training_step_enters_few_files(name: str) -> None:
     torch.manual_seed(0)
     assert walk.walk(walk.METHODS[name]()).files <= (11 if name == "VariationalDropout" else 10)  # its penalty is a table
+
+
+def test_names_that_are_imported_late_are_listed() -> None:
+    """For completion in a notebook."""
+    command = "import lightning_sparse; print(set(lightning_sparse.__all__) - set(dir(lightning_sparse)))"
+    assert subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout == "set()\n"

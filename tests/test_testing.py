@@ -7,8 +7,10 @@ import types
 
 import mutants
 import pytest
+import torch
 
 from lightning_sparse import mask_rules, penalties, testing
+from lightning_sparse._contract import ContractError, close
 from lightning_sparse.duality import CallableRule, MaskRule, Penalty, PenaltyRule
 
 NUMERIC = ("VariationalDropout", "HardConcrete", "Standout")  # tables and quadrature: more than half a second each
@@ -60,6 +62,15 @@ def test_a_users_rule_keeps_the_contract(rule: MaskRule) -> None:
 def test_a_mutant_penalty_is_rejected_with_the_reason(penalty: Penalty, reason: str) -> None:
     with pytest.raises(testing.ContractError, match=reason):
         testing.check_penalty(penalty)
+
+
+def test_the_largest_difference_is_named_not_the_first() -> None:
+    w = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    with pytest.raises(ContractError, match=r"slope: 1.5 against 1 at w = 2"):
+        close("mine", "slope", w, torch.tensor([1.001, 1.5, 1.0]).double(), torch.ones(3).double(), 1e-6)
+    with pytest.raises(ContractError, match=r"slope: nan against 1 at w = 4"):
+        close("mine", "slope", w, torch.tensor([1.001, 1.5, float("nan")]).double(), torch.ones(3).double(), 1e-6)
+    close("mine", "slope", w, torch.tensor([1.0, float("inf"), 1.0]).double(), torch.tensor([1.0, float("inf"), 1.0]).double(), 1e-6)
 
 
 @pytest.mark.parametrize(("rule", "reason"), mutants.RULES, ids=lambda value: type(value).__name__)
