@@ -74,6 +74,7 @@ def test_a_training_step_enters_few_files(name: str) -> None:
     assert walk.walk(walk.METHODS[name]()).files <= (11 if name == "VariationalDropout" else 10)  # its penalty is a table
 
 
+@pytest.mark.slow  # starts a process
 def test_names_that_are_imported_late_are_listed() -> None:
     """For completion in a notebook."""
     command = "import lightning_sparse; print(set(lightning_sparse.__all__) - set(dir(lightning_sparse)))"
