@@ -283,6 +283,7 @@ def test_a_sweep_file_gives_commands_that_the_program_accepts(project, capsys):
     assert "0.003" in said
 
 
+@pytest.mark.slow
 def test_a_sweep_has_log_uniform_strengths_and_uniform_shares(project, capsys):
     assert main(["sweep", "digits", "--lam", "1e-4", "1e-2", "--freeze", "0.2", "0.6", "--runs", "20", "--metric", "val/loss"]) == 0
     file = yaml.safe_load(Path("sweep.yaml").read_text())
@@ -297,9 +298,82 @@ def test_a_sweep_has_log_uniform_strengths_and_uniform_shares(project, capsys):
         ([], "nothing to search"),
         (["--lam", "1e-3", "1e-2", "1e-1"], "needs two different bounds"),
         (["--lam", "0", "1"], "must be > 0"),
+        (["--target", "80", "95"], "--target must lie in (0, 1), got 80.0; did you mean 0.8?"),
+        (["--freeze", "0.5", "1"], "--freeze must lie in [0, 1)"),
+        (["--lam", "0.1", "1", "--callbacks", "AdaptiveProx", "Sparsify"], "--lam: Sparsify takes no 'lam'; give --target"),
+        (["--eps", "0.1", "1", "--callbacks", "MagnitudePruning"], "--eps: MagnitudePruning takes no 'penalty'"),
     ],
 )
 def test_a_sweep_without_a_search_space_is_refused(project, capsys, words, said):
     assert main(["sweep", "digits", *words]) == 2
     assert said in capsys.readouterr().err
     assert not Path("sweep.yaml").exists()
+
+
+MINE = (
+    f"{CONFIG}\nmodel: {{class_path: train.Net}}\ndata: {{class_path: train.Data}}\n"
+    "sparsify: {class_path: Sparsify, init_args: {target_sparsity: 0.9}}\n"
+)
+OVERLAY = "trainer: {callbacks: [{class_path: lightning_sparse.callbacks.Sparsify, init_args: {target_sparsity: 0.9}}]}\n"
+
+
+def _commands(script: str | None = None) -> list[list[str]]:
+    """Return the words after the program of one run for each callback of sweep.yaml, as wandb agent writes them."""
+    file = yaml.safe_load(Path("sweep.yaml").read_text())
+    words = file["command"]
+    first = {name: one["values"][0] if "values" in one else one["min"] for name, one in file["parameters"].items()}
+    forms = file["parameters"].get("sparsify", {}).get("values", [None])
+    runs = [sorted((first | ({"sparsify": form} if form else {})).items()) for form in forms]
+    return [[*words[words.index("fit") : -1], *(f"--{name}={value}" for name, value in one)] for one in runs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--callbacks", "Sparsify", "MagnitudePruning", "HardConcrete"]])
+def test_every_run_of_a_sweep_over_targets_trains_and_the_metric_is_the_modules_own(project, capsys, monkeypatch, more):
+    monkeypatch.syspath_prepend(str(project))
+    Path("my.yaml").write_text(MINE)
+    assert main(["sweep", "my.yaml", "--target", "0.8", "0.95", *more]) == 0
+    assert yaml.safe_load(Path("sweep.yaml").read_text())["metric"] == {"name": "val_acc", "goal": "maximize"}
+    for words in _commands():
+        assert not any(word.endswith("=null") for word in words)
+        assert main(["check", *words[2:]]) == 0
+
+
+@pytest.mark.slow
+def test_the_strength_of_the_configuration_is_unset_where_there_is_one(project):
+    words = ["sweep", "digits", "--target", "0.8", "0.9", "--callbacks", "AdaptiveProx", "Sparsify", "--metric", "val/accuracy"]
+    assert main(words) == 0
+    for words in _commands():
+        assert "--sparsify.init_args.lam=null" in words
+        assert main(["check", *words[2:]]) == 0
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_users_script_is_tried_before_it_is_written(project, capsys):
+    Path("overlay.yaml").write_text(OVERLAY)
+    words = ["sweep", "own.yaml", "--script", "train.py", "--config", "overlay.yaml", "--target", "0.8", "0.95"]
+    assert main([*words, "--metric", "val_ac"]) == 2
+    assert "--metric val_ac is not logged; a trial of two batches logged val_acc; closest: 'val_acc'" in capsys.readouterr().err
+    assert main([*words, "--model.widht", "8"]) == 2
+    assert "a run of this sweep fails, with --config overlay.yaml --model.widht 8" in capsys.readouterr().err
+    assert not Path("sweep.yaml").exists()
+    assert main(words) == 0
+    (run,) = _commands()
+    done = subprocess.run([sys.executable, "train.py", *run, "--trainer.fast_dev_run", "1"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_in_which_a_run_would_fail_is_refused(project, capsys):
+    assert main(["sweep", "digits", "--lam", "1e-3", "1e-2", "--eps", "0.5", "2", "--callbacks", "AdaptiveProx", "HardConcrte"]) == 2
+    said = capsys.readouterr().err
+    assert "a run of this sweep would fail, with --sparsify=HardConcrte" in said
+    assert "'HardConcrete'" in said
+    assert not Path("sweep.yaml").exists()
+
+
+def test_a_configuration_without_a_callback_is_told_which_lines_it_needs(project, capsys):
+    assert main(["sweep", "own.yaml", "--target", "0.8", "0.95"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    needed = said.partition("`")[2].partition("`")[0]
+    assert yaml.safe_load(needed) == {"sparsify": {"class_path": "Sparsify", "init_args": {"target_sparsity": 0.9}}}
