@@ -11,6 +11,8 @@ from lightning_sparse.cli.errors import UsageError
 
 NO_NAME = "this locale supports only ASCII file names, got {!r}: set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
 
+_LONGEST = 500  # characters of a message that is not ours
+
 
 class RunError(Exception):
     """A run that failed after it had started. The user sees only the message."""
@@ -66,4 +68,6 @@ def in_words(error: Exception) -> str:
     """Return an error's text in one line, after the name of its class if the text alone is unclear."""
     text = " ".join(str(error).split())
     clear = isinstance(error, (ValueError, TypeError, RuntimeError, FloatingPointError)) and " " in text
-    return text[:500] if clear else f"{type(error).__name__}: {text[:500]}"
+    if not _places(error)[-1].startswith("lightning_sparse.") and len(text) > _LONGEST:  # because our own messages end with the remedy
+        text = f"{text[:_LONGEST]} ..."
+    return text if clear else f"{type(error).__name__}: {text}"

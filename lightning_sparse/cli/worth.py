@@ -89,7 +89,8 @@ def _zeros(module: nn.Module) -> list[str]:
     zeros, size = (sum(pair[i] for pair in counted.values()) for i in (0, 1))
     rows = sum(int((~weights[name].flatten(1).any(1)).sum()) for name in counted)
     outputs = sum(len(weights[name]) for name in counted)
-    line = f"zeros:          {zeros:,} of {size:,} weights in {len(counted)} matrices ({100 * zeros / max(size, 1):.2f} %)"
+    kind = "matrices" if all(p.dim() == 2 for p in weights.values()) else "tensors"
+    line = f"zeros:          {zeros:,} of {size:,} weights in {len(counted)} {kind} ({100 * zeros / max(size, 1):.2f} %)"
     return [line, f"rows:           {rows:,} of {outputs:,} output neurons and channels have no weight left"]
 
 
@@ -99,7 +100,7 @@ def _shrunk(saved: Saved, inputs: tuple[Any, ...], batches: Sequence[int], words
     try:
         small = lightning_sparse.shrink(conversion.copied(saved.module), formats.sized(inputs, _SAMPLES))
     except Exception as error:  # a report names the reason and goes on
-        return [f"shrink:         {in_words(error)[:200]}"]
+        return [f"shrink:         {in_words(error)}"]
     before, after = (sum(p.numel() for p in module.parameters()) for module in (saved.module, small))
     times = _timings({"shrunk": small}, saved.module, inputs, batches)
     for batch, timing in times.items():

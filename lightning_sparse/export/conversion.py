@@ -207,15 +207,36 @@ def _zeros(weight: Tensor) -> float:
 
 
 def _refuse_dense(module: nn.Module, found: list[Choice]) -> None:
+    """Raise ValueError if no matrix is at least half zero, and say where the zeros are."""
+    elsewhere = _zeros_elsewhere(module, found)
     if not found:
         refuse_quantised(module, "to_sparse")
-        raise ValueError(f"{type(module).__name__} has no nn.Linear and no nn.MultiheadAttention, so there is no matrix to make sparse")
-    if max(choice.zeros for choice in found) < LEAST_ZEROS:
-        most = max(found, key=lambda choice: choice.zeros)
-        raise ValueError(
-            f"no matrix of this {type(module).__name__} is at least half zero (the most zeros: {100 * most.zeros:.1f} % in {most.name}); "
-            "a dense network gains nothing from sparse products: train it with a callback of lightning_sparse first"
-        )
+        none = f"{type(module).__name__} has no nn.Linear and no nn.MultiheadAttention, so there is no matrix to make sparse"
+        raise ValueError(none + (f"; {elsewhere}" if elsewhere else ""))
+    if max(choice.zeros for choice in found) >= LEAST_ZEROS:
+        return
+    most = max(found, key=lambda choice: choice.zeros)
+    figure = f"the most zeros: {100 * most.zeros:.1f} % in {most.name}"
+    if elsewhere:
+        raise ValueError(f"no Linear matrix of this {type(module).__name__} is half zero ({figure}); {elsewhere}")
+    raise ValueError(
+        f"no matrix of this {type(module).__name__} is at least half zero ({figure}); a network with few zeros gains nothing from sparse "
+        "products: train it with a callback of lightning_sparse, to more zeros"
+    )
+
+
+def _zeros_elsewhere(module: nn.Module, found: Sequence[Choice]) -> str:
+    """Say which layers without a sparse kernel are at least half zero, and what to do; empty if there are none."""
+    listed = {choice.name for choice in found}
+    paths = [name.rpartition(".")[0] for name in staying_dense(module, found) if name not in listed]
+    convolutions = [path for path in paths if isinstance(module.get_submodule(path), nn.modules.conv._ConvNd)]
+    named = convolutions or paths
+    if not named:
+        return ""
+    kind = "convolutions" if convolutions else f"{type(module.get_submodule(named[0])).__name__} layers"
+    shown = ", ".join(path or "the module" for path in named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
+    remedy = "For speed train with structure=Channels(), then shrink" if convolutions else "Train the Linear layers to more zeros"
+    return f"the zeros of {shown} are in {kind}, which have no sparse kernel here. {remedy}"
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, list[_Matrix]]]:

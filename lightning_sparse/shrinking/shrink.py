@@ -16,6 +16,7 @@ from lightning_sparse.shrinking.dead import Dead
 from lightning_sparse.shrinking.report import Report, changed_widths, count_multiply_adds, measure
 
 Module = TypeVar("Module", bound=nn.Module)
+_FEW = 0.1  # share of zero weights below which a checkpoint may be the dense one
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,14 @@ def _nothing(module: nn.Module, found: list[Group], dead: Dead, round_to: int) -
     if not exact:
         reasons = [f"{axis}: {why}" for axis, _, why in coupling.left_out(found)]
         return f"nothing to remove from {name}: no group can be removed ({'; '.join(reasons[:3])})"
-    return (
-        f"nothing to remove from {name}: none of its {exact} channels, neurons and heads is zero. Is this the sparse checkpoint? Zeros "
-        "spread over all rows bring no smaller network: train longer, at a higher share of zeros, or with a structure"
-    )
+    weights = [p for p in module.parameters() if p.dim() > 1]
+    share = 1 - sum(int(p.count_nonzero()) for p in weights) / max(sum(p.numel() for p in weights), 1)
+    none = f"nothing to remove from {name}: none of its {exact} channels, neurons and heads is zero"
+    heads = {group.kind for group in found if group.exact} == {"head"}
+    remedy = f"train with structure={'Heads()' if heads else 'Channels()'}, or to a higher share of zeros"
+    if share < _FEW:
+        return f"{none}, and {share:.1%} of its weights are. Is this the sparse checkpoint? If it is, {remedy}"
+    return f"{none}. Its zeros ({share:.1%}) are spread over all of them, which brings no smaller network: {remedy}"
 
 
 @torch.no_grad()

@@ -192,6 +192,33 @@ def test_the_report_of_a_dense_network_says_so():
     assert "no matrix of this MLP is at least half zero" in lines
 
 
+class Convolved(LightningModule):
+    """Convolutions that are nearly zero everywhere, and a Linear layer that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.example_input_array = torch.randn(2, 1, 8, 8)
+        self.c1, self.c2, self.fc = torch.nn.Conv2d(1, 16, 3), torch.nn.Conv2d(16, 16, 3), torch.nn.Linear(256, 10)
+        for layer in (self.c1, self.c2):
+            with torch.no_grad():
+                layer.weight[:, :, 1:] = 0
+
+    def forward(self, x):
+        return self.fc(self.c2(self.c1(x).relu()).relu().flatten(1))
+
+
+def test_the_report_of_a_convolutional_network_names_the_remedy_in_full():
+    lines = worth.lines(saved(Convolved()))
+    assert any(line.lstrip().startswith("zeros:") and "in 3 tensors" in line for line in lines)
+    (cut,) = [line for line in lines if line.lstrip().startswith("shrink:")]
+    assert cut.endswith("train with structure=Channels(), or to a higher share of zeros")
+    assert "Is this the sparse checkpoint" not in cut
+    (layers,) = [line for line in lines if line.lstrip().startswith("sparse layers:")]
+    assert "the zeros of c1, c2 are in convolutions" in layers
+    assert layers.endswith("For speed train with structure=Channels(), then shrink")
+
+
 class Wordless(LightningModule):
     """No example inputs and no data."""
 

@@ -169,6 +169,20 @@ def test_networks_that_cannot_gain_are_refused_in_words():
         to_sparse(dense)
     with pytest.raises(ValueError, match=r"no nn.Linear and no nn.MultiheadAttention"):
         to_sparse(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    sparse = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+    for convolution in (sparse[0], sparse[1]):
+        nn.init.zeros_(convolution.weight)
+    remedy = r"the zeros of 0, 1 are in convolutions, which have no sparse kernel here. For speed train with structure=Channels\(\)"
+    with pytest.raises(
+        ValueError, match=rf"^no Linear matrix of this Sequential is half zero \(the most zeros: 0.0 % in 3.weight\); {remedy}"
+    ):
+        to_sparse(sparse, "csr")
+    with pytest.raises(ValueError, match=rf"no nn.MultiheadAttention, so there is no matrix to make sparse; {remedy}"):
+        to_sparse(sparse[:2])
+    words = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4))
+    nn.init.zeros_(words[0].weight)
+    with pytest.raises(ValueError, match=r"the zeros of 0 are in Embedding layers, .*Train the Linear layers to more zeros$"):
+        to_sparse(words)
     with pytest.raises(ValueError, match="layout must be 'auto', 'csr' or 'bsr', got 'crs'; closest: 'csr'"):
         to_sparse(mlp(), "crs")
     with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got 0"):

@@ -263,6 +263,19 @@ def test_script_takes_it() -> None:
     torch.testing.assert_close(torch.jit.script(found)(X), found(X))
 
 
+def test_only_a_network_with_few_zeros_is_asked_whether_it_is_the_sparse_one() -> None:
+    dense, sparse = network(), network()
+    with torch.no_grad():
+        for p in sparse.parameters():
+            if p.dim() > 1:
+                p[::2, ::2] = p[1::2, 1::2] = 0  # a chessboard: no row and no column is zero
+    with pytest.raises(ValueError, match=r"0.0% of its weights are. Is this the sparse checkpoint\? .*structure=Channels\(\)"):
+        small(dense, X)
+    with pytest.raises(ValueError, match=r"Its zeros \((?:4|5)\d.\d%\) are spread .*: train with structure=Channels\(\)") as refusal:
+        small(sparse, X)
+    assert "Is this" not in str(refusal.value)
+
+
 def test_refusals_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="none of its 14 channels, neurons and heads is zero"):
         small(network(), X)
