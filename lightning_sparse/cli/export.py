@@ -19,12 +19,14 @@ _ABOUT = (
     "and 256 beside the dense network in one run (A/A: the dense network against itself), test metrics before and after, largest "
     "difference of outputs. auto: CSR or BSR, layer by layer, where it is measured to be faster at --batch_size; csr, bsr: every layer "
     "that is at least half zero. All three write a program of torch.export. compact: bit mask and values. 2:4: on CUDA, in bfloat16, "
-    "without a file. Further arguments override the recipe as in fit."
+    "without a file. Formats that this network cannot have are named with the reason, and the others are written; the exit status is 2 "
+    "if one was refused and none was written. Further arguments override the recipe as in fit. "
+    "Example: lightning-sparse export net.ckpt --to csr onnx"
 )
 
 
 def run(verb: str, words: list[str]) -> int:
-    """Write the files and print the table. Raises UsageError if a format cannot hold this network, or brings it nothing."""
+    """Write the files and print the table. Raises UsageError if no format can hold this network, with the reason of each."""
     parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description=_ABOUT)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT")
     parser.add_argument("--to", nargs="+", choices=FORMATS, required=True, help="one format or several, side by side in the table")
@@ -41,9 +43,20 @@ def run(verb: str, words: list[str]) -> int:
     saved = saved.on_gpu() if "2:4" in args.to else saved
     folder = args.checkpoint.parent if args.out is None else args.out
     with tempfile.TemporaryDirectory() as scratch:
-        made = [_written(kind, saved, folder, args.batch_size, "fp16" if args.fp16 else None) for kind in dict.fromkeys(args.to)]
-        print("".join(f"{reason}\n" for reason in made if isinstance(reason, str)), end="")
-        columns = [one for one in made if isinstance(one, Format)]
+        columns, without, refused = list[Format](), list[str](), list[str]()
+        for kind in dict.fromkeys(args.to):
+            try:
+                made = _written(kind, saved, folder, args.batch_size, "fp16" if args.fp16 else None)
+            except UsageError as error:
+                refused.append(f"{kind} not written: {error}" if len(args.to) > 1 else str(error))
+                continue
+            if isinstance(made, Format):
+                columns.append(made)
+            else:
+                without.append(made)
+        if refused and not columns:
+            raise UsageError("\n".join([*refused, *without]))
+        print("".join(f"{reason}\n" for reason in [*refused, *without]), end="")
         if columns:
             formats.show(saved, [formats.dense(saved, Path(scratch)), *columns])
     return 0

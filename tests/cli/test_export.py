@@ -111,6 +111,23 @@ def test_wrong_checkpoints_are_refused_and_nothing_is_written(trained, capsys, t
 
 
 @pytest.mark.slow
+def test_of_several_formats_those_that_can_be_written_are_and_the_others_are_named(trained, capsys, tmp_path):
+    pytest.importorskip("onnxruntime")
+    content = torch.load(trained, weights_only=True)
+    torch.save(content | {"state_dict": dict(_network(-1.0).state_dict())}, tmp_path / "dense.ckpt")
+    words = ["export", "dense.ckpt", "--config", "digits", "--to"]
+    assert main([*words, "csr", "auto", "onnx"]) == 0
+    shown = capsys.readouterr().out
+    assert "csr not written: no matrix of this MLP is at least half zero" in shown
+    assert "auto not written: no matrix of this MLP" in shown
+    assert "onnxruntime.InferenceSession" in shown
+    assert sorted(file.name for file in tmp_path.glob("dense.*")) == ["dense.ckpt", "dense.onnx"]
+    said = refused(capsys, *words, "csr", "auto")
+    assert said.startswith("error: csr not written: ")
+    assert "\nauto not written: " in said
+
+
+@pytest.mark.slow
 def test_a_config_elsewhere_and_overrides_are_used(trained, tmp_path, capsys):
     moved = tmp_path / "net.ckpt"
     moved.write_bytes(trained.read_bytes())
