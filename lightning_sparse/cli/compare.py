@@ -103,7 +103,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         default=default,
         metavar="METHOD",
         help="class names of callbacks that take target_sparsity, alone or as YAML with arguments: 'AdaptiveProx: {penalty: {class_path: "
-        f"MCP, init_args: {{c: 0.2}}}}' (default: {' '.join(default)})",
+        f"MCP, init_args: {{c: 0.2}}}}}}' (default: {' '.join(default)})",
     )
     parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98], metavar="SHARE", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: %(default)s)")
@@ -245,7 +245,7 @@ def described(method: str, penalty: Any, strength: dict[str, float]) -> dict[str
     tree = {tree: {}} if isinstance(tree, str) else tree
     name, given = next(iter(tree.items())) if isinstance(tree, dict) and len(tree) == 1 else ("", None)
     if not name or not isinstance(given, (dict, type(None))):
-        raise UsageError(f"a method is a class name, alone or as 'Name: {{argument: value}}', got {method!r}")
+        raise UsageError(f"a method is a class name, alone or as 'Name: {{argument: value}}', got {method!r}{_brackets(method)}")
     form = imported(name) if "." in name else getattr(callbacks, name, None)
     forms = [one for one in callbacks.__all__ if issubclass(getattr(callbacks, one), Sparsifier) and one != "Sparsifier"]
     if not (inspect.isclass(form) and issubclass(form, Sparsifier)):
@@ -260,6 +260,13 @@ def described(method: str, penalty: Any, strength: dict[str, float]) -> dict[str
     own = {"penalty": penalty} if needs_penalty else {}
     place = "lightning_sparse.callbacks" if name in forms else form.__module__
     return {"class_path": f"{place}.{form.__name__}", "init_args": own | (given or {}) | strength}
+
+
+def _brackets(word: str) -> str:
+    """Return a hint if a word has more opening brackets than closing ones, or fewer."""
+    counted = [(word.count(opens), opens, word.count(closes), closes) for opens, closes in ("{}", "[]")]
+    wrong = [f"{some} {opens} and {others} {closes}" for some, opens, others, closes in counted if some != others]
+    return f"; it has {', '.join(wrong)}" if wrong else ""
 
 
 def arguments_of(form: type[Any]) -> dict[str, inspect.Parameter]:

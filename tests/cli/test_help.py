@@ -1,0 +1,67 @@
+"""The examples in each verb's help are commands that its parser accepts, and its YAML is YAML."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import shlex
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_sparse.cli import _VERBS, compare, main, plot
+
+HELPS = [[verb] for verb in _VERBS if verb not in ("fit", "validate", "test", "predict")] + [["shrink", "--max_drop", "0"]]
+WITH_EXAMPLES = {"export", "compare", "path", "sweep"}
+
+
+class Parsed(Exception):
+    """Stops a verb once its words were accepted, and holds them."""
+
+
+def help_of(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "10000")  # because words are not to be wrapped
+    with contextlib.suppress(SystemExit):
+        main([*words, "--help"])
+    return capsys.readouterr().out
+
+
+def examples(text: str) -> list[list[str]]:
+    return [shlex.split(found) for found in re.findall(r"Example: lightning-sparse (.+)", text)]
+
+
+@pytest.mark.parametrize("words", HELPS, ids=" ".join)
+def test_examples_are_accepted(words, capsys, monkeypatch):
+    text = help_of(words, capsys, monkeypatch)
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        raise Parsed(parse(self, args, namespace)[1])
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+    found = examples(text)
+    assert bool(found) == (words[0] in WITH_EXAMPLES)
+    for verb, *rest in found:
+        assert verb == words[0]
+        with pytest.raises(Parsed) as parsed:
+            main([verb, *rest])
+        assert parsed.value.args == ([],)  # no word is left that the verb does not know
+
+
+@pytest.mark.parametrize("words", HELPS, ids=" ".join)
+def test_quoted_yaml_is_yaml(words, capsys, monkeypatch):
+    quoted = re.findall(r"'([^']*\{[^']*)'", help_of(words, capsys, monkeypatch))
+    assert bool(quoted) == (words[0] in ("compare", "plot"))
+    for word in quoted:
+        assert isinstance(yaml.safe_load(word), dict)
+        if words[0] == "plot":
+            plot.read(word)
+        elif word[0] != "{":
+            assert compare.described(word, None, {"target_sparsity": 0.9})["init_args"]["target_sparsity"] == 0.9
+
+
+def test_a_method_that_lacks_a_bracket_is_refused_with_their_numbers(capsys):
+    assert main(["compare", "digits", "--methods", "AdaptiveProx: {penalty: {class_path: MCP, init_args: {c: 0.2}}"]) == 2
+    assert capsys.readouterr().err.rstrip().endswith("it has 3 { and 2 }")
