@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -40,6 +41,10 @@ def explain(text: str, keys: Iterable[str] = ()) -> str:
     clear = [cause for cause in causes if not _OTHER_KIND.search(cause)]  # those of the matching type of a union
     hinted = [unknown[1] for cause in clear if (unknown := re.search(r"takes no ('[^']+'); closest", cause))]
     clear = [cause for cause in clear if not any(cause.endswith(f"takes no {key}") for key in hinted)]  # reports of a base class
+    numbers = [cause.partition("must be ")[0] for cause in causes if re.search(r": must be ", cause)]
+    causes = [
+        cause for cause in causes if not any(key and cause.startswith(f"{key}no class") and "closest" not in cause for key in numbers)
+    ]
     return "\n".join(clear or causes) or text
 
 
@@ -67,7 +72,7 @@ def _sentence(cause: str, where: str, owner: str, bases: str, keys: list[str]) -
     if option := re.match(r"(?:Option|Key) '([^']+)' is not (?:accepted|expected)", cause):
         return f"{prefix}{owner.rpartition('.')[2]} takes no {option[1]!r}{_checks.closest(option[1], parameters(owner))}"
     if name := re.match(r"Expected a dot import path string: (\S+)", cause):
-        known = class_names(bases)
+        known = class_names(_expected(owner, where.rpartition(".")[2]) or bases)
         return "" if name[1] in known else f"{prefix}no class {name[1]!r}{_checks.closest(name[1], known)}"
     if option := re.search(r"does not accept option '([^']+)'|Unrecognized arguments: (?:--)?([\w.+-]+)", cause, re.IGNORECASE):
         return f"no key {option[1] or option[2]!r}{_near_key(option[1] or option[2], keys)}"
@@ -81,6 +86,19 @@ def parameters(class_path: str) -> list[str]:
     """Return the argument names of the class at a dotted path; an empty list if it cannot be imported."""
     found = imported(class_path)
     return [name for name in inspect.signature(found).parameters if name != "self"] if found else []
+
+
+def _expected(class_path: str, name: str) -> str:
+    """Return the annotation of a class's argument, with full paths; empty if the class or its argument is not found."""
+    form = imported(class_path)
+    for cls in form.__mro__ if form else ():
+        try:
+            hints = typing.get_type_hints(vars(cls)["__init__"]) if "__init__" in vars(cls) else {}
+        except (NameError, TypeError):  # a name that only type checkers import
+            continue
+        if name in hints:
+            return str(hints[name])
+    return ""
 
 
 def class_names(text: str) -> set[str]:

@@ -20,6 +20,9 @@ SCALED = "{class_path: Scaled, init_args: {p: {class_path: LogSum, init_args: {e
 WORDS = {
     "lam of text": ([S + "lam", "much"], ["sparsify.lam", "must be a number"]),
     "lam nan": ([S + "lam", ".nan"], ["lam must be a finite number > 0, got nan"]),
+    "lam of a word": ([S + "lam", "strong"], ["sparsify.lam: must be a number (float)"]),
+    "structure": ([S + "structure", "Channel"], ["sparsify.structure: no class 'Channel'; closest: 'Channels'"]),
+    "score": (["--sparsify", "MagnitudePruning", S + "score", "Magnitud"], ["sparsify.score: no class 'Magnitud'; closest: 'Magnitude'"]),
     "schedule": ([S + "lam", "LinearWarmup", S + "lam.lam", "1", S + "lam.share", "0"], ["share must lie in (0, 1], got 0.0"]),
     "schedule's name": ([S + "lam", "Cubicc"], ["no class 'Cubicc'", "'Cubic'"]),
     "schedule's order": ([S + "lam", "Cubic", S + "lam.lam", "1", S + "lam.begin", "0.8"], ["end must lie in (0.8, 1]"]),
@@ -67,6 +70,10 @@ def test_words(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     for part in expected:
         assert part in message
     assert len(message.splitlines()) <= 2
+
+
+def test_a_word_for_a_number_is_not_also_called_an_unknown_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(refused(capsys, "fit", "--config", "digits", "--sparsify.lam", "strong").splitlines()) == 1
 
 
 FORM = "sparsify:\n  class_path: ReweightedPenalty\n"
