@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_sparse import counts, coverage, duality
+from lightning_sparse import counts, coverage, duality, reach
 from lightning_sparse.callbacks.compatibility import is_a, overrides
 from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.options import Options
@@ -22,7 +23,7 @@ from lightning_sparse.methods.base import Method
 from lightning_sparse.schedules import NEAR, Strength
 from lightning_sparse.select import left_out, owners
 from lightning_sparse.step_sizes import Doubt
-from lightning_sparse.structure import Coupled
+from lightning_sparse.structure import Coupled, Heads
 from lightning_sparse.support import Support
 from lightning_sparse.weights import WeightStore
 
@@ -124,6 +125,34 @@ def check_target(callback: SparsityCallback, trainer: Trainer) -> None:
             f"target_sparsity={search.target:g} is out of reach: {zeros:.2%} of the selected weights are zero already and "
             "keep_zeros=True keeps them at zero; raise the target, or set keep_zeros=False"
         )
+
+
+def check_reach(callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a target above the share of the selected weights that the groups of a structure can make zero."""
+    options, support, target = callback.options, callback.support, callback.options.target_sparsity
+    grows = any(is_a(one, "BaseFinetuning") for one in trainer.callbacks)  # type: ignore[attr-defined] # because it unfreezes more
+    found = None if target is None or support.is_frozen or grows else reach.of(support)
+    if target is None or found is None or found.suffices(target):
+        return
+    stays = f", and least_kept={options.least_kept:g} of them" if options.least_kept else ""
+    why, ways = f"one group of each axis stays{stays}", []
+    if found.outside:
+        more = f" (and {len(found.outside) - 1} more)" if len(found.outside) > 1 else ""
+        why = f"{(found.elsewhere or found.outside)[0]}{more} lie{'' if more else 's'} in no group, and {why}"
+        rest = f" (at most {_percent(found.zeros / max(found.inside, 1))} of the others)" if found.inside else ""
+        ways.append(f"exclude them with select={_without(options, found.outside, module)}{rest}")
+    if found.elsewhere:
+        ways.append(f"add a callback with structure={'Channels()' if options.structure == Heads() else 'Heads()'} for them")
+    if (most := math.floor(100 * found.share) / 100) > 0:
+        ways.append(f"give at most {most:g}")
+    raise ValueError(
+        f"target_sparsity={target:g} cannot be reached: {options.structure!r} can make at most {_percent(found.share)} of the "
+        f"{found.size:,} selected weights zero; {why}. Either {', or '.join(ways)}"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{math.floor(1000 * share) / 10:g} %"
 
 
 def check_closures(form: str, module: LightningModule, optimizer: Optimizer, count: int) -> None:

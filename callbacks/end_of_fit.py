@@ -132,7 +132,7 @@ class EndOfFit:
         options, support, strength = callback.options, callback.support, callback.strength
         if not callback.parameters:
             return
-        missed = self.unreached() if strength.step < strength.total else []
+        missed = self.unreached() if strength.step < strength.total and not support.is_frozen else []
         missed += endings.schedule_left(options, support, strength) if trainer.should_stop else []
         prunes = bool(missed) and options.finish == "prune"
         if prunes:

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_sparse import counts, elementwise
+from lightning_sparse import counts, elementwise, reach
 from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
@@ -22,6 +22,7 @@ from lightning_sparse.support import Support
 FEW = 0.01  # share of zeros below which a run with lam > 0 is warned of
 TRIAL = 100  # optimiser steps below which a run may be only a trial
 COLLAPSED = 30  # a parameter left with one weight is reported if the target's own share of it is at least so many weights
+FEW_GROUPS = 8  # a set of groups left with one is reported if the target's own share of it is at least so many
 MASK = 1 / 32  # size of a compact file's bit mask, relative to the weights in float32: with fewer zeros the file is not smaller
 
 
@@ -29,13 +30,20 @@ MASK = 1 / 32  # size of a compact file's bit mask, relative to the weights in f
 
 
 def unreached(options: Options, support: Support, strength: Strength) -> list[str]:
-    """Describe the goals that the run has not met, one phrase each; empty once the support is frozen."""
+    """Describe the goals that the run has not met, one phrase each; of a frozen support only a target that it misses."""
     if support.is_frozen:
-        return []
+        return short_of_target(options, support, strength)
     if options.target_sparsity is not None:
         return [f"{support.share_of_zeros():.2%} of the selected weights are zero, target_sparsity is {options.target_sparsity:g}"]
     at = round(strength.total * (1 - options.freeze)) if options.freeze else 0
     return [f"its support was to be frozen at step {at} (freeze={options.freeze:g}), so nothing was fine-tuned"] if options.freeze else []
+
+
+def short_of_target(options: Options, support: Support, strength: Strength) -> list[str]:
+    """Describe the share of zeros of a support that was chosen for the target and has fewer zeros; empty if it has enough."""
+    target = options.target_sparsity
+    share = None if target is None or strength.asked is not None else reach.missing(support, target)
+    return [] if share is None else [f"{share:.2%} of the selected weights are zero and can be, target_sparsity is {target:g}"]
 
 
 def schedule_left(options: Options, support: Support, strength: Strength) -> list[str]:
@@ -99,20 +107,28 @@ def warn_new_length(options: Options, support: Support, strength: Strength, plan
         )
 
 
-def tell_parts(form: str, support: Support, strength: Strength) -> None:
-    """Log, when the support is frozen, how many weights lam brought to zero and how many were removed by rank."""
+def tell_parts(form: str, support: Support, strength: Strength, before: float) -> None:
+    """Log, once the support is frozen, its zeros and how many lam made and the rank removed; warn if the target is not met.
+
+    ``before`` is the share of zeros before it was frozen.
+    """
     target = strength.target
     if target is None:
         return
-    by_rank = min(target.ranked + max(target.target - support.share_of_zeros(), 0.0), target.target)
-    rank_zero_info(
-        f"{form} meets target_sparsity={target.target:g} at step {strength.step}: lam (now {strength.lam:.3g}) brought "
-        f"{target.target - by_rank:.2%} of the weights to zero, {by_rank:.2%} were removed by rank along the ramp ({support.score!r})"
+    share, short = support.share_of_zeros(), reach.missing(support, target.target) is not None
+    by_rank = min(target.ranked + max(share - before, 0.0), share)
+    parts = (
+        f"at step {strength.step}: lam (now {strength.lam:.3g}) brought {share - by_rank:.2%} of the weights to zero, {by_rank:.2%} were "
+        f"removed by rank along the ramp ({support.score!r}), {share:.2%} in all"
     )
+    if short:
+        rank_zero_warn(f"{form} does not meet target_sparsity={target.target:g} {parts}. No more can be removed: give a smaller target")
+    else:
+        rank_zero_info(f"{form} meets target_sparsity={target.target:g} {parts}")
 
 
 def warn_collapsed(options: Options, support: Support) -> None:
-    """Warn of parameters of which ranking towards a target has left a single weight."""
+    """Warn of parameters of which ranking towards a target has left a single weight, and of sets of groups with a single group left."""
     if options.target_sparsity is None:
         return
     found = counts.count_zeros(support.weights.parameters, support.all_zeros())
@@ -121,6 +137,14 @@ def warn_collapsed(options: Options, support: Support) -> None:
         rank_zero_warn(
             f"{options.form} has left at most one weight of {left[:5]}: these layers pass on next to nothing. Give least_kept=0.01, "
             "score=scores.LAMP(), which keeps some weights of every layer, or a smaller target_sparsity"
+        )
+    groups = support.groups_left(support.weights.parameters)
+    share = 1 - options.target_sparsity
+    alone = [f"{name} ({count})" for name, (kept, count) in groups.items() if kept <= 1 and count * share >= FEW_GROUPS]
+    if alone:
+        rank_zero_warn(
+            f"{options.form} has left one group of each of {', '.join(alone[:5])}: these layers pass on next to nothing. Give "
+            "least_kept=0.05, which keeps a twentieth of the groups of each, or a smaller target_sparsity"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NoReturn
 
 from lightning_sparse import _checks, methods
 from lightning_sparse._construction import typed
+from lightning_sparse.callbacks import endings
 from lightning_sparse.callbacks.form import SparsityCallback
 from lightning_sparse.callbacks.options import Finish, only_one
 from lightning_sparse.callbacks.sparsifier import Sparsifier
@@ -130,9 +131,9 @@ class MagnitudePruning(Sparsifier):
         return self.end
 
     def unreached(self) -> list[str]:
-        """Describe what is missing if the ramp has not ended; empty otherwise."""
+        """Describe what is missing if the ramp has not ended, or has ended with fewer zeros than it asked for; empty otherwise."""
         if self.frozen or self.lam >= self.sparsity:
-            return []
+            return endings.short_of_target(self.options, self.support, self.strength)
         zeros = f"{self.share_of_zeros():.2%} of the selected weights are zero"
         return [f"{zeros}, its ramp has reached {self.lam:.1%} zeros, not {self.sparsity:.1%}; a smaller end= finishes the ramp earlier"]
 

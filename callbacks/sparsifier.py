@@ -115,6 +115,7 @@ class Sparsifier(SparsityCallback):
             self.support.keep_zeros(self.weights.parameters)
         if self.saved.restored is not None:
             self.saved.restore(self.recipe(), self.averages)
+        checks.check_reach(self, trainer, pl_module)
         self._logs_histograms = logging.start(trainer)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -253,8 +254,9 @@ class Sparsifier(SparsityCallback):
             self.method.progress()
         freeze = self.options.freeze
         if freeze and self.support.frozen is None and (arrived or self.strength.step >= round(self.strength.total * (1 - freeze))):
-            endings.tell_parts(self.options.form, self.support, self.strength)
+            before = self.support.share_of_zeros()
             self._freeze()
+            endings.tell_parts(self.options.form, self.support, self.strength, before)
 
     def _freeze(self, new: Iterable[str] | None = None) -> None:
         """Freeze the supports of all parameters, at the target if there is one, or those of ``new`` ones as they are."""

@@ -70,9 +70,11 @@ def find(structure: Coupled, module: nn.Module, selected: Iterable[str], example
     axes: dict[str, list[Group]] = {}
     left_out: dict[str, str] = {}
     chosen, known = set(selected), dict(module.named_parameters())
-    kinds = ("head",) if structure.heads else ("channel", "neuron")
+    elsewhere: set[str] = set()
     for group in coupling.groups(module, example_inputs):
-        if group.kind in kinds and any(entry.name in chosen for entry in group.parameters("producer", "normaliser")):
+        if (group.kind == "head") != structure.heads:
+            elsewhere |= {entry.name for entry in group.parameters()} if group.exact else set()
+        elif any(entry.name in chosen for entry in group.parameters("producer", "normaliser")):
             axes.setdefault(group.axis, []).append(group)
     parts: dict[str, list[Part]] = {}
     along: dict[str, list[Part]] = {}
@@ -89,7 +91,7 @@ def find(structure: Coupled, module: nn.Module, selected: Iterable[str], example
         name = type(module).__name__
         raise ValueError(f"{structure!r} finds no groups that can be removed exactly in {name}{why}. Use Rows() or Columns()")
     names = {part.name for listed in (parts, along) for of in listed.values() for part in of}
-    return Found(Groups(parts, along, keeps_one=True), {name: known[name] for name in known if name in names}, left_out)
+    return Found(Groups(parts, along, True, elsewhere), {name: known[name] for name in known if name in names}, left_out)
 
 
 def _roles(members: list[Group], module: nn.Module, *roles: Any) -> dict[Slice, list[tuple[int, ...]]]:

@@ -34,10 +34,17 @@ class Groups:
         parts: the weights that make up the groups' sizes and carry their scale, by leader; a group may have weights in several parameters.
         along: further weights that are zero where the group is, by leader; no part of its size r_g or of its number of weights d_g.
         keeps_one: the largest group of a leader is never zero.
+        elsewhere: parameters with weights in removable groups of another kind, which are not among these.
     """
 
-    def __init__(self, parts: Mapping[str, list[Part]], along: Mapping[str, list[Part]] | None = None, keeps_one: bool = False) -> None:
-        self.parts, self.along, self.keeps_one = dict(parts), dict(along or {}), keeps_one
+    def __init__(
+        self,
+        parts: Mapping[str, list[Part]],
+        along: Mapping[str, list[Part]] | None = None,
+        keeps_one: bool = False,
+        elsewhere: Iterable[str] = (),
+    ) -> None:
+        self.parts, self.along, self.keeps_one, self.elsewhere = dict(parts), dict(along or {}), keeps_one, frozenset(elsewhere)
         self._counts: dict[tuple[str, bool], Tensor] = {}  # weights in each group, by leader and whether they are split
 
     def of(self, name: str) -> list[tuple[str, Part]]:
@@ -94,6 +101,11 @@ class Groups:
                     masks[part.name] = masks[part.name] | mask if part.name in masks else mask
         return {name: masks[name].clone() if name in masks else torch.zeros_like(w, dtype=torch.bool) for name, w in values.items()}
 
+    @staticmethod
+    def staying(count: int, least: float) -> int:
+        """Return how many of the ``count`` groups of a leader ranking never removes."""
+        return min(max(1, round(least * count)), count)
+
     def keep_highest(
         self, scores: Mapping[str, Tensor], values: Mapping[str, Tensor], zeros: float, least: float = 0.0
     ) -> dict[str, Tensor]:
@@ -110,8 +122,8 @@ class Groups:
         """
         known = {leader: score.float().reshape(-1) for leader, score in scores.items()}
         for leader, score in known.items():
-            kept = min(max(1, round(least * len(score))), len(score))
-            known[leader] = score.index_fill(0, score.argsort(descending=True, stable=True)[:kept], torch.inf)
+            kept = score.argsort(descending=True, stable=True)[: self.staying(len(score), least)]
+            known[leader] = score.index_fill(0, kept, torch.inf)
         every = torch.cat(list(known.values()))
         place = torch.empty(len(every), dtype=torch.long)  # of each group in the order of removal
         place[every.cpu().argsort(stable=True)] = torch.arange(len(every))

@@ -302,6 +302,8 @@ class Support:
         everywhere = {name: torch.ones_like(whole) for name, whole in alive.items()}
         distinct = counts.distinct(self.weights.parameters)  # tied parameters share the mask
         kept = everywhere | self.keep_highest({name: alive[name] for name in distinct}, zeros)
+        if self.groups is not None:  # because zeros that are held may lie in groups that stay
+            kept |= {name: kept[name] & elementwise.full_tensor(held) for name, held in self.held.items() if name in kept}
         return {name: self.weights.part(name, whole) for name, whole in kept.items()}
 
     def keep_highest(self, alive: Mapping[str, Tensor], zeros: float) -> dict[str, Tensor]:
