@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_sparse import _checks, elementwise, schedules, step_sizes
+from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.options import Options
-from lightning_sparse.callbacks.progress import fits
+from lightning_sparse.callbacks.progress import choose, fits, saved_values
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.callbacks.weight_averaging import Averages
 from lightning_sparse.methods.base import Method
@@ -186,6 +187,34 @@ def own_state(checkpoint: Mapping[str, Any], key: str, patterns: list[str] | Non
     states = callbacks_of(checkpoint)
     others = (state for state in states.values() if fits(patterns, trainer, module, state))
     return states[key] if key in states else next(others, {})
+
+
+def check_other_selection(states: Mapping[str, Any], callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> None:
+    """Raise ValueError for a fit resumed by a callback that has no state in the file, if the file has one that no callback continues.
+
+    It is refused if it was written with another ``select``: its ramp, its zeros and the values below them would be lost.
+    """
+    peers = peers_of(trainer)
+    kept = {key: state for key, state in states.items() if key not in {peer.state_key for peer in peers}}
+    for state in kept.values() if trainer.state.fn == "fit" else ():
+        if any(fits(peer.options.select, trainer, module, state) for peer in peers):
+            continue
+        if not saved_values(state) or not _is_recipe(recipe := state.get("recipe")) or not isinstance(recipe["init_args"], dict):
+            continue
+        before, now = (_selection(select) for select in (recipe["init_args"].get("select"), callback.options.select))
+        own = choose(callback.options.select, trainer, module)
+        odd = sorted(set(saved_values(state)) ^ set(own))
+        if before != now and odd:
+            more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+            raise ValueError(
+                f"the checkpoint's {recipe['class_path']} was written with {before}, and {callback.options.form} has {now}: they differ in "
+                f"{odd[:5]}{more}. Resume with the same selection; to train another one, load the weights into the module and fit it "
+                "without ckpt_path"
+            )
+
+
+def _selection(patterns: Any) -> str:
+    return "the default select" if patterns is None else f"select={patterns}"
 
 
 # -- checks of the entries -------------------------------------------------------------------------------------------------

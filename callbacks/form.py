@@ -59,6 +59,7 @@ class SparsityCallback(AnyCallback, metaclass=Constructed):
         lam: strength, a number or a Schedule; by default a MaskRule's own.
         select: glob patterns on parameter names, a leading ``!`` excludes; by default every weight matrix of torch's own layers.
             Wildcards also match those of other layers (GPT-2's Conv1D, 3-D experts); embeddings and norms need their full name.
+            Callbacks of one class on one network need different ones.
         tol: a weight counts as zero when its keep probability is below ``tol``.
         freeze: the last share of the optimiser steps, trained without penalty or noise and with the support frozen.
         threshold: weights of at most this magnitude also count as zero; required by penalties that only shrink.

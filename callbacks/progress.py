@@ -62,10 +62,11 @@ def total_steps(trainer: Trainer, drift: int, options: Options, strength: Streng
         total = math.ceil(total / max(len(trainer.optimizers), 1))
     trains = trainer.limit_train_batches != 0 and trainer.num_training_batches > 0
     if not math.isfinite(total) and trains and (options.freeze or not isinstance(strength.schedule, Constant)):
-        why = "its training loader has no length" if trainer.max_epochs not in (None, -1) else "neither epochs nor steps are given"
+        has_epochs, has_length = trainer.max_epochs not in (None, -1), math.isfinite(trainer.num_training_batches)
+        why = "its training loader has no length" if has_epochs else "neither epochs nor steps are given"
+        ways = "max_epochs, such as max_epochs=20, or max_steps" if has_length else "max_steps, or limit_train_batches beside max_epochs"
         raise ValueError(
-            f"{options.form} with {_shares(options, strength)} needs the length of the run, but {why}: "
-            "give the Trainer max_steps, or limit_train_batches beside max_epochs"
+            f"{options.form} with {_shares(options, strength)} needs the length of the run, but {why}: give the Trainer {ways}"
         )
     return total
 
@@ -116,19 +117,20 @@ def choose(patterns: list[str] | None, trainer: Trainer, module: LightningModule
     thaws = any(is_a(one, "BaseFinetuning") for one in trainer.callbacks)  # type: ignore[attr-defined]
     chosen = select(module, patterns, trainable=not thaws)
     now = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
-    before = _saved_values(state)
+    before = saved_values(state)
     known = now if before.keys() <= now.keys() else select(module, patterns, trainable=False)
     return {name: known[name] for name in before if name in known} | now  # in the order in which they became trainable
 
 
-def _saved_values(state: Any) -> dict[str, Any]:
+def saved_values(state: Any) -> dict[str, Any]:
+    """Return what a sparsity callback's state keeps of each parameter; empty for other states."""
     taken = state.get("taken") if isinstance(state, dict) else None
     return taken if isinstance(taken, dict) else {}
 
 
 def fits(patterns: list[str] | None, trainer: Trainer, module: LightningModule, state: Any) -> bool:
     """Return True if ``state`` is a sparsity callback's state for the same parameters."""
-    return bool(_saved_values(state)) and set(_saved_values(state)) == set(choose(patterns, trainer, module, state))
+    return bool(saved_values(state)) and set(saved_values(state)) == set(choose(patterns, trainer, module, state))
 
 
 def newly_trainable(weights: WeightStore, patterns: list[str] | None, trainer: Trainer, module: LightningModule) -> dict[str, Parameter]:

@@ -38,7 +38,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse import archive, elementwise
 from lightning_sparse.callbacks import best, checks, consistency, end_of_fit, endings, evaluation, logging, progress, weight_averaging
-from lightning_sparse.callbacks.checkpointing import CheckpointState, callbacks_of, own_state
+from lightning_sparse.callbacks.checkpointing import CheckpointState, callbacks_of, check_other_selection, own_state
 from lightning_sparse.callbacks.connections import Connections
 from lightning_sparse.callbacks.form import SparsityCallback
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
@@ -338,6 +338,8 @@ class Sparsifier(SparsityCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         consistency.on_rank_zero(trainer, partial(archive.check, trainer.ckpt_path))
         own = own_state(checkpoint, self.state_key, self.options.select, trainer, pl_module)
+        if not own:
+            check_other_selection(callbacks_of(checkpoint), self, trainer, pl_module)
         if self.attachment is None:
             self.weights.parameters = progress.choose(self.options.select, trainer, pl_module, own)
         if self.state_key not in callbacks_of(checkpoint):  # continue from another callback's state of the same parameters

@@ -11,7 +11,7 @@ from torch import nn
 from toys import Repeated, Toy, data, hooks, trainer, weights
 
 from lightning_sparse import duality, mask_rules, penalties, schedules
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, SparsityMonitor
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, Sparsify, SparsityMonitor
 from lightning_sparse.curvature import EmpiricalFisher
 from lightning_sparse.duality import Penalty
 from lightning_sparse.noise import Gaussian
@@ -96,6 +96,12 @@ RUNS = {
     "shrinks only": (lambda: ReweightedPenalty(penalties.Ridge(c=1.0), 0.1), {}, {}, r"only shrinks: .* give a magnitude threshold"),
     "shrinking rule": (lambda: AdaptiveMask(mask_rules.Standout()), {}, {}, "only shrinks"),
     "endless": (lambda: ReweightedPenalty(LOG_SUM, schedules.LinearWarmup(1.0)), {}, {"epochs": -1}, "needs the length of the run"),
+    "endless target": (
+        lambda: Sparsify(0.9),
+        {},
+        {"epochs": -1},
+        "neither epochs nor steps are given: give the Trainer max_epochs, such as max_epochs=20, or max_steps",
+    ),
     "endless freeze": (lambda: ReweightedPenalty(LOG_SUM, 1.0, freeze=0.5), {}, {"epochs": -1}, "needs the length of the run"),
     "adam metric": (
         lambda: AdaptiveProx(LOG_SUM, 1.0, metric="adam"),
@@ -178,6 +184,28 @@ def test_a_checkpoint_of_another_selection_is_refused(tmp_path):
     torch.save(state, tmp_path / "first.ckpt")
     with pytest.raises(ValueError, match=r"was written for other parameters; they differ in \['network.2.weight'\]"):
         trainer(other, epochs=2).fit(Toy(), data(), ckpt_path=tmp_path / "first.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.", "ignore:Sparsify continues for")
+def test_resuming_with_another_select_is_refused_with_the_difference(tmp_path):
+    run = trainer(Sparsify(0.5), epochs=4, max_steps=6)
+    run.fit(Toy(), data())
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    resume = {"ckpt_path": tmp_path / "first.ckpt"}
+    wanted = (
+        r"the checkpoint's Sparsify was written with the default select, and Sparsify has select=\['network.0.\*'\]: they differ in "
+        r"\['network.2.weight'\]. Resume with the same selection; to train another one, load the weights"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        trainer(Sparsify(0.5, select=["network.0.*"]), epochs=4).fit(Toy(), data(), **resume)
+    other = trainer(Sparsify(0.5), Sparsify(0.5, select=["network.0.*"]), epochs=4)
+    with pytest.raises(ValueError, match="two sparsity callbacks select"):  # the first one continues, so that no state is lost
+        other.fit(Toy(), data(), **resume)
+    same = Sparsify(0.5, select=["network.*.weight"])
+    with pytest.warns(UserWarning, match=r"with another recipe: select: None -> "):  # other patterns for the same weights
+        trainer(same, epochs=4).fit(Toy(), data(), **resume)
+    assert same.step > 6
+    trainer(Sparsify(0.5, select=["network.0.*"]), epochs=4).validate(Toy(), data(), verbose=False, **resume)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
