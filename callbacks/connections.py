@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_sparse import coupling
 from lightning_sparse import step as steps
 from lightning_sparse.callbacks import consistency, progress, weight_averaging
 from lightning_sparse.methods.base import Method, Run
@@ -72,8 +73,17 @@ class Connections:
     def couple(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the groups of a structure that spans several parameters."""
         structure = self.run.support.structure
-        if isinstance(structure, Coupled):
+        if not isinstance(structure, Coupled):
+            return
+        try:
             self.run.couple(structure, module, progress.example_inputs(trainer, module))
+        except coupling.ForwardFails as error:
+            if module.example_input_array is not None:
+                raise
+            raise ValueError(
+                f"{structure!r} traces the network, but {error.name}.forward fails on the first training batch's inputs ({error.reason}); "
+                "set self.example_input_array = (x, ...), or a dict of keyword arguments, in __init__"
+            ) from error
 
     def release(self) -> None:
         """Restore the live weights and remove the hooks on the optimisers."""

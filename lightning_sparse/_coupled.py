@@ -88,8 +88,9 @@ def find(structure: Coupled, module: nn.Module, selected: Iterable[str], example
             parts[axis], along[axis] = _parts(members, module, known)
     if not parts:
         why = "".join(f"; {axis}: {reason}" for axis, reason in list(left_out.items())[:5])
-        name = type(module).__name__
-        raise ValueError(f"{structure!r} finds no groups that can be removed exactly in {name}{why}. Use Rows() or Columns()")
+        cured = structure.heads and any(reason.startswith(coupling.FAILS) for reason in left_out.values())
+        advice = "" if cured else ". Use Rows() or Columns()"
+        raise ValueError(f"{structure!r} finds no groups that can be removed exactly in {type(module).__name__}{why}{advice}")
     names = {part.name for listed in (parts, along) for of in listed.values() for part in of}
     return Found(Groups(parts, along, True, elsewhere), {name: known[name] for name in known if name in names}, left_out)
 

@@ -23,9 +23,23 @@ from lightning_sparse._naming import by_name
 __all__ = ["Entry", "Group", "Role", "Source", "groups", "indices", "kept", "left_out", "prepare"]
 
 TOLERANCE = 1e-5
+FAILS = "the network without it fails"
 _DATA_DEPENDENT = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select")
 _Pick = Callable[[list[Group]], list[Group]]
 _BY_HAND = "try groups(..., source='names') for transformers, or name groups by hand with named=[Group(...)], source=None"
+
+
+class ForwardFails(ValueError):
+    """The module's forward fails on the example inputs.
+
+    Args:
+        name: the module's class.
+        reason: type and text of its error.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} fails on the example inputs: {reason}")
+        self.name, self.reason = name, reason
 
 
 Source = Callable[[nn.Module, Any, Mapping[str, int]], list[list[list[Group]]]]
@@ -172,7 +186,7 @@ def prepare(module: nn.Module, inputs: Any, allow_branches: bool = False) -> tup
         with watch:
             tensors = surgery.outputs(model, inputs)
     except Exception as error:  # the user's forward may raise any error
-        raise ValueError(f"{type(module).__name__} fails on the example inputs: {_words(error)}") from error
+        raise ForwardFails(type(module).__name__, _words(error)) from error
     if not tensors:
         raise ValueError(f"{type(module).__name__} returns no tensor on the example inputs")
     if watch.seen and not allow_branches:
@@ -228,7 +242,7 @@ class _Proof:
         """Find the axes that fail by halving: axes that pass together need one comparison."""
         why = self.compare([group for i in among for group in pick(axes[i])]) if among else ""
         if why and len(among) == 1:
-            found[among[0]] = why + self._hint(axes[among[0]])
+            found[among[0]] = why + (self._hint(axes[among[0]]) or _cure(axes[among[0]], why))
         elif why:
             middle = len(among) // 2
             self._search(among[:middle], axes, pick, found)
@@ -260,7 +274,7 @@ class _Proof:
             surgery.cut_(smaller, *kept(self.model, removed))
             after = surgery.outputs(smaller, self.inputs)
         except Exception as error:  # a network of other shapes may fail anywhere
-            return f"the network without it fails: {_words(error)}"
+            return f"{FAILS}: {_words(error)}"
         before = surgery.outputs(zeroed, self.inputs)
         if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
             return "it is part of the output"
@@ -286,6 +300,18 @@ def _proved(proof: _Proof, axes: list[list[list[Group]]]) -> list[Group]:
         else:
             good += _half(done[i])
     return [group for members in done.values() for group in members]
+
+
+def _cure(members: list[Group], why: str) -> str:
+    """Return how to write an attention whose forward fails without a head; empty for other reasons."""
+    if members[0].kind != "head" or not why.startswith(FAILS):
+        return ""
+    count = next((name.rpartition(".")[2] for name, by in members[0].counts if by == 1), "heads")
+    return (
+        f": after one head was removed, forward still computes the head size from the input's width; compute it once in __init__ "
+        f"(self.head_size = d // {count}), use view(b, t, self.{count}, self.head_size) and end with "
+        f"reshape(b, t, self.{count} * self.head_size)"
+    )
 
 
 def _known_reason(members: list[Group]) -> str:

@@ -355,3 +355,34 @@ def test_overlapping_entries_are_joined() -> None:
     assert indices([first, replace(first, entries=(Entry("w", 0, (3,), "producer"), Entry("w", 1, (0,), "consumer")))]) == {
         "w": {0: {1, 3}, 1: {0}}
     }
+
+
+class Narrow(nn.Module):
+    """Attention as it is often written: the head size is the width of the input, divided by the heads."""
+
+    def __init__(self, fused: bool = False, fixed: bool = False) -> None:
+        super().__init__()
+        self.n_head, self.fused, self.head_size = 4, fused, 4 if fixed else 0
+        self.joined = nn.Linear(16, 48) if fused else nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.proj = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        size = self.head_size or d // self.n_head
+        parts = self.joined(x).chunk(3, -1) if self.fused else [part(x) for part in self.joined]
+        q, k, v = (part.view(b, t, self.n_head, size).transpose(1, 2) for part in parts)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        out: Tensor = self.proj(mixed.reshape(b, t, self.n_head * size))
+        return out
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_that_fails_without_a_head_is_told_how_to_fix_the_head_size(fused: bool) -> None:
+    x = torch.randn(2, 3, 16)
+    (reason,) = {group.reason for group in groups(Narrow(fused), x) if group.kind == "head"}
+    assert reason.startswith("the network without it fails: RuntimeError: shape '[2, 3, 3, 5]' is invalid")
+    assert "compute it once in __init__ (self.head_size = d // n_head), use view(b, t, self.n_head, self.head_size) and end with" in reason
+    assert reason.endswith("reshape(b, t, self.n_head * self.head_size)")
+    found = [group for group in groups(Narrow(fused, fixed=True), x) if group.kind == "head"]
+    assert len(found) == 4
+    assert all(group.exact for group in found)

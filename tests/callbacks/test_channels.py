@@ -203,6 +203,49 @@ def test_group_figures_are_logged() -> None:
         assert 1 < len(names) == len(set(names))
 
 
+class Narrow(Attention):
+    """Attention that computes the size of a head from the width of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = (part(x).view(b, t, self.num_heads, d // self.num_heads).transpose(1, 2) for part in (self.q, self.k, self.v))
+        out: Tensor = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
+        return out
+
+
+def test_heads_whose_size_follows_the_input_are_refused_with_the_cure() -> None:
+    network = Encoder()
+    network.attention = Narrow()
+    with pytest.raises(ValueError, match=r"network.attention: the network without it fails.*compute it once in __init__ .*") as caught:
+        trainer(MagnitudePruning(0.3, structure=Heads())).fit(Toy(network), vectors())
+    assert "Rows()" not in str(caught.value)
+
+
+class Keyed(Toy):
+    """A module whose forward takes more than a batch's first part."""
+
+    def forward(self, x: Tensor, *, scale: float) -> Tensor:  # type: ignore[override]
+        out: Tensor = self.network(x) * scale
+        return out
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.loss(self(batch[0], scale=2.0), batch[1])
+
+
+def test_inputs_that_the_batch_does_not_tell_are_asked_for() -> None:
+    callback = MagnitudePruning(0.3, structure=Heads(), select=["*.attention.*"])
+    wanted = r"Keyed.forward fails on the first training batch's inputs \(TypeError: .*'scale'\); set self.example_input_array = \(x, ...\)"
+    with pytest.raises(ValueError, match=wanted):
+        trainer(callback).fit(Keyed(Encoder()), vectors())
+    module = Keyed(Encoder())
+    module.example_input_array = {"x": torch.randn(2, 16), "scale": 1.0}
+    trainer(callback, epochs=4).fit(module, vectors())
+    assert callback.groups_left()
+    module.example_input_array = torch.randn(2, 16)
+    with pytest.raises(ValueError, match="Keyed fails on the example inputs: TypeError"):
+        trainer(callback).fit(module, vectors())
+
+
 def test_a_network_without_removable_groups_is_refused_with_the_reason() -> None:
     module = Toy(nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 3)))
     with pytest.raises(ValueError, match=r"finds no groups that can be removed exactly.*changes by"):
