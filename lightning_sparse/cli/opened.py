@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,14 @@ def open_checkpoint(path: Path, config: str | None = None, overrides: Sequence[s
         cli = launch(Opened, ["fit", *words, *_QUIET, *overrides])
     checkpoints.check(path, content, cli.model)
     cli.model.load_state_dict(content["state_dict"])
-    return Saved(path, cli.model.eval().cpu(), cli.datamodule)
+    return Saved(path, cli.model.eval().cpu(), cli.datamodule, selected(content))
+
+
+def selected(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the weights that the sparsity callbacks of a checkpoint's run had selected, from their states."""
+    states = content.get("callbacks")
+    found = [state.get("taken") for state in (states.values() if isinstance(states, dict) else ()) if isinstance(state, dict)]
+    return tuple(dict.fromkeys(name for taken in found if isinstance(taken, dict) for name in taken))
 
 
 def _config_beside(path: Path) -> Path:

@@ -149,7 +149,7 @@ def _loaded(cli: Reported, file: Path) -> Saved:
     state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
     model, data, _ = cli.rebuild()
     model.load_state_dict(state)
-    return Saved(file, model.eval(), data)
+    return Saved(file, model.eval(), data, tuple(cli.recorder.names))
 
 
 def _files(cli: Reported, folder: Path, sparse: Trained, dense: Trained | None, pictures: bool) -> dict[str, Path]:

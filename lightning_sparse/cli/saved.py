@@ -19,11 +19,12 @@ from lightning_sparse.export.conversion import copied
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint's module in eval mode on the CPU, and the data of its run, or None."""
+    """A checkpoint's module in eval mode on the CPU, the data of its run, or None, and the names of the weights selected in training."""
 
     file: Path
     module: LightningModule
     data: Any
+    selected: tuple[str, ...] = ()
 
     def test(self, module: LightningModule | None = None) -> dict[str, float]:
         """Return the metrics of the test set, of another module of this class if one is given.
@@ -38,7 +39,7 @@ class Saved:
         """Return it with a copy of the module on the GPU in bfloat16; as it is where there is none."""
         if not torch.cuda.is_available():
             return self
-        return Saved(self.file, copied(self.module).cuda().bfloat16(), self.data)
+        return Saved(self.file, copied(self.module).cuda().bfloat16(), self.data, self.selected)
 
     def inputs(self) -> tuple[Any, ...]:
         """Return the forward's arguments: the module's ``example_input_array``, else the first entry of a batch of the data."""

@@ -63,7 +63,7 @@ def lines(saved: Saved, more: list[str] | None = None) -> list[str]:
     began = time.perf_counter()
     words = " ".join([shlex.quote(str(saved.file)), *(more or [])])
     command = f"lightning-sparse export {words}"
-    found = [*_zeros(saved.module)]
+    found = [*_zeros(saved.module, saved.selected)]
     why = ""
     try:
         inputs: tuple[Any, ...] | None = saved.inputs()
@@ -83,7 +83,8 @@ def lines(saved: Saved, more: list[str] | None = None) -> list[str]:
     return [head, *(f"  {line}" for line in [*found, *filter(None, (faster, smaller))])]
 
 
-def _zeros(module: nn.Module) -> list[str]:
+def _zeros(module: nn.Module, selected: Iterable[str]) -> list[str]:
+    chosen = {name: p.detach() for name, p in module.named_parameters() if name in set(selected)}
     weights = {name: p.detach() for name, p in module.named_parameters() if p.dim() > 1}
     counted = counts.count_zeros(weights)
     zeros, size = (sum(pair[i] for pair in counted.values()) for i in (0, 1))
@@ -91,6 +92,8 @@ def _zeros(module: nn.Module) -> list[str]:
     outputs = sum(len(weights[name]) for name in counted)
     kind = "matrices" if all(p.dim() == 2 for p in weights.values()) else "tensors"
     line = f"zeros:          {zeros:,} of {size:,} weights in {len(counted)} {kind} ({100 * zeros / max(size, 1):.2f} %)"
+    if chosen and chosen.keys() != weights.keys():
+        line += f" ({100 * counts.share(counts.count_zeros(chosen)):.2f} % of those selected in training)"
     return [line, f"rows:           {rows:,} of {outputs:,} output neurons and channels have no weight left"]
 
 

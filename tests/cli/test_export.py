@@ -80,6 +80,15 @@ def test_the_report_of_a_checkpoint_names_a_command_that_runs(trained, capsys):
     shown = capsys.readouterr().out
     zeros = sum(int((p == 0).sum()) for p in _network(0.9).parameters() if p.dim() > 1)
     assert f"{zeros:,} of 50,200 weights in 3 matrices" in shown
+    assert "selected in training" not in shown  # because all were
+    content = torch.load(trained, weights_only=True)
+    (state,) = [one for one in content["callbacks"].values() if "taken" in one]
+    del state["taken"]["layers.1.weight"]
+    torch.save(content, trained.with_name("fewer.ckpt"))
+    chosen = [p for name, p in _network(0.9).named_parameters() if name in ("layers.3.weight", "layers.5.weight")]
+    share = sum(int((p == 0).sum()) for p in chosen) / sum(p.numel() for p in chosen)
+    assert main(["report", str(trained.with_name("fewer.ckpt"))]) == 0
+    assert f"({100 * share:.2f} % of those selected in training)" in capsys.readouterr().out
     (command,) = [line.partition("lightning-sparse ")[2] for line in shown.splitlines() if "for the smallest file" in line]
     assert main([*command.split(), "--out", "files"]) == 0
     (file,) = Path("files").iterdir()
