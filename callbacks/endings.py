@@ -9,20 +9,21 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sparse import counts, elementwise, reach
 from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.schedules import Constant, Strength
-from lightning_sparse.structure import Blocks, Columns, Coupled
+from lightning_sparse.structure import Columns, Coupled
 from lightning_sparse.support import Support
 
 FEW = 0.01  # share of zeros below which a run with lam > 0 is warned of
 TRIAL = 100  # optimiser steps below which a run may be only a trial
 COLLAPSED = 30  # a parameter left with one weight is reported if the target's own share of it is at least so many weights
 FEW_GROUPS = 8  # a set of groups left with one is reported if the target's own share of it is at least so many
+ROUNDED = 8  # lightning_sparse.shrink keeps a multiple of so many groups of an axis, by default
 MASK = 1 / 32  # size of a compact file's bit mask, relative to the weights in float32: with fewer zeros the file is not smaller
 
 
@@ -162,40 +163,34 @@ def say_what_next(callback: SparsityCallback, trainer: Trainer) -> None:
     file = getattr(keeper, "best_model_path", "") or getattr(keeper, "last_model_path", "")
     folder = Path(file).parent
     has_config = any((place / "config.yaml").is_file() for place in (folder, folder.parent))
-    uses = _uses(peers)
-    if file and has_config:
-        step = f"; next: lightning-sparse report {file}" + (f" (what {_listed([verb for verb, _ in uses])} gain)" if uses else "")
-    else:
-        step = f"; next: {_listed([function for _, function in uses])} of lightning_sparse" if uses else ""
+    use = _use(peers, zeros, trainer.lightning_module)  # on every rank, because it gathers
+    step = f"lightning-sparse report {file}" if file and has_config else use
+    step = f"; next: {step}" if step else ""
     names = " and ".join(dict.fromkeys(peer.options.form for peer in peers))
     rank_zero_info(f"{names}: {zeros:.2%} of {size} selected weights are zero{f'; checkpoint {file}' if file else ''}{step}")
 
 
-def _uses(peers: Sequence[SparsityCallback]) -> list[tuple[str, str]]:
-    """Return the commands that make use of the zeros, as (verb of the command line, function of lightning_sparse)."""
-    from lightning_sparse.export.conversion import LEAST_ZEROS  # because it takes 0.1 s
-
-    weights = {name: weight.detach() for peer in peers for name, weight in peer.parameters.items()}
-    found: list[tuple[str, str]] = []
+def _use(peers: Sequence[SparsityCallback], zeros: float, module: nn.Module) -> str:
+    """Return the call in Python that makes use of a share of zeros, and what it does; empty if there are too few."""
+    words = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}  # whose rows are no neurons
+    weights = [weight.detach() for peer in peers for weight in peer.parameters.values() if id(weight) not in words]
     coupled = [peer for peer in peers if isinstance(peer.options.structure, (Columns, Coupled))]
     groups = [pair for peer in coupled for pair in peer.groups_left().values()]
-    if any(left < number for left, number in groups) or any(_has_zero_row(weight) for weight in weights.values()):
-        found.append(("shrink", "shrink"))
-    matrices = {name: weight for name, weight in weights.items() if weight.dim() == 2}  # because convolutions have no sparse layer
-    if matrices and counts.share(counts.count_zeros(matrices)) >= LEAST_ZEROS:
-        layout = "bsr" if any(isinstance(peer.options.structure, Blocks) for peer in peers) else "csr"
-        found.append((f"export --to {layout}", f"export.to_sparse(layout={layout!r})"))
-    if counts.share(counts.count_zeros(weights)) > MASK:
-        found.append(("export --to compact", "export.save_compact"))
-    return found
+    if any(_kept(left, number) < number for left, number in [*groups, *map(_rows_left, weights)]):
+        return "lightning_sparse.shrink(module, x, verbose=True) measures what removing zero rows gains"
+    if zeros > MASK:
+        return "lightning_sparse.export.save_compact(module, path) writes a file without the zeros"
+    return ""
 
 
-def _has_zero_row(weight: Tensor) -> bool:
-    """Return True if an output of a layer has no weights left; of a weight split over processes this one's part is examined."""
+def _kept(left: int, number: int) -> int:
+    """Return how many groups of an axis stay in a shrunk network, of which ``left`` are not zero."""
+    return min(-(-max(left, 1) // ROUNDED) * ROUNDED, number)
+
+
+def _rows_left(weight: Tensor) -> tuple[int, int]:
+    """Return (outputs of a layer that have weights left, outputs); of a weight split over processes this one's part is counted."""
     part = elementwise.local_part(weight)
-    return part.dim() > 1 and part.numel() > 0 and bool((part.flatten(1) == 0).all(1).any())
-
-
-def _listed(names: Sequence[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
+    if part.dim() < 2 or not part.numel():
+        return 0, 0
+    return int((part.flatten(1) != 0).any(1).sum()), len(part)

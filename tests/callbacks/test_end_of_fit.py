@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from toys import Toy, data, trainer
 
+import lightning_sparse
 from lightning_sparse import penalties, structure
 from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning, ReweightedPenalty
 
@@ -30,7 +32,7 @@ def test_the_line_has_the_share_of_the_module_and_the_checkpoint(tmp_path, caplo
     size = sum(w.numel() for w in weights)
     assert f"ReweightedPenalty: {sum(int((w == 0).sum()) for w in weights) / size:.2%} of {size} selected weights" in line
     assert f"checkpoint {keeper.best_model_path};" in line
-    assert line.endswith("; next: export.to_sparse(layout='csr') and export.save_compact of lightning_sparse")  # no configuration is there
+    assert line.endswith("; next: lightning_sparse.export.save_compact(module, path) writes a file without the zeros")  # no configuration
 
 
 def test_several_callbacks_have_one_line_and_a_run_with_a_configuration_names_the_command(tmp_path, caplog):
@@ -42,39 +44,55 @@ def test_several_callbacks_have_one_line_and_a_run_with_a_configuration_names_th
         trainer(*both, keeper, epochs=1, enable_checkpointing=True).fit(Toy(), data())
     (line,) = lines(caplog)
     assert "ReweightedPenalty and AdaptiveProx" in line
-    assert f"next: lightning-sparse report {keeper.best_model_path}" in line
+    assert line.endswith(f"; next: lightning-sparse report {keeper.best_model_path}")
 
 
-NEXT = {  # callbacks, and the uses that their zeros have
+SHRINK = "lightning_sparse.shrink(module, x, verbose=True) measures what removing zero rows gains"
+COMPACT = "lightning_sparse.export.save_compact(module, path) writes a file without the zeros"
+NEXT = {  # callbacks, and the use that their zeros have
     "no zeros": (ReweightedPenalty(LOG_SUM, 1e-9), ""),
-    "too few for a smaller file": (MagnitudePruning(0.03), ""),
-    "single zeros": (MagnitudePruning(0.5, structure=structure.NM(2, 4)), "export.to_sparse(layout='csr') and export.save_compact"),
-    "less than half": (MagnitudePruning(0.2), "export.save_compact"),
-    "whole rows": (
-        MagnitudePruning(0.6, structure=structure.Rows()),
-        "shrink, export.to_sparse(layout='csr') and export.save_compact",
-    ),
-    "columns": (MagnitudePruning(0.3, structure=structure.Columns()), "shrink and export.save_compact"),
-    "blocks": (MagnitudePruning(0.6, structure=structure.Blocks((2, 2))), "export.to_sparse(layout='bsr') and export.save_compact"),
+    "too few for a smaller file": (MagnitudePruning(0.002), ""),
+    "single zeros": (MagnitudePruning(0.5, structure=structure.NM(2, 4)), COMPACT),
+    "whole rows": (MagnitudePruning(0.6, structure=structure.Rows()), SHRINK),
+    "fewer rows than shrink removes": (MagnitudePruning(0.1, structure=structure.Rows()), COMPACT),
+    "columns": (MagnitudePruning(0.6, structure=structure.Columns()), SHRINK),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.* prunings? ")
 @pytest.mark.parametrize("case", NEXT)
 def test_the_line_names_what_makes_use_of_the_zeros_that_are_there(case, caplog):
-    callback, uses = NEXT[case]
+    callback, use = NEXT[case]
+    network = Toy(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)))
     with caplog.at_level(logging.INFO):
-        trainer(callback, epochs=2).fit(Toy(), data())
+        trainer(callback, epochs=2).fit(network, data())
     (line,) = lines(caplog)
-    assert line.partition("; next: ")[2] == (f"{uses} of lightning_sparse" if uses else "")
+    assert line.partition("; next: ")[2] == use
 
 
-def test_convolutions_have_no_sparse_layers_and_zero_channels_are_removed_by_shrink(caplog):
-    network = Toy(nn.Sequential(nn.Unflatten(1, (1, 2, 4)), nn.Conv2d(1, 6, 2, bias=False), nn.Flatten(), nn.Linear(18, 3)))
+def test_shrink_is_named_for_zero_channels_of_a_convolution(caplog):
+    network = Toy(nn.Sequential(nn.Unflatten(1, (1, 2, 4)), nn.Conv2d(1, 16, 2, bias=False), nn.Flatten(), nn.Linear(48, 3)))
     with caplog.at_level(logging.INFO):
         trainer(MagnitudePruning(0.7, structure=structure.Rows(), select=["network.1.weight"]), epochs=2).fit(network, data())
     (line,) = lines(caplog)
-    assert line.endswith("; next: shrink and export.save_compact of lightning_sparse")
+    assert line.endswith(f"; next: {SHRINK}")
+    assert lightning_sparse.shrink(network.cpu(), torch.randn(4, 8)).network[1].out_channels == 8  # it is as the line says
+
+
+class Words(nn.Sequential):
+    """Look up a word for the sign of each input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward((x > 0).long())
+
+
+def test_zero_rows_of_an_embedding_are_no_neurons_to_remove(caplog):
+    network = Toy(Words(nn.Embedding(32, 4), nn.Flatten(), nn.Linear(32, 3)))
+    with caplog.at_level(logging.INFO):
+        trainer(MagnitudePruning(0.9, structure=structure.Rows(), select=["network.0.weight"]), epochs=2).fit(network, data())
+    assert int((network.network[0].weight == 0).all(1).sum()) > 20
+    (line,) = lines(caplog)
+    assert line.endswith(f"; next: {COMPACT}")
 
 
 def test_a_fast_dev_run_has_no_line(caplog):
