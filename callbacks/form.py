@@ -58,6 +58,7 @@ class SparsityCallback(AnyCallback, metaclass=Constructed):
         penalty: a Penalty, or a MaskRule (whose penalty is then used).
         lam: strength, a number or a Schedule; by default a MaskRule's own.
         select: glob patterns on parameter names, a leading ``!`` excludes; by default every weight matrix of torch's own layers.
+            Callbacks of one class on one network need different ones.
             Wildcards also match those of other layers (GPT-2's Conv1D, 3-D experts); embeddings and norms need their full name.
             Callbacks of one class on one network need different ones.
         tol: a weight counts as zero when its keep probability is below ``tol``.
