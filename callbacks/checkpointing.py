@@ -190,9 +190,10 @@ def own_state(checkpoint: Mapping[str, Any], key: str, patterns: list[str] | Non
 
 
 def check_other_selection(states: Mapping[str, Any], callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> None:
-    """Raise ValueError for a fit resumed by a callback that has no state in the file, if the file has one that no callback continues.
+    """Raise ValueError for a fit resumed by a callback that has no state in the file, if the file has one of its class to continue.
 
-    It is refused if it was written with another ``select``: its ramp, its zeros and the values below them would be lost.
+    That one was written with another ``select``: its ramp, its zeros and the values below them would be lost. A callback of another
+    class starts without a state, as Lightning warns.
     """
     peers = peers_of(trainer)
     kept = {key: state for key, state in states.items() if key not in {peer.state_key for peer in peers}}
@@ -200,6 +201,8 @@ def check_other_selection(states: Mapping[str, Any], callback: SparsityCallback,
         if any(fits(peer.options.select, trainer, module, state) for peer in peers):
             continue
         if not saved_values(state) or not _is_recipe(recipe := state.get("recipe")) or not isinstance(recipe["init_args"], dict):
+            continue
+        if recipe["class_path"] != callback.options.form:
             continue
         before, now = (_selection(select) for select in (recipe["init_args"].get("select"), callback.options.select))
         own = choose(callback.options.select, trainer, module)

@@ -338,7 +338,7 @@ def test_bad_arguments_are_refused_in_one_line(given, message):
 
 
 def test_a_run_without_an_end_is_refused():
-    with pytest.raises(ValueError, match=r"needs the length of the run.* give the Trainer max_steps"):
+    with pytest.raises(ValueError, match=r"needs the length of the run.* give the Trainer max_epochs, such as max_epochs=20, or max_steps"):
         trainer(MagnitudePruning(0.9), epochs=-1).fit(Toy(), data())
 
 

@@ -61,7 +61,8 @@ def test_rows_of_a_linear_layer(pictures: tuple[Tensor, Tensor]) -> None:
 def test_heads(pictures: tuple[Tensor, Tensor]) -> None:
     torch.manual_seed(0)
     network = ViT(image=8, patch=2, width=16, depth=1, heads=4)
-    module = fit(network, ReweightedPenalty(LOG_SUM, target_sparsity=0.5, structure=Heads()), pictures)
+    callback = ReweightedPenalty(LOG_SUM, target_sparsity=0.5, structure=Heads(), select=["*.attention.*"])
+    module = fit(network, callback, pictures)
     attention = module.network.layers[1].attention[1]
     live = int(attention.o.weight.unflatten(1, (4, -1)).any(2).any(0).sum())
     small = shrink(module, pictures[0][:16])
