@@ -34,7 +34,7 @@ def find(name: str) -> Path:
     packaged = name.removesuffix(".yaml")
     if packaged in names():
         return folder() / f"{packaged}.yaml"
-    raise UsageError(f"no recipe {name!r}{_checks.closest(packaged, names())}; neither a file nor one of {', '.join(names())}")
+    raise UsageError(f"no recipe {name!r}{_checks.closest(packaged, names())}; give a file, or one that `lightning-sparse recipes` lists")
 
 
 def content(path: Path) -> dict[str, Any]:

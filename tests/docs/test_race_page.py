@@ -65,6 +65,8 @@ def test_failures_and_missing_cells_are_on_the_page() -> None:
     assert f"lenet, short: 3 of {5 * (len(WAYS) - 1)} cells have a run, 0 have three seeds" in text
     assert "resnet, long: 0 of" in text
     assert "{{" not in text
+    assert "![Error]" not in text  # no picture of a single share
+    assert "![Error](race/lenet_short.png)" in page.page([*RUNS, made_up("Sparsify", 3.0, 0.98)])
 
 
 def test_a_line_that_was_cut_off_is_trained_again(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ def page(runs: list[Record]) -> str:
     parts = []
     for problem, budget in dict.fromkeys(cell[:2] for cell in cells(runs)):
         title = f"### {PROBLEMS[problem].title}, {PROBLEMS[problem].steps(budget):,} steps"
-        parts.append(
-            f"{title}\n\nTest error in %, mean (least to most).\n\n{table(runs, problem, budget)}\n\n![Error](race/{problem}_{budget}.png)"
-        )
+        parts.append(f"{title}\n\nTest error in %, mean (least to most).\n\n{table(runs, problem, budget)}")
+        if len(shares(runs, problem, budget)) > 1:
+            parts.append(f"![Error](race/{problem}_{budget}.png)")
     versions = sorted({", ".join(f"{name} {number}" for name, number in run["versions"].items()) for run in runs if "versions" in run})
     filled = {
         "tables": "\n\n".join(parts),
@@ -39,6 +39,11 @@ def page(runs: list[Record]) -> str:
     for name, value in filled.items():
         text = text.replace("{{" + name + "}}", value)
     return text
+
+
+def shares(runs: list[Record], problem: str, budget: str) -> list[float]:
+    """Return the targets of a problem and a budget that have records."""
+    return [cell[2] for cell in cells(runs) if cell[:2] == (problem, budget)]
 
 
 def missing(runs: list[Record]) -> str:
@@ -61,15 +66,17 @@ def failed(runs: list[Record]) -> str:
 
 
 def draw(runs: list[Record], folder: Path) -> list[Path]:
-    """Draw test error against the share of zeros, a picture a problem and budget; return the files."""
+    """Draw test error against the share of zeros, a picture a problem and budget with more than one share; return the files."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for problem, budget in dict.fromkeys(cell[:2] for cell in cells(runs)):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        targets = shares(runs, problem, budget)
+        if len(targets) < 2:
+            continue
+        figure = Figure(figsize=(8.0, 4.2), layout="constrained")
         axes = figure.add_subplot()
-        targets = [cell[2] for cell in cells(runs) if cell[:2] == (problem, budget)]
         for number, method in enumerate(name for name in WAYS if name != DENSE):
             points = [(target, ended(runs, (problem, budget, target), method)) for target in targets]
             known = [(100 * (1 - target), mean(run["test_error"] for run in found)) for target, found in points if found]
@@ -82,7 +89,7 @@ def draw(runs: list[Record], folder: Path) -> list[Path]:
         axes.set_xticks(left, [f"{share:g}" for share in left])
         axes.set_xticks([], minor=True)
         axes.invert_xaxis()
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
         files.append(folder / f"{problem}_{budget}.png")
         figure.savefig(files[-1], dpi=110, metadata={"Software": None})
     return files
