@@ -82,7 +82,7 @@ class Sparsifier(SparsityCallback):
         return logging.figures(self)
 
     def unreached(self) -> list[str]:
-        """Describe the goals that the run has not met, one phrase each; empty once the support is frozen."""
+        """Describe the goals that the run has not met, one phrase each; of a frozen support only a target that it misses."""
         return endings.unreached(self.options, self.support, self.strength)
 
     # -- a fit starts --------------------------------------------------------------------------------------------------------
