@@ -97,6 +97,7 @@ class Curvature(metaclass=Constructed):
         self._count: LabelCount | None = None  # of a batch that was seen whole
         self._graphs: dict[int, Tensor] = {}  # by number of rows: the sample of each row, where samples are graphs
         self._doubt = ""
+        self._doubt_told = self._fault_told = False
         self.fault = ""  # why H is not what it should be, once that was found
         self.generator: torch.Generator | None = None
         self._groups: GroupCurvature | None = None  # of weights that are masked together
@@ -119,6 +120,11 @@ class Curvature(metaclass=Constructed):
         self._count, self._graphs = None, {}  # ``batch`` is all that is known
         self._done.clear()
 
+    @property
+    def is_due(self) -> bool:
+        """This batch's update is of all weights."""
+        return self._due
+
     def observe_batch(self, batch: Any) -> None:
         """After :meth:`begin`: the batch itself, which tells how many labels it has where the loss does not."""
         if self._active:
@@ -131,10 +137,24 @@ class Curvature(metaclass=Constructed):
         if self._active and self._count is not None:
             self._count.listen(loss)
 
-    @property
-    def doubt(self) -> str:
-        """Why the number of labels of some batch may be wrong; empty where it is known."""
-        return self._doubt
+    def new_warnings(self) -> list[str]:
+        """Return what the user should know of the estimate and was not told before."""
+        name, found = type(self).__name__, []
+        if self._doubt and not self._doubt_told:
+            self._doubt_told = True
+            found.append(
+                f"{name} cannot read from the loss how many labels it averages over; {self._doubt}. If that is wrong, masks are "
+                f"as much too strong: give the labels a sample, such as curvature={name}(labels=128), or a function of the batch that "
+                "counts them; in manual optimisation call self.manual_backward(loss)"
+            )
+        if self.fault and not self._fault_told:
+            self._fault_told = True
+            found.append(
+                f"{name} draws gradients for this loss, but {self.fault}. H then comes from the "
+                "training gradients, which vanish with the residual of a squared loss, and noise is stronger than it should be: use "
+                "ReweightedPenalty, or a network without compiled parts and reentrant checkpoints"
+            )
+        return found
 
     def label_count(self) -> float:
         """The labels that this batch's loss averages over."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from lightning_sparse.curvature.estimate import EXACT, calibrated
 from lightning_sparse.duality import Penalty
 from lightning_sparse.elementwise import Engine, scalar_div
 from lightning_sparse.methods.base import Member, Method, Run, Scale, Step
+from lightning_sparse.methods.noise_cost import NoiseCost
 from lightning_sparse.methods.noisy_forwards import NoisyForwards
 from lightning_sparse.noise import Noise, bounded_variance, kept, output_noise
 from lightning_sparse.weights import Attachment
@@ -26,6 +28,7 @@ WHOLE_BECAUSE = (
 
 
 QUARTER = 0.25  # share of the samples with noise on outputs, where the noise is weak: as good as all, at less cost
+WEAK = 0.5  # the smallest keep probability of noise whose cost is of second order
 FADES, FADED = 0.2, 0.5  # shares of a run at which bounded noise begins to fade and has faded
 
 
@@ -119,7 +122,8 @@ class Mask(Method):
         self.formula = self.formula_type(penalty, largest if ceiling is None else ceiling)
         has_own_eta = type(self).eta is not Mask.eta or self.formula_type.eta is not MaskFormula.eta
         self.adds_penalty = remainder and curvature is not None and penalty.separable and not has_own_eta
-        self.forwards = NoisyForwards(self)
+        self.cost = NoiseCost()
+        self.forwards = NoisyForwards(self, self.cost)
 
     @property
     def smallest_keep(self) -> float:
@@ -152,7 +156,7 @@ class Mask(Method):
         if self.curvature is None or not self.penalty.separable:  # a rule without a penalty acts as it is written
             return (w,)
         estimate = self.curvature.estimate(name)
-        return None if estimate is None else (w, estimate)
+        return None if estimate is None else (w, estimate if self.cost.factor == 1 else estimate * self.cost.factor)
 
     def eta(self, lam: float, *terms: Tensor) -> Tensor:
         if self.adds_penalty and len(terms) == 2 and lam > 0:
@@ -178,8 +182,10 @@ class Mask(Method):
     def reset(self, run: Run) -> None:
         super().reset(run)
         self.forwards.reset(run)
-        self._doubted = self._faulted = self._unhooked = False  # and said so
+        self.cost.reset()
+        self._unhooked = False  # and said so
         self._is_added = False  # the remainder, to the gradients of the step that is due
+        self._masked: dict[str, Tensor] = {}  # Var s of the weights that are multiplied by masks, in a batch whose cost is measured
         self._spread: dict[str, Tensor] = {}  # Var s of the weights of each layer whose outputs get noise in this batch
 
     def prepare(self) -> None:
@@ -191,7 +197,16 @@ class Mask(Method):
         attachment: Any = self.run.weights.attachment
         if self.curvature is not None and attachment is not None:
             self.curvature.attach(module, attachment)
+        if self.adds_penalty and attachment is not None:
+            for name in self.run.weights.parameters:  # before the mask multiplies the gradient
+                attachment.on_gradient(name, partial(self._on_gradient, name))
         self.forwards.attach(module)
+
+    @torch.no_grad()
+    def _on_gradient(self, name: str, grad: Tensor) -> None:
+        if self.cost.active and name in self._masked:
+            live = self.run.weights.live(name)
+            self.cost.add(self.run.weights.parameters[name].detach() - live, grad, self._masked[name] * live * live)
 
     def compile(self, engine: Engine, optimizers: Iterable[tuple[Optimizer, list[Member]]]) -> None:
         """For the variance of noise on outputs, and for masks on weights."""
@@ -218,8 +233,28 @@ class Mask(Method):
         self.forwards.next_draw(noisy=not faded)
         if self.curvature is not None:
             self.curvature.generator = self.forwards.stream(-1)
+        self._masked = {}
         if not faded:
             self.forwards.draw()
+        if self.cost.active:
+            self.cost.cancel()  # a batch without backward
+        if self.adds_penalty and WEAK <= self.smallest_keep < 1 and self.curvature is not None and self.curvature.is_due:
+            self._measure_cost()
+
+    def _measure_cost(self) -> None:
+        """Compare the noise of this batch with the estimate of H, unless a batch has several steps, or groups are masked."""
+        lam, grouped = self.run.strength.lam, self.run.acting is not None and self.run.acting is not self
+        if self.run.manual or grouped or lam <= 0 or self.run.support.frozen is not None:
+            return
+        noisy = []
+        for name in self.forwards.trained:
+            w = self.run.weights.live(name)
+            terms = self.terms(name, w)
+            if terms is not None and name not in self._spread:
+                self._masked[name] = self.formula.variance(*terms, lam, self.smallest_keep)
+            if terms is not None:
+                noisy.append((*terms, self._spread[name] if name in self._spread else self._masked[name]))
+        self.cost.begin(noisy)
 
     def prepare_outputs(self, name: str) -> None:
         w, lam = self.run.weights.live(name), self.run.strength.lam
@@ -256,6 +291,8 @@ class Mask(Method):
         if not self.run.manual:  # else more forwards of this batch may come before a step
             self._end_batch()
         self._estimate(more=self.run.manual)
+        if self.cost.active and (found := self.cost.end(scale(), self.run.mean)):
+            self.run.info(f"AdaptiveMask: {found}")
 
     @torch.no_grad()
     def before_optimizer(self, step: Step) -> None:
@@ -303,20 +340,8 @@ class Mask(Method):
         if self.curvature is None:
             return
         self.curvature.end(self.run.mean, self.run.weights.parameters, more)
-        if self.curvature.doubt and not self._doubted:
-            self._doubted, name = True, type(self.curvature).__name__
-            self.run.warn(
-                f"{name} cannot read from the loss how many labels it averages over; {self.curvature.doubt}. If that is wrong, masks are "
-                f"as much too strong: give the labels a sample, such as curvature={name}(labels=128), or a function of the batch that "
-                "counts them; in manual optimisation call self.manual_backward(loss)"
-            )
-        if self.curvature.fault and not self._faulted:
-            self._faulted = True
-            self.run.warn(
-                f"{type(self.curvature).__name__} draws gradients for this loss, but {self.curvature.fault}. H then comes from the "
-                "training gradients, which vanish with the residual of a squared loss, and noise is stronger than it should be: use "
-                "ReweightedPenalty, or a network without compiled parts and reentrant checkpoints"
-            )
+        for text in self.curvature.new_warnings():
+            self.run.warn(text)
 
     def release(self) -> None:
         self.forwards.release()
@@ -326,10 +351,11 @@ class Mask(Method):
 
     def state_dict(self) -> dict[str, Any]:
         estimate = {} if self.curvature is None else {"curvature": self.curvature.state_dict()}
-        return self.forwards.state_dict() | estimate
+        return self.forwards.state_dict() | self.cost.state_dict() | estimate
 
     def check_state(self, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
         self.forwards.check_state(state)
+        self.cost.check_state(state)
         if self.curvature is not None and "curvature" in state:
             self.curvature.check_state(state["curvature"], parameters)
 
@@ -337,3 +363,4 @@ class Mask(Method):
         if self.curvature is not None and "curvature" in state:
             self.curvature.load_state_dict(state["curvature"], self.run.weights.parameters)
         self.forwards.load_state_dict(state)
+        self.cost.load_state_dict(state)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sparse import layers
 from lightning_sparse.methods.base import Run
+from lightning_sparse.methods.noise_cost import NoiseCost
 from lightning_sparse.noise import generator_for
 from lightning_sparse.state import are_names, entry, is_count
 from lightning_sparse.weights import Attachment
@@ -39,11 +40,11 @@ class NoisyForwards:
     """Adds noise in forwards: to weights from a batch's start, to the outputs of ``local`` layers at each forward.
 
     If a layer's forward is bypassed or compiled, its weights get the noise instead. Forwards in evaluation mode without gradients
-    have none, as with dropout.
+    have none, as with dropout. ``cost`` measures what the noise on outputs costs.
     """
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, cost: NoiseCost | None = None) -> None:
+        self.source, self.cost = source, cost
         self.reset()
 
     def reset(self, run: Run | None = None) -> None:
@@ -115,7 +116,11 @@ class NoisyForwards:
         self._calls[name] = call if again else call + 1
         self._called.add(name)
         number = list(self.run.weights.parameters).index(name)
-        return output + self.source.draw_outputs(name, layer, inputs[0], self.stream(number, call))
+        noise = self.source.draw_outputs(name, layer, inputs[0], self.stream(number, call))
+        noisy = output + noise
+        if self.cost is not None and self.cost.active:
+            self.cost.observe(noisy, noise)
+        return noisy
 
     def _note_use(self, name: str, grad: Tensor) -> None:
         if self.noise_active:
