@@ -259,7 +259,7 @@ class _Run:
         save_shrunk(module, self.folder)
         widths = changed_widths(*(coupling.groups(network, self.inputs) for network in (self.cli.model, module)))
         pairs = [(int(dense[name]), int(last[name])) for name in ("parameters", "multiply_adds")]
-        report = Report(widths, pairs[0], (64 * pairs[1][0], 64 * pairs[1][1]), 0.0)
+        report = Report(widths, pairs[0], pairs[1], 0.0, samples=1)
         table = shrunk_table.show(self.saved, Shrunk(module.eval(), report), self.folder, tuned=True, device=budget.device)
         missed = budget.missed(last, dense)
         notes = [f"not reached within these stages: {self._goals(missed)}"] if missed else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_sparse.cli import budget, formats, shrunk_table
@@ -37,6 +38,7 @@ def run(verb: str, words: list[str]) -> int:
         found = shrink_and_report(saved.module, inputs, args.round_to, allow_branches=args.allow_branches, seconds=0)
     except (ValueError, ImportError) as error:
         raise UsageError(f"{args.checkpoint}: {error}") from error
+    found = replace(found, report=replace(found.report, samples=shrunk_table.SAMPLES))
     folder = save_shrunk(found.module, args.out or args.checkpoint.with_suffix(".shrunk"))
     shrunk_table.show(saved, found, folder)
     return 0

@@ -19,7 +19,7 @@ from lightning_sparse.cli.failures import in_words
 from lightning_sparse.cli.formats import Format
 from lightning_sparse.cli.saved import Saved
 from lightning_sparse.export import conversion
-from lightning_sparse.shrinking import Report, Shrunk
+from lightning_sparse.shrinking import Shrunk
 
 SAMPLES = 64  # example inputs
 _INT8 = "dynamic int8"
@@ -57,7 +57,7 @@ def show(saved: Saved, found: Shrunk[Any], folder: Path, tuned: bool = False, de
             moved = [replace(one, call=conversion.copied(one.tested).to(device)) for one in columns]
             times = formats.latencies(moved, tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs))
         measured = formats.rows(saved, columns, times, formats.sized(inputs, SAMPLES))
-    counted = _counted(found.report)
+    counted = found.report.rows()
     rows = [(label, before, f"{after}, {ratio}", *[_SAME.get(label, "")] * (len(columns) - 2)) for label, before, after, ratio in counted]
     rows += [(label, *cells) for label, cells in measured if not (tuned and label.startswith("largest difference"))]
     if tuned:
@@ -111,6 +111,7 @@ def _int8(saved: Saved, scratch: Path) -> Format | str:
         warnings.simplefilter("ignore")  # torch announces that it moves
         try:
             made = torch.ao.quantization.quantize_dynamic(saved.module, {torch.nn.Linear}, dtype=torch.qint8)
+            conversion.leave_fused_paths(made, _has_int8)
             made(*saved.inputs())
             file = scratch / "int8.pt"
             torch.save(made.state_dict(), file)
@@ -119,7 +120,5 @@ def _int8(saved: Saved, scratch: Path) -> Format | str:
     return Format(_INT8, file, made, made)
 
 
-def _counted(report: Report) -> list[tuple[str, str, str, str]]:
-    samples = [count // SAMPLES for count in report.multiply_adds]
-    rows = [row for row in report.rows() if row[0] != "multiply-adds"]
-    return [*rows, ("multiply-adds of one sample", f"{samples[0]:,}", f"{samples[1]:,}", f"{samples[0] / max(samples[1], 1):.2f}x")]
+def _has_int8(layer: torch.nn.Module) -> bool:
+    return any(isinstance(part, torch.ao.nn.quantized.dynamic.Linear) for part in layer.modules())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -111,7 +111,7 @@ def replaced(module: Module, found: Sequence[Choice], layout: str) -> Module:
         if not path:
             return new  # type: ignore[return-value]
         _replace(result, old, new)
-    _leave_fused_paths(result)
+    leave_fused_paths(result, sparse_layers)
     return result
 
 
@@ -315,12 +315,12 @@ def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 owner._modules[name] = new
 
 
-def _leave_fused_paths(root: nn.Module) -> None:
-    """Keep torch's encoder layers from their fused path where a matrix is sparse, because that path reads dense weights."""
+def leave_fused_paths(root: nn.Module, applies: Callable[[nn.Module], object]) -> None:
+    """Keep torch's encoder layers that ``applies`` is true of from their fused path, because that path reads dense weights."""
     for layer in root.modules():
-        if isinstance(layer, nn.TransformerEncoderLayer) and sparse_layers(layer):
+        if isinstance(layer, nn.TransformerEncoderLayer) and applies(layer):
             layer.activation_relu_or_gelu = 0
-        elif isinstance(layer, nn.TransformerEncoder) and sparse_layers(layer):
+        elif isinstance(layer, nn.TransformerEncoder) and applies(layer):
             layer.use_nested_tensor = False
 
 

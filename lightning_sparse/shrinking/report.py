@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lightning_sparse import surgery
 from lightning_sparse.coupling import Group
@@ -26,13 +27,14 @@ class Report:
     Args:
         widths: (groups before, groups after, kind) of each axis that lost groups.
         parameters: number of parameters before and after.
-        multiply_adds: of one call on the example inputs, before and after (FLOPs / 2 of torch's FlopCounterMode).
+        multiply_adds: of one call on the example inputs, before and after (FLOPs / 2, see :func:`count_multiply_adds`).
         difference: max |before - after| / max |before| of the outputs on the example inputs, in the module's own precision.
         folded: number of constant groups that went into a bias.
         left_out: (axis, number of groups, reason) of what cannot be removed.
         constants: constant groups that stay, with the reason.
         timings: median seconds before, again (A/A) and after, and the ratios; empty if not measured.
         rounding: what the multiple of the widths was chosen by, if it was measured.
+        samples: number of samples in the example inputs, by which ``multiply_adds`` is divided in the printed rows; None if unknown.
     """
 
     widths: dict[str, tuple[int, int, str]]
@@ -44,6 +46,7 @@ class Report:
     constants: dict[str, str] = field(default_factory=dict)
     timings: dict[str, latency.Timing] = field(default_factory=dict)
     rounding: str = ""
+    samples: int | None = None
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -51,7 +54,9 @@ class Report:
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return rows (label, before, after, ratio) of the widths that changed, parameters and multiply-adds."""
         counted = {f"{kind}s of {axis}": (before, after) for axis, (before, after, kind) in self.widths.items()}
-        counted |= {"parameters": self.parameters, "multiply-adds": self.multiply_adds}
+        of = "the example inputs" if self.samples is None else "one sample"
+        before, after = (count // (self.samples or 1) for count in self.multiply_adds)
+        counted |= {"parameters": self.parameters, f"multiply-adds of {of}": (before, after)}
         return [(name, f"{a:,}", f"{b:,}", f"{a / b:.2f}x" if b else "-") for name, (a, b) in counted.items()]
 
     def notes(self) -> list[str]:
@@ -83,10 +88,40 @@ def changed_widths(before: Iterable[Group], after: Iterable[Group]) -> dict[str,
 
 
 def count_multiply_adds(module: nn.Module, inputs: Any) -> int:
-    """Return the multiply-adds of one call in evaluation mode, as torch's FlopCounterMode counts them (FLOPs / 2)."""
-    with FlopCounterMode(display=False) as counter:
+    """Return the multiply-adds of one call in evaluation mode: matrix products, convolutions and both products of attention.
+
+    They are the FLOPs / 2 of torch's FlopCounterMode, which sees neither the fused encoder layers of evaluation mode nor
+    scaled_dot_product_attention on the CPU: the first are switched off while counting, the second is counted by torch's own formula.
+    """
+    with _unfused(), FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops}) as counter:
         surgery.outputs(module, inputs)
     return int(counter.get_total_flops()) // 2
+
+
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Return 2 n m (d + d') for each batch entry and head, from the shapes of the queries (n, d), keys (m, d) and values (m, d')."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Switch off torch's fused path of attention and encoder layers, and restore it."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
+
+
+def count_samples(inputs: Any) -> int | None:
+    """Return the length of the first axis that all tensors of the inputs share; None if they share none."""
+    shapes = [x.shape for x in _pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+    lengths = {shape[0] if len(shape) > 1 else 0 for shape in shapes}
+    return next(iter(lengths)) or None if len(lengths) == 1 else None
 
 
 def measure(before: nn.Module, after: nn.Module, inputs: Any, budget: float, device: str | None = None) -> dict[str, latency.Timing]:

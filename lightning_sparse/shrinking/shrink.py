@@ -13,7 +13,7 @@ from lightning_sparse import coupling, surgery
 from lightning_sparse.coupling import Group
 from lightning_sparse.shrinking import files, rounding
 from lightning_sparse.shrinking.dead import Dead
-from lightning_sparse.shrinking.report import Report, changed_widths, count_multiply_adds, measure
+from lightning_sparse.shrinking.report import Report, changed_widths, count_multiply_adds, count_samples, measure
 
 Module = TypeVar("Module", bound=nn.Module)
 _FEW = 0.1  # share of zero weights below which a checkpoint may be the dense one
@@ -181,4 +181,5 @@ def _report(
         [*coupling.left_out(found)],
         dead.constants,
         measure(before, after, inputs, seconds) if seconds else {},
+        samples=count_samples(inputs),
     )

@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 from commands import QUIET, refused
+from lightning.pytorch import LightningModule
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from lightning_sparse import coupling, load_shrunk, surgery
-from lightning_sparse.cli import budget, main
+from lightning_sparse.cli import budget, main, shrunk_table
+from lightning_sparse.cli.formats import Format
+from lightning_sparse.cli.saved import Saved
 from lightning_sparse.examples.mlp import MLP
 from lightning_sparse.shrinking import remove
 
@@ -157,3 +161,27 @@ def main_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     capsys.readouterr()
     assert main(["shrink", "--config", "digits", "--max_drop", "1", "--trainer.max_epochs", "1", *words]) == 2
     return capsys.readouterr().err
+
+
+class Encoder(LightningModule):
+    """One encoder layer of torch, whose fused path reads the weights of its Linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+        self.example_input_array = torch.randn(3, 4, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+def test_an_encoder_layer_has_a_column_of_dynamic_int8(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    saved = Saved(tmp_path / "net.ckpt", Encoder().eval(), None)
+    found = shrunk_table._int8(saved, tmp_path)
+    assert isinstance(found, Format), found
+    with torch.no_grad():
+        given, made = saved.module(saved.module.example_input_array), found.call(saved.module.example_input_array)
+    assert not torch.equal(given, made)
+    torch.testing.assert_close(given, made, rtol=0.1, atol=0.1)

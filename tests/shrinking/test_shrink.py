@@ -13,7 +13,8 @@ from toys import Toy, data, trainer
 
 import lightning_sparse
 from lightning_sparse import coupling
-from lightning_sparse.shrinking import Shrunk, dead, shrink_and_report
+from lightning_sparse.shrinking import Report, Shrunk, dead, shrink_and_report
+from lightning_sparse.shrinking.report import count_multiply_adds, count_samples
 from lightning_sparse.shrinking.shrink import rounded
 
 X = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
@@ -49,6 +50,59 @@ def test_a_constant_neuron_goes_into_the_next_bias() -> None:
     assert found.report.parameters == (8 * 6 + 6 * 9 + 2 * 7, 6 * 6 + 6 * 7 + 2 * 7)
     assert found.report.multiply_adds == (7 * (40 + 48 + 12), 7 * (30 + 36 + 12))
     same(model, found.module, X)
+
+
+class Pooled(nn.Module):
+    """One encoder layer of torch on (batch, 8, 32), and a Linear layer of the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.encoder(x).mean(1))
+        return y
+
+
+def test_multiply_adds_of_attention_and_encoder_layers_are_those_of_a_hand_count() -> None:
+    """4 n d^2 of the projections, 2 n^2 d of the two products of attention, 2 n d h of the feed-forward; n = 8, d = 32."""
+    batch, attention, feed, head = 16, 4 * 8 * 32**2 + 2 * 8**2 * 32, 2 * 8 * 32 * 64, 32 * 10
+    x = torch.randn(batch, 8, 32)
+    own = nn.MultiheadAttention(32, 4, batch_first=True)
+    was = torch.backends.mha.get_fastpath_enabled()
+    assert count_multiply_adds(own, (x, x, x)) == count_multiply_adds(own.double(), (x.double(),) * 3) == batch * attention
+    assert count_multiply_adds(Pooled(), x) == batch * (attention + feed + head)
+    assert count_multiply_adds(Residual().eval(), PICTURES) > 0
+    assert torch.backends.mha.get_fastpath_enabled() == was
+
+    class Scaled(nn.Module):  # attention without weights
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x[:, :4], x[:, :4])
+
+    assert count_multiply_adds(Scaled(), x) == batch * 2 * 8 * 4 * 32
+
+
+@pytest.mark.slow
+def test_a_narrower_encoder_layer_has_fewer_multiply_adds_of_one_sample() -> None:
+    model = seeded(Pooled).eval()
+    model.encoder.layers[0].linear1.weight.data[:32] = 0.0
+    model.encoder.layers[0].linear1.bias.data[:32] = 0.0
+    found = small(model, torch.randn(16, 8, 32), round_to=8)
+    gone = 2 * 8 * 32 * 32
+    assert found.report.multiply_adds[0] - found.report.multiply_adds[1] == 16 * gone
+    (row,) = (row for row in found.report.rows() if row[0].startswith("multiply-adds"))
+    before, after = (int(cell.replace(",", "")) for cell in row[1:3])
+    assert row[0] == "multiply-adds of one sample"
+    assert before - after == gone
+
+
+def test_samples_are_counted_only_where_all_inputs_share_an_axis() -> None:
+    assert count_samples((torch.zeros(7, 5), {"mask": torch.zeros(7, 2)}, 3)) == 7
+    assert count_samples(torch.zeros(5)) is None
+    assert count_samples((torch.zeros(7, 5), torch.zeros(2, 9))) is None  # nodes and edges of a graph
+    rows = Report({}, (4, 2), (40, 20), 0.0).rows()
+    assert rows[-1][:3] == ("multiply-adds of the example inputs", "40", "20")
 
 
 @pytest.mark.slow
