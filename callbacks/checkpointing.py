@@ -190,10 +190,10 @@ def own_state(checkpoint: Mapping[str, Any], key: str, patterns: list[str] | Non
 
 
 def check_other_selection(states: Mapping[str, Any], callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> None:
-    """Raise ValueError for a fit resumed by a callback that has no state in the file, if the file has one of its class to continue.
+    """Report, for a fit resumed by a callback that has no state in the file, a state of another selection that it does not continue.
 
-    That one was written with another ``select``: its ramp, its zeros and the values below them would be lost. A callback of another
-    class starts without a state, as Lightning warns.
+    Raises ValueError for a state of the callback's class: its ramp, its zeros and the values below them would be lost. Warns once of one of
+    another class.
     """
     peers = peers_of(trainer)
     kept = {key: state for key, state in states.items() if key not in {peer.state_key for peer in peers}}
@@ -202,17 +202,20 @@ def check_other_selection(states: Mapping[str, Any], callback: SparsityCallback,
             continue
         if not saved_values(state) or not _is_recipe(recipe := state.get("recipe")) or not isinstance(recipe["init_args"], dict):
             continue
-        if recipe["class_path"] != callback.options.form:
-            continue
+        form, own_form = recipe["class_path"], callback.options.form
         before, now = (_selection(select) for select in (recipe["init_args"].get("select"), callback.options.select))
-        own = choose(callback.options.select, trainer, module)
-        odd = sorted(set(saved_values(state)) ^ set(own))
-        if before != now and odd:
-            more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        odd = sorted(set(saved_values(state)) ^ set(choose(callback.options.select, trainer, module)))
+        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        differs = f"{before}, and {own_form} has {now}: they differ in {odd[:5]}{more}"
+        if form == own_form and before != now and odd:
             raise ValueError(
-                f"the checkpoint's {recipe['class_path']} was written with {before}, and {callback.options.form} has {now}: they differ in "
-                f"{odd[:5]}{more}. Resume with the same selection; to train another one, load the weights into the module and fit it "
-                "without ckpt_path"
+                f"the checkpoint's {form} was written with {differs}. Resume with the same selection; to train another one, load the weights "
+                "into the module and fit it without ckpt_path"
+            )
+        if form != own_form and callback is next((peer for peer in peers if not states.get(peer.state_key)), None):
+            rank_zero_warn(
+                f"the state of {form} in the checkpoint was not used, because it was written with {differs}. {own_form} starts anew from the "
+                "loaded weights; to continue the ramp and the zeros, resume with the same selection"
             )
 
 
@@ -281,7 +284,7 @@ def warn_settings_changed(recipe: Mapping[str, Any], state: Mapping[str, Any]) -
             "the weights into the module and fit it with a new Trainer without ckpt_path"
         )
     rank_zero_warn(
-        f"resuming at step {state['step']} of the checkpoint's {old.get('class_path')} with another recipe: {', '.join(changes)}. {applies}"
+        f"resuming at step {state['step']} of the checkpoint's {old.get('class_path')} with other settings: {', '.join(changes)}. {applies}"
     )
 
 

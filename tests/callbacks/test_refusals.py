@@ -202,10 +202,27 @@ def test_resuming_with_another_select_is_refused_with_the_difference(tmp_path):
     with pytest.raises(ValueError, match="two sparsity callbacks select"):  # the first one continues, so that no state is lost
         other.fit(Toy(), data(), **resume)
     same = Sparsify(0.5, select=["network.*.weight"])
-    with pytest.warns(UserWarning, match=r"with another recipe: select: None -> "):  # other patterns for the same weights
+    with pytest.warns(UserWarning, match=r"with other settings: select: None -> "):  # other patterns for the same weights
         trainer(same, epochs=4).fit(Toy(), data(), **resume)
     assert same.step > 6
     trainer(Sparsify(0.5, select=["network.0.*"]), epochs=4).validate(Toy(), data(), verbose=False, **resume)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+def test_the_state_of_another_class_and_selection_is_reported_once_as_not_used(tmp_path):
+    run = trainer(AdaptiveMask(LOG_SUM, 0.5), epochs=1)
+    run.fit(Toy(), data())
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    others = [ReweightedPenalty(LOG_SUM, 0.5, select=[f"network.{layer}.*"]) for layer in (0, 2)]
+    with pytest.warns(UserWarning) as caught:
+        trainer(*others, epochs=2).fit(Toy(), data(), ckpt_path=tmp_path / "first.ckpt")
+    (said,) = [str(one.message) for one in caught if "was not used" in str(one.message)]
+    assert said == (
+        "the state of AdaptiveMask in the checkpoint was not used, because it was written with the default select, and ReweightedPenalty "
+        "has select=['network.0.*']: they differ in ['network.2.weight']. ReweightedPenalty starts anew from the loaded weights; to "
+        "continue the ramp and the zeros, resume with the same selection"
+    )
+    assert others[0].step == 4
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

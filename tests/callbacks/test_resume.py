@@ -39,7 +39,7 @@ def said(callback, path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(callback, epochs=3).fit(Toy(seed=1), data(), ckpt_path=path)
-    return [str(warning.message) for warning in caught if "recipe" in str(warning.message)]
+    return [str(warning.message) for warning in caught if "other settings" in str(warning.message)]
 
 
 def test_no_warning_for_the_same_settings(tmp_path):
@@ -51,7 +51,7 @@ def test_changed_settings_are_listed_in_a_warning(tmp_path):
     path = written(ReweightedPenalty(LOG_SUM, LinearWarmup(0.3, 0.2), tol=0.04), tmp_path / "a.ckpt")
     callback = ReweightedPenalty(penalties.LogSum(eps=1.0), LinearWarmup(0.5, 0.2), freeze=0.1, tol=0.04)
     (message,) = said(callback, path)
-    assert message.startswith("resuming at step 8 of the checkpoint's ReweightedPenalty with another recipe: ")
+    assert message.startswith("resuming at step 8 of the checkpoint's ReweightedPenalty with other settings: ")
     for change in ("penalty.eps: 2.0 -> 1.0", "lam.lam: 0.3 -> 0.5", "freeze: 0.0 -> 0.1"):
         assert change in message
     assert "tol" not in message
@@ -85,7 +85,7 @@ def test_an_argument_that_the_file_lacks_is_named(tmp_path):
     del state["recipe"]["init_args"]["finish"]
     torch.save(file, path)
     (message,) = said(ReweightedPenalty(LOG_SUM, 0.5), path)
-    assert "with another recipe: finish: nothing -> keep. The new one" in message
+    assert "with other settings: finish: nothing -> keep. The new one" in message
 
 
 def sparse_start():

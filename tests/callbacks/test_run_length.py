@@ -243,7 +243,7 @@ ANOTHER = {
 @pytest.mark.parametrize(("make", "change"), ANOTHER.values(), ids=ANOTHER.keys())
 def test_a_changed_target_of_a_frozen_support_gives_a_warning(make, change, tmp_path):
     _, again, said = resumed(make(0.8), make(0.9), tmp_path, at=9)
-    told = [one for one in said if "with another recipe" in one]
+    told = [one for one in said if "with other settings" in one]
     assert len(told) == 1
     assert change in told[0]
     assert "frozen already, so the same weights stay zero whatever the new one says; sparsity/target stays 0.8" in told[0]
