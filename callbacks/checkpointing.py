@@ -209,13 +209,13 @@ def check_other_selection(states: Mapping[str, Any], callback: SparsityCallback,
         differs = f"{before}, and {own_form} has {now}: they differ in {odd[:5]}{more}"
         if form == own_form and before != now and odd:
             raise ValueError(
-                f"the checkpoint's {form} was written with {differs}. Resume with the same selection; to train another one, load the weights "
-                "into the module and fit it without ckpt_path"
+                f"the checkpoint's {form} was written with {differs}. Resume with the same selection; to train another one, load the "
+                "weights into the module and fit it without ckpt_path"
             )
         if form != own_form and callback is next((peer for peer in peers if not states.get(peer.state_key)), None):
             rank_zero_warn(
-                f"the state of {form} in the checkpoint was not used, because it was written with {differs}. {own_form} starts anew from the "
-                "loaded weights; to continue the ramp and the zeros, resume with the same selection"
+                f"the state of {form} in the checkpoint was not used, because it was written with {differs}. {own_form} starts anew from "
+                "the loaded weights; to continue the ramp and the zeros, resume with the same selection"
             )
 
 

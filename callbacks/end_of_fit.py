@@ -121,7 +121,7 @@ class EndOfFit:
         self.callback.prune()
         if averages is not None:
             averages.copy_to_module(trainer)
-        endings.warn_collapsed(self.callback.options, self.callback.support)
+        endings.warn_collapsed(self.callback.options, self.callback.support, self.callback.strength, self.callback.settings())
 
     def _meet_target(self, trainer: Trainer) -> None:
         """Prune to the target at the end if ``finish="prune"``, else warn once of what the run did not reach.

@@ -21,8 +21,9 @@ from lightning_sparse.support import Support
 
 FEW = 0.01  # share of zeros below which a run with lam > 0 is warned of
 TRIAL = 100  # optimiser steps below which a run may be only a trial
-COLLAPSED = 30  # a parameter left with one weight is reported if the target's own share of it is at least so many weights
-FEW_GROUPS = 8  # a set of groups left with one is reported if the target's own share of it is at least so many
+COLLAPSED = 30  # a parameter left with one weight is reported if the share of all weights that is left is so many weights of it
+EMPTY = 0.0005  # share of the selected weights that are left, below which the network is reported as empty
+FEW_GROUPS = 8  # a set of groups left with one is reported if the share of all weights that is left is so many of it
 ROUNDED = 8  # lightning_sparse.shrink keeps a multiple of so many groups of an axis, by default
 MASK = 1 / 32  # size of a compact file's bit mask, relative to the weights in float32: with fewer zeros the file is not smaller
 
@@ -108,7 +109,14 @@ def warn_new_length(options: Options, support: Support, strength: Strength, plan
         )
 
 
-def tell_parts(form: str, support: Support, strength: Strength, before: float) -> None:
+def share_at_start(support: Support) -> float:
+    """Return the share of the selected weights that are zero in matrices; vectors, such as biases, start at zero as a rule."""
+    found = counts.count_zeros({name: w for name, w in support.weights.all_live().items() if w.dim() > 1})
+    size = sum(parameter.numel() for parameter in counts.distinct(support.weights.parameters).values())
+    return sum(zeros for zeros, _ in found.values()) / max(size, 1)
+
+
+def tell_parts(options: Options, support: Support, strength: Strength, before: float) -> None:
     """Log, once the support is frozen, its zeros and how many lam made and the rank removed; warn if the target is not met.
 
     ``before`` is the share of zeros before it was frozen.
@@ -118,8 +126,12 @@ def tell_parts(form: str, support: Support, strength: Strength, before: float) -
         return
     share, short = support.share_of_zeros(), reach.missing(support, target.target) is not None
     by_rank = min(target.ranked + max(share - before, 0.0), share)
+    began = min(target.began, share - by_rank)  # because some may have grown since
+    first = f"{began:.2%} of the weights were zero at the start, " if began else ""
+    by_lam = share - by_rank - began
+    form = options.form if options.select is None else f"{options.form} (select={options.select})"
     parts = (
-        f"at step {strength.step}: lam (now {strength.lam:.3g}) brought {share - by_rank:.2%} of the weights to zero, {by_rank:.2%} were "
+        f"at step {strength.step}: {first}lam (now {strength.lam:.3g}) brought {by_lam:.2%} of the weights to zero, {by_rank:.2%} were "
         f"removed by rank along the ramp ({support.score!r}), {share:.2%} in all"
     )
     if short:
@@ -128,25 +140,34 @@ def tell_parts(form: str, support: Support, strength: Strength, before: float) -
         rank_zero_info(f"{form} meets target_sparsity={target.target:g} {parts}")
 
 
-def warn_collapsed(options: Options, support: Support) -> None:
-    """Warn of parameters of which ranking towards a target has left a single weight, and of sets of groups with a single group left."""
-    if options.target_sparsity is None:
+def warn_collapsed(options: Options, support: Support, strength: Strength, settings: Mapping[str, Any]) -> None:
+    """Warn of a network that is left with hardly any weight, of parameters with a single one, and of sets of groups with a single group.
+
+    Without a target it is only logged for a run of a few steps, which may be a trial.
+    """
+    found, groups = counts.count_zeros(support.weights.parameters, support.all_zeros()), support.groups_left(support.weights.parameters)
+    size, zeros = sum(number for _, number in found.values()), counts.share(found)
+    target = options.target_sparsity
+    notify = rank_zero_warn if target is not None or strength.step >= TRIAL else rank_zero_info
+    name = "kl_weight" if "kl_weight" in settings else "lam"
+    less = f"a smaller {name} (now {strength.lam:.3g}), or target_sparsity in its place" if target is None else "a smaller target_sparsity"
+    if size and 1 - zeros < EMPTY:
+        few = f"{round(size * (1 - zeros))} of {size} selected weights"
+        notify(f"{options.form} has left {few}: the network passes on next to nothing. Give {less}")
         return
-    found = counts.count_zeros(support.weights.parameters, support.all_zeros())
-    left = [name for name, (zeros, size) in found.items() if size - zeros <= 1 and size * (1 - options.target_sparsity) >= COLLAPSED]
+    share = 1 - (zeros if target is None else target)
+    left = [name for name, (gone, number) in found.items() if number - gone <= 1 and number * share >= COLLAPSED]
+    every = all(kept <= 1 for kept, _ in groups.values())
+    many = {axis: number * (1 if every else share) >= FEW_GROUPS for axis, (_, number) in groups.items()}
+    alone = [f"{axis} ({number})" for axis, (kept, number) in groups.items() if kept <= 1 and many[axis]]
+    most = 1.0 if target is None else target  # because least_kept is for a target, and at most 1 - target
+    dead = "these layers pass on next to nothing. Give "
     if left:
-        rank_zero_warn(
-            f"{options.form} has left at most one weight of {left[:5]}: these layers pass on next to nothing. Give least_kept=0.01, "
-            "score=scores.LAMP(), which keeps some weights of every layer, or a smaller target_sparsity"
-        )
-    groups = support.groups_left(support.weights.parameters)
-    share = 1 - options.target_sparsity
-    alone = [f"{name} ({count})" for name, (kept, count) in groups.items() if kept <= 1 and count * share >= FEW_GROUPS]
+        floor = "" if most > 0.99 else "least_kept=0.01, score=scores.LAMP(), which keeps some weights of every layer, or "
+        notify(f"{options.form} has left at most one weight of {left[:5]}: {dead}{floor}{less}")
     if alone:
-        rank_zero_warn(
-            f"{options.form} has left one group of each of {', '.join(alone[:5])}: these layers pass on next to nothing. Give "
-            "least_kept=0.05, which keeps a twentieth of the groups of each, or a smaller target_sparsity"
-        )
+        floor = "" if most > 0.95 else "least_kept=0.05, which keeps a twentieth of the groups of each, or "
+        notify(f"{options.form} has left one group of each of {', '.join(alone[:5])}: {dead}{floor}{less}")
 
 
 # -- after training --------------------------------------------------------------------------------------------------------

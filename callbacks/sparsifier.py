@@ -149,6 +149,8 @@ class Sparsifier(SparsityCallback):
         self.method.begin()
         endings.warn_new_length(self.options, self.support, self.strength, self.saved.planned)
         self.saved.planned = None
+        if first and self.strength.target is not None:
+            self.strength.target.began = endings.share_at_start(self.support)
         self._advance()
         self.began_at_zero.check(self.weights.parameters if first else (), pl_module)
         best.warn_early_best(self, trainer)
@@ -256,7 +258,7 @@ class Sparsifier(SparsityCallback):
         if freeze and self.support.frozen is None and (arrived or self.strength.step >= round(self.strength.total * (1 - freeze))):
             before = self.support.share_of_zeros()
             self._freeze()
-            endings.tell_parts(self.options.form, self.support, self.strength, before)
+            endings.tell_parts(self.options, self.support, self.strength, before)
 
     def _freeze(self, new: Iterable[str] | None = None) -> None:
         """Freeze the supports of all parameters, at the target if there is one, or those of ``new`` ones as they are."""

@@ -147,6 +147,7 @@ class TargetSparsity:
         self.ramp: Cubic | None = None  # starts at the first measured share of zeros
         self._floor = 0.0  # share that the ramp of a resumed run had asked for; a longer run's ramp does not go below it
         self.ranked = 0.0  # share of the weights that were removed by rank before they were zero
+        self.began = 0.0  # share of the weights that were zero when the run started
         self.gradient, self.free = 0.0, 0.0  # running means; 0 before the first measurement
 
     def observe_gradients(self, mean_square: float, free: float = 0.0) -> None:
@@ -204,6 +205,7 @@ class TargetSparsity:
     def state_dict(self) -> dict[str, float]:
         """Return the numbers that continue the search exactly."""
         first = {} if self.ramp is None else {"first": self.ramp.start}
+        first |= {"began": self.began} if self.began else {}
         first |= {"floor": self._floor} if self.ramp is not None and self._floor > self.ramp(min(self._t, 1.0), 1.0) else {}
         numbers = {"log_lam": self.log_lam, "t": self._t, "ranked": self.ranked, "gradient": self.gradient, "free": self.free}
         return numbers | {"error": 0.0} | first  # error, because earlier releases read it
@@ -212,7 +214,7 @@ class TargetSparsity:
         """Continue from :meth:`state_dict`; ``target`` is that of the saved search if it differs from this one's."""
         self.log_lam, self._t = float(state["log_lam"]), float(state["t"])
         self.ranked, self.gradient = float(state.get("ranked", 0.0)), float(state.get("gradient", 0.0))
-        self.free = float(state.get("free", 0.0))
+        self.free, self.began = float(state.get("free", 0.0)), float(state.get("began", 0.0))
         self.ramp, self._floor = None, 0.0
         if "first" in state:
             before = Cubic(target or self.target, 0.0, RISE, start=min(state["first"], 0.999 * (target or self.target)))

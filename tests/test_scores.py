@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import Toy, data, trainer, weights
 
 from lightning_sparse import penalties, scores
-from lightning_sparse.callbacks import MagnitudePruning, ReweightedPenalty
+from lightning_sparse.callbacks import MagnitudePruning, ReweightedPenalty, Sparsify
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.scores import Ranked, keep_highest
 
@@ -151,6 +151,33 @@ def test_a_layer_that_is_left_with_one_weight_is_named() -> None:
         module.network[0].weight.mul_(1e-9)
     with pytest.warns(UserWarning, match=r"has left at most one weight of \['network.0.weight'\]"):
         trainer(MagnitudePruning(0.8, every=1, end=0.3), epochs=3).fit(module, data())
+
+
+def deep() -> Toy:
+    return Toy(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)))
+
+
+def test_a_layer_that_lam_has_emptied_is_named() -> None:
+    module = deep()
+    module.make = lambda p: torch.optim.SGD(p, 1e-12)  # nothing moves
+    with torch.no_grad():
+        module.network[0].weight.mul_(1e-9)
+    # the other layer keeps its weights, so that the share of those left is large
+    wanted = r"has left at most one weight of \['network.0.weight'\].* Give a smaller lam \(now 0.0001\), or target_sparsity in its place"
+    with pytest.warns(UserWarning, match=wanted):
+        trainer(ReweightedPenalty(penalties.LogSum(eps=2.0), 1e-4, threshold=1e-3), epochs=25).fit(module, data())
+
+
+def test_a_network_without_any_weight_left_is_reported_with_a_smaller_lam() -> None:
+    wanted = r"ReweightedPenalty has left 0 of 704 selected weights: the network passes on .* Give a smaller lam \(now 100\), or"
+    with pytest.warns(UserWarning, match=wanted):
+        trainer(ReweightedPenalty(penalties.LogSum(eps=2.0), 100.0), epochs=25).fit(deep(), data())
+
+
+def test_a_network_without_any_weight_left_is_reported_with_a_smaller_target() -> None:
+    module = Toy(nn.Sequential(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 3)))
+    with pytest.warns(UserWarning, match=r"Sparsify has left 1 of 5632 selected weights: .* Give a smaller target_sparsity"):
+        trainer(Sparsify(0.9999), epochs=3).fit(module, data())
 
 
 def test_without_a_score_lamp_ranks() -> None:

@@ -16,6 +16,8 @@ from toys import Toy, data, trainer, weights
 from lightning_sparse.callbacks import MagnitudePruning, Sparsify
 from lightning_sparse.structure import Blocks, Channels, Heads, Rows, Structure
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*has left one group of each of")  # targets at the limit of a toy
+
 
 class Attention(nn.Module):
     """Attention whose head size is fixed at the start."""
@@ -175,3 +177,8 @@ def test_layers_with_one_group_left_are_named() -> None:
     with pytest.warns(UserWarning, match=r"has left one group of each of network.blocks.\d.mlp.0 \(64\).*least_kept=0.05"):
         trainer(callback, epochs=10).fit(Toy(Transformer()), data())
     assert callback.share_of_zeros() >= 0.65
+
+
+def test_a_network_with_one_group_of_each_axis_is_reported_whatever_the_target() -> None:
+    with pytest.warns(UserWarning, match=r"has left one group of each of network.0.weight \(16\).* Give least_kept=0.05, .* or a smaller"):
+        trainer(Sparsify(0.93, structure=Rows(), select=["network.0.weight"]), epochs=5).fit(Toy(), data())

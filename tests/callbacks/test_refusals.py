@@ -214,7 +214,7 @@ def test_the_state_of_another_class_and_selection_is_reported_once_as_not_used(t
     run.fit(Toy(), data())
     run.save_checkpoint(tmp_path / "first.ckpt")
     others = [ReweightedPenalty(LOG_SUM, 0.5, select=[f"network.{layer}.*"]) for layer in (0, 2)]
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="was not used") as caught:
         trainer(*others, epochs=2).fit(Toy(), data(), ckpt_path=tmp_path / "first.ckpt")
     (said,) = [str(one.message) for one in caught if "was not used" in str(one.message)]
     assert said == (

@@ -23,6 +23,7 @@ from lightning_sparse.callbacks import (
     PenaltyLoss,
     ReweightedPenalty,
     SparseCheckpoint,
+    Sparsify,
     VariationalDropout,
 )
 from lightning_sparse.examples.digits import Digits
@@ -163,6 +164,34 @@ def test_one_line_says_how_much_lam_did_and_how_much_the_rank(caplog):
     assert by_lam + by_rank == pytest.approx(100 * callback.share_of_zeros(), abs=0.011)
     assert by_rank > 85
     assert count(module) == round(0.9 * SIZE)
+
+
+@pytest.mark.parametrize("select", [None, ["network.*.weight"]])
+def test_zeros_at_the_start_are_not_counted_as_brought_by_lam(select, caplog):
+    module, callback = wide(), Sparsify(0.7, keep_zeros=True, select=select)
+    with torch.no_grad():
+        for w in (module.network[0].weight, module.network[2].weight):
+            w.view(-1)[: w.numel() // 2] = 0
+    with caplog.at_level(logging.INFO):
+        trainer(callback, epochs=20).fit(module, data())
+    form = "Sparsify" if select is None else r"Sparsify \(select=\['network.\*.weight'\]\)"  # which of several
+    found = rf"{form} meets target_sparsity=0.7 at step \d+: 50.00% of the weights were zero at the start, lam .* brought (.*)% of"
+    (said,) = re.findall(found + r" the weights to zero, (.*)% were removed by rank along the ramp .*, (.*)% in all", caplog.text)
+    by_lam, by_rank, share = map(float, said)
+    assert by_lam + by_rank == pytest.approx(share - 50, abs=0.011)
+    assert share == pytest.approx(70, abs=0.1)
+
+
+def test_the_zeros_at_the_start_are_resumed(tmp_path, caplog):
+    module, callback, saver = wide(), Sparsify(0.7, keep_zeros=True), StopAfter(5)
+    saver.path = tmp_path / "half.ckpt"
+    with torch.no_grad():
+        module.network[0].weight.view(-1)[:352] = 0
+    trainer(callback, saver, epochs=10).fit(module, data())
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        trainer(Sparsify(0.7, keep_zeros=True), epochs=10).fit(wide(), data(), ckpt_path=saver.path)
+    assert "50.00% of the weights were zero at the start" in caplog.text
 
 
 def test_zeros_that_are_to_be_kept_may_be_too_many():
