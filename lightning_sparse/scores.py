@@ -1,6 +1,7 @@
 """Scores that rank weights: the lowest are removed first. For the cut towards a target, and for pruning.
 
 A score of your own is one class: a subclass of :class:`Score` with ``of``. In a recipe: ``class_path: my_file.MyScore``.
+``lightning_sparse.testing.check_score`` checks it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,35 @@ class Score(metaclass=Constructed):
 
     @abstractmethod
     def of(self, given: Ranked) -> Tensor:
-        """Return the scores of one parameter's weights, >= 0 and of the parameter's shape."""
+        """Return the scores of one parameter's weights, finite, >= 0 and of the parameter's shape."""
+
+
+def check(score: Score, given: Ranked, found: object) -> None:
+    """Raise TypeError or ValueError, naming the score and the parameter, unless ``found`` is a tensor that :meth:`Score.of` may return."""
+    of, shape = f"the score {score!r} of {given.name!r}", tuple(given.w.shape)
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"{of} is {kind}: return a floating tensor of given.w's shape {shape}")
+    if found.shape != given.w.shape:
+        raise ValueError(f"{of} has the shape {tuple(found.shape)}: return one score for each weight, in given.w's shape {shape}")
+    if bad := int((~found.isfinite()).sum()):
+        raise ValueError(f"{of} is NaN or infinite at {bad} of {found.numel()} weights; divide by nothing that may be 0")
+    below = (found < 0) & given.alive
+    if bad := int(below.sum()):
+        least = float(found[below].min())
+        raise ValueError(
+            f"{of} is negative at {bad} of {found.numel()} weights, down to {least:.3g}: scores must be >= 0, and the lowest are removed "
+            "first. Take the absolute value, or subtract the smallest value"
+        )
+
+
+def checked(score: Score, given: Ranked, known: set[str]) -> Tensor:
+    """Return the scores of one parameter's weights; those of a parameter that is not ``known`` yet are checked, and it is added."""
+    found = score.of(given)
+    if given.name not in known:
+        check(score, given, found)
+        known.add(given.name)
+    return found
 
 
 @dataclass(frozen=True, repr=False)

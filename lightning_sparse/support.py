@@ -17,7 +17,7 @@ from lightning_sparse.elementwise import Engine
 from lightning_sparse.grouped import Groups, mean_rate
 from lightning_sparse.optimizer import ClipFactor
 from lightning_sparse.schedules import Strength
-from lightning_sparse.scores import LAMP, Ranked, Score, keep_highest
+from lightning_sparse.scores import LAMP, Ranked, Score, checked, keep_highest
 from lightning_sparse.step_sizes import StepSizes
 from lightning_sparse.structure import Element, Structure
 from lightning_sparse.weights import WeightStore
@@ -75,6 +75,7 @@ class Support:
         self.sizes, self.clipping, self.tol, self.threshold = sizes, clipping, tol, threshold
         self.score, self.least, self.structure = score, least, structure
         self.squares: dict[str, Tensor] = {}  # running means of squared gradients, by name; empty unless the score needs them
+        self._scored: set[str] = set()  # parameters or groups whose scores have been checked
         self.groups: Groups | None = None  # in a run, of a structure that groups weights
         # masks of the weights that may be non-zero, by name:
         self.frozen: dict[str, Tensor] | None = None  # for the rest of the run
@@ -310,7 +311,7 @@ class Support:
         """Return the masks of these whole parameters that leave a share of ``zeros``, ranked by the score; a collective."""
         if self.groups is not None:
             return self.groups.keep_highest(self._scores_of_groups(self.groups, alive), alive, zeros, self.least)
-        scores = {name: self.score.of(self._ranked(name, where)) for name, where in alive.items()}
+        scores = {name: checked(self.score, self._ranked(name, where), self._scored) for name, where in alive.items()}
         if self.structure.ranks_within:  # what the structure keeps ranks above all that it does not
             gone = {name: self.structure.project(torch.zeros_like(alive[name]), score) for name, score in scores.items()}
             scores = {name: score.float().masked_fill(~gone[name], torch.inf) for name, score in scores.items()}
@@ -326,7 +327,7 @@ class Support:
             alpha = torch.ones_like(size) if terms is None else self._map([terms], self._alpha)[0]
             share = groups.mean(leader, self._with({name: where.float() for name, where in alive.items()}))
             squares = elementwise.full_tensor(groups.mean(leader, self.squares.__getitem__)) if self.squares else None
-            score = self.score.of(Ranked(leader, alpha * size, share > 0, alpha, squares))
+            score = checked(self.score, Ranked(leader, alpha * size, share > 0, alpha, squares), self._scored)
             scores[leader] = score.masked_fill(share == 0, -1.0)
         return scores
 

@@ -1,4 +1,4 @@
-"""Check contracts: run these functions on your own penalty, mask rule or sparsity callback.
+"""Check contracts: run these functions on your own penalty, mask rule, score, structure or sparsity callback.
 
     from lightning_sparse import testing
     testing.check_penalty(MyPenalty(eps=0.1))
@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_sparse import _checks, _penalty_contract, duality, numeric
+from lightning_sparse import _checks, _penalty_contract, duality, numeric, scores
 from lightning_sparse._contract import DTYPES, ContractError, close, same_kind, weights
 from lightning_sparse.duality import MaskRule, Penalty
+from lightning_sparse.scores import Ranked, Score
 from lightning_sparse.structure import Structure
 
 if TYPE_CHECKING:
     from lightning_sparse.conformance import Outcome
 
-__all__ = ["ContractError", "check_callback", "check_mask_rule", "check_penalty", "check_structure"]
+__all__ = ["ContractError", "check_callback", "check_mask_rule", "check_penalty", "check_score", "check_structure"]
 
 
 def check_penalty(penalty: Penalty) -> None:
@@ -69,6 +70,42 @@ def check_mask_rule(rule: MaskRule) -> None:
     inside = alpha < 1 - 1e-6  # 1 - alpha has lost its digits above
     close(rule, "eta_hat against lam alpha / (1 - alpha)", w[inside], rule.eta_hat(w)[inside], duality.eta(alpha, rule.lam)[inside], 1e-6)
     _penalty_of(rule, w, alpha)
+
+
+def check_score(score: Score, shapes: Collection[tuple[int, ...]] = ((6, 8), (1, 1), (9,), (4, 6, 3, 3))) -> None:
+    """Raise ContractError unless ``score`` keeps the contract of :class:`~lightning_sparse.scores.Score`.
+
+    Checked on weights of these ``shapes`` in float32 and bfloat16, of which none, half or all are zero already: the scores are a floating
+    tensor of the weights' shape, finite, >= 0 where a weight is alive, and the same when they are computed again; what is given does
+    not change; ``given.squares`` is not used without ``needs_squares``. TypeError unless given a Score.
+    """
+    if not isinstance(score, Score):
+        raise TypeError(f"check_score takes a Score, got {_checks.shown(score, Score)}")
+    generator = torch.Generator().manual_seed(0)
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            for dead in (0.0, 0.5, 1.0):
+                alive = torch.rand(shape, generator=generator) >= dead
+                w = torch.randn(shape, generator=generator).to(dtype) * alive
+                alpha, squares = (torch.rand(shape, generator=generator).to(dtype) for _ in range(2))
+                _check_score(score, Ranked("weight", w, alive, alpha, squares if score.needs_squares else None))
+
+
+def _check_score(score: Score, given: Ranked) -> None:
+    where = f"{score!r} on weights of shape {tuple(given.w.shape)} in {given.w.dtype}, of which {int((~given.alive).sum())} are zero"
+    known = {name: value.clone() for name, value in vars(given).items() if isinstance(value, Tensor)}
+    try:
+        found = score.of(given)
+        scores.check(score, given, found)
+        again = score.of(Ranked(**(vars(given) | {name: value.clone() for name, value in known.items()})))
+    except Exception as error:  # a score of one's own may raise any error
+        hint = "" if score.needs_squares else "; given.squares is None unless the class sets needs_squares = True"
+        raise ContractError(f"{where}: {type(error).__name__}: {error}{hint}") from error
+    changed = [name for name, value in known.items() if not torch.equal(getattr(given, name), value)]
+    if changed:
+        raise ContractError(f"{where}: of must not change given.{changed[0]}; work on a copy")
+    if not torch.equal(found, again):
+        raise ContractError(f"{where}: of must return the same scores for the same weights")
 
 
 def check_structure(structure: Structure, shapes: Collection[tuple[int, ...]] = ((6, 8), (5, 7), (1, 9), (4, 6, 3, 3))) -> None:

@@ -1,4 +1,4 @@
-"""Penalties and rules with one defect each, and a word that the check's message must contain."""
+"""Penalties, rules and scores with one defect each, and a word that the check's message must contain."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from lightning_sparse import mask_rules, numeric, penalties
 from lightning_sparse.duality import MaskRule, Penalty
+from lightning_sparse.scores import Ranked, Score
 
 LogSum = penalties.LogSum
 
@@ -233,4 +234,32 @@ RULES: list[tuple[MaskRule, str]] = [
     (InvertedEta(), "eta_hat against"),
     (DoubledPenalty(1.0), "conversion to the penalty and back"),
     (RoundedKept(), "keep_probability must keep shape and dtype"),
+]
+
+
+class Scored(Score):
+    """A score from a function of what is given."""
+
+    def __init__(self, of: Any) -> None:
+        self.function = of
+
+    def __repr__(self) -> str:
+        return "Scored()"
+
+    def of(self, given: Ranked) -> Any:
+        return self.function(given)
+
+
+SCORES: list[tuple[Score, str]] = [
+    (Scored(lambda given: given.w), r"Scored\(\) of 'weight' is negative at \d+ of 48 weights"),
+    (Scored(lambda given: given.w.abs().flatten(1).mean(1)), r"has the shape \(6,\): return one score for each weight, .* \(6, 8\)"),
+    (Scored(lambda given: given.w.abs().flatten()), r"has the shape \(48,\)"),
+    (Scored(lambda given: given.w.abs() / given.w.abs().sum()), "of which 48 are zero: .* is NaN or infinite at 48 of 48"),
+    (Scored(lambda given: 1 / given.w.abs()), "is NaN or infinite"),
+    (Scored(lambda given: given.w != 0), "is torch.bool: return a floating tensor"),
+    (Scored(lambda given: float(given.w.abs().sum())), "is float: return a floating tensor"),
+    (Scored(lambda given: given.w.abs_()), r"must not change given\.w"),
+    (Scored(lambda given: torch.rand(given.w.shape)), "must return the same scores"),
+    (Scored(lambda given: given.w.square() * given.squares), "given.squares is None unless the class sets needs_squares = True"),
+    (Scored(lambda given: given.w.abs().numpy()), "is ndarray: return a floating tensor"),
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from mutants import Scored
 from torch import Tensor, nn
 from toys import Toy, data, trainer, weights
 
@@ -15,6 +17,8 @@ from lightning_sparse import penalties, scores
 from lightning_sparse.callbacks import MagnitudePruning, ReweightedPenalty, Sparsify
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.scores import Ranked, keep_highest
+from lightning_sparse.structure import Rows
+from lightning_sparse.testing import check_score
 
 BUILT_IN = [
     scores.Magnitude(),
@@ -40,6 +44,11 @@ def test_a_score_has_the_weights_shape_and_rises_with_their_size(score: scores.S
     found = score.of(given(w, alpha=alpha, squares=torch.full_like(w, 0.3)))
     assert found.shape == w.shape
     assert torch.equal(found.reshape(-1).argsort(), w.abs().reshape(-1).argsort())
+
+
+@every_score
+def test_a_score_keeps_its_contract(score: scores.Score) -> None:
+    check_score(score)
 
 
 def test_scores_against_formulas_written_by_hand() -> None:
@@ -90,7 +99,7 @@ class First(scores.Score):
     """A user's own score: the first weights in memory are the last to go."""
 
     def of(self, given: Ranked) -> Tensor:
-        return -torch.arange(given.w.numel(), dtype=torch.float32).reshape(given.w.shape)
+        return torch.arange(given.w.numel(), 0, -1, dtype=torch.float32).reshape(given.w.shape)
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
@@ -143,6 +152,32 @@ def test_least_kept_holds_in_each_layer_and_an_impossible_one_is_refused() -> No
         MagnitudePruning(0.8, least_kept=0.3)
     with pytest.raises(TypeError, match="score must be a Score"):
         MagnitudePruning(0.8, score="LAMP")  # type: ignore[arg-type]
+
+
+WRONG = {
+    "negative": (lambda given: given.w, r"the score Scored\(\) of 'network.0.weight' is negative at \d+ of 128 weights, down to -0"),
+    "not finite": (lambda given: given.w / 0, r"of 'network.0.weight' is NaN or infinite at 128 of 128 weights"),
+    "of rows": (lambda given: given.w.abs().mean(1), r"of 'network.0.weight' has the shape \(16,\): .* given.w's shape \(16, 8\)"),
+}
+
+
+@pytest.mark.parametrize("make", [MagnitudePruning, Sparsify])
+@pytest.mark.parametrize(("of", "said"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_score_is_refused_at_its_first_use(of: Any, said: str, make: Any) -> None:
+    with pytest.raises(ValueError, match=said):
+        trainer(make(0.5, score=Scored(of)), epochs=2).fit(Toy(), data())
+
+
+def test_a_wrong_score_of_groups_is_refused_at_its_first_use() -> None:
+    with pytest.raises(ValueError, match=r"of 'network.0.weight' is NaN or infinite at 16 of 16 weights"):
+        trainer(Sparsify(0.5, score=Scored(lambda given: given.w / 0), structure=Rows()), epochs=2).fit(Toy(), data())
+
+
+def test_a_score_is_checked_once_for_each_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(scores, "check", lambda score, given, found: seen.append(given.name))
+    trainer(Sparsify(0.5), epochs=4).fit(Toy(), data())
+    assert seen == ["network.0.weight", "network.2.weight"]
 
 
 def test_a_layer_that_is_left_with_one_weight_is_named() -> None:

@@ -9,7 +9,7 @@ import mutants
 import pytest
 import torch
 
-from lightning_sparse import mask_rules, penalties, testing
+from lightning_sparse import mask_rules, penalties, scores, testing
 from lightning_sparse._contract import ContractError, close
 from lightning_sparse.duality import CallableRule, MaskRule, Penalty, PenaltyRule
 
@@ -79,7 +79,15 @@ def test_a_mutant_rule_is_rejected_with_the_reason(rule: MaskRule, reason: str) 
         testing.check_mask_rule(rule)
 
 
+@pytest.mark.parametrize(("score", "reason"), mutants.SCORES, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_mutant_score_is_rejected_with_the_reason(score: scores.Score, reason: str) -> None:
+    with pytest.raises(testing.ContractError, match=reason):
+        testing.check_score(score)
+
+
 def test_the_contract_checks_refuse_other_objects() -> None:
+    with pytest.raises(TypeError, match=r"check_score takes a Score, got the class LAMP; did you mean LAMP\(\)\?"):
+        testing.check_score(scores.LAMP)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="takes a Penalty"):
         testing.check_penalty(mask_rules.Standout())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="takes a MaskRule"):
