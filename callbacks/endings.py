@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -182,13 +184,30 @@ def say_what_next(callback: SparsityCallback, trainer: Trainer) -> None:
     zeros, size = counts.share(found), sum(number for _, number in found.values())
     keeper = trainer.checkpoint_callback
     file = getattr(keeper, "best_model_path", "") or getattr(keeper, "last_model_path", "")
-    folder = Path(file).parent
-    has_config = any((place / "config.yaml").is_file() for place in (folder, folder.parent))
+    report = _report(file) if file else ""
     use = _use(peers, zeros, trainer.lightning_module)  # on every rank, because it gathers
-    step = f"lightning-sparse report {file}" if file and has_config else use
-    step = f"; next: {step}" if step else ""
+    step = f"; next: {report or use}" if report or use else ""
     names = " and ".join(dict.fromkeys(peer.options.form for peer in peers))
     rank_zero_info(f"{names}: {zeros:.2%} of {size} selected weights are zero{f'; checkpoint {file}' if file else ''}{step}")
+
+
+def _report(file: str) -> str:
+    """Return the command that reports on a checkpoint; empty where it would not know the module.
+
+    The configuration beside the file names the module's class; a script with a fixed class is named itself.
+    """
+    folder, script = Path(file).parent, sys.argv[0]
+    config = next((place / "config.yaml" for place in (folder, folder.parent) if (place / "config.yaml").is_file()), None)
+    try:
+        tree = yaml.safe_load(config.read_text(encoding="utf-8")) if config else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # a file that is being written by another rank, or not of a run
+        return ""
+    if not isinstance(tree, dict):
+        return ""
+    model, command = tree.get("model"), f"lightning-sparse report {file}"
+    if isinstance(model, str) or (isinstance(model, dict) and "class_path" in model):
+        return command
+    return f"{command} --script {script}" if script.endswith(".py") and Path(script).is_file() else ""
 
 
 def _use(peers: Sequence[SparsityCallback], zeros: float, module: nn.Module) -> str:

@@ -25,6 +25,7 @@ _KINDS = {
     "list": "a list",
     "Sequence": "a list",
 }
+_BASES = {"LightningModule": "MyModel", "LightningDataModule": "MyData"}  # which only a class of the user's can stand for
 _OTHER_KIND = re.compile(r"(?:^|: )(?:must be (?!.*, got )|no class )")
 
 
@@ -70,6 +71,11 @@ def _sentence(cause: str, where: str, owner: str, bases: str, keys: list[str]) -
     """Reword one cause; return an empty string if the class exists and only another type of the union rejects it."""
     prefix = f"{where}: " if where else ""
     if option := re.match(r"(?:Option|Key) '([^']+)' is not (?:accepted|expected)", cause):
+        if owner.rpartition(".")[2] in _BASES:
+            return (
+                f"{prefix}{option[1]!r} without a class_path: write `{where}: {{class_path: my_module.{_BASES[owner.rpartition('.')[2]]}, "
+                f"init_args: {{{option[1]}: ...}}}}`, or give the script that fixes the class to a command with --script"
+            )
         return f"{prefix}{owner.rpartition('.')[2]} takes no {option[1]!r}{_checks.closest(option[1], parameters(owner))}"
     if name := re.match(r"Expected a dot import path string: (\S+)", cause):
         known = class_names(_expected(owner, where.rpartition(".")[2]) or bases)

@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_sparse.cli import formats
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.formats import Format
-from lightning_sparse.cli.opened import open_checkpoint
+from lightning_sparse.cli.opened import add_arguments, open_checkpoint
 from lightning_sparse.cli.saved import Saved
 
 FORMATS = ("auto", "csr", "bsr", "onnx", "compact", "2:4")
@@ -28,9 +28,8 @@ _ABOUT = (
 def run(verb: str, words: list[str]) -> int:
     """Write the files and print the table. Raises UsageError if no format can hold this network, with the reason of each."""
     parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description=_ABOUT)
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT")
+    add_arguments(parser)
     parser.add_argument("--to", nargs="+", choices=FORMATS, required=True, help="one format or several, side by side in the table")
-    parser.add_argument("--config", help="recipe or YAML of the run (default: the config.yaml beside the checkpoint)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: the checkpoint's folder)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="batch size that auto chooses for (default: %(default)s)")
     parser.add_argument("--fp16", action="store_true", help="compact: round the values to 16 bits")
@@ -39,7 +38,7 @@ def run(verb: str, words: list[str]) -> int:
         raise UsageError(f"--batch_size must be at least 1, got {args.batch_size}")
     if "2:4" in args.to and len(args.to) > 1:
         raise UsageError("2:4 is measured on the GPU and the other formats on the CPU: give --to 2:4 in a command of its own")
-    saved = open_checkpoint(args.checkpoint, args.config, overrides)
+    saved = open_checkpoint(args.checkpoint, args.config, overrides, args.script)
     saved = saved.on_gpu() if "2:4" in args.to else saved
     folder = args.checkpoint.parent if args.out is None else args.out
     with tempfile.TemporaryDirectory() as scratch:

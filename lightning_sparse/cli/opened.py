@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_sparse.cli import checkpoints, recipes
+from lightning_sparse.cli import checkpoints, recipes, scripted
+from lightning_sparse.cli.comparison.runs import check_script
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.report import run_folder
 from lightning_sparse.cli.saved import Saved, silence_device_messages
@@ -28,7 +30,7 @@ class Opened(RecipeCLI):
         pass
 
 
-def open_checkpoint(path: Path, config: str | None = None, overrides: Sequence[str] = ()) -> Saved:
+def open_checkpoint(path: Path, config: str | None = None, overrides: Sequence[str] = (), script: str | None = None) -> Saved:
     """Return the checkpoint's module and data.
 
     Raises UsageError for a missing or damaged file, a file of another module, and where no configuration is found.
@@ -37,16 +39,36 @@ def open_checkpoint(path: Path, config: str | None = None, overrides: Sequence[s
         path: the checkpoint.
         config: a recipe or YAML file; None takes the ``config.yaml`` that ``fit`` wrote beside the checkpoint or one folder above.
         overrides: arguments that override it, as in ``fit``.
+        script: the user's training script; it is run as ``SCRIPT fit --config CONFIG``, or without a configuration as it is.
     """
+    script = check_script(script)
     content = checkpoints.read(path)
     if content is None:
         raise UsageError(f"give the path of a checkpoint file, got {str(path)!r}")
-    words = recipes.with_paths(["--config", config if config is not None else str(_config_beside(path))])
-    with silence_device_messages():
-        cli = launch(Opened, ["fit", *words, *_QUIET, *overrides])
-    checkpoints.check(path, content, cli.model)
-    cli.model.load_state_dict(content["state_dict"])
-    return Saved(path, cli.model.eval().cpu(), cli.datamodule, selected(content))
+    file = config if config is not None else _config_beside(path)
+    if script is not None:
+        words = [] if file is None else ["fit", *recipes.with_paths(["--config", file]), *_QUIET]
+        model, data = scripted.objects(script, [*words, *overrides])
+    else:
+        if file is None:
+            raise UsageError(
+                f"no config.yaml beside {path}, so its module and data are unknown: give --config RECIPE, the one it was trained with, or "
+                "--script SCRIPT, your own training script. In Python: docs/guide/smaller.md, 'A checkpoint of a plain Trainer'"
+            )
+        recipes.check_classes(recipes.find(file), overrides, "--script SCRIPT")
+        with silence_device_messages():
+            cli = launch(Opened, ["fit", *recipes.with_paths(["--config", file]), *_QUIET, *overrides])
+        model, data = cli.model, cli.datamodule
+    checkpoints.check(path, content, model)
+    model.load_state_dict(content["state_dict"])
+    return Saved(path, model.eval().cpu(), data, selected(content))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint and how its module and data are found."""
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT")
+    parser.add_argument("--config", help="recipe or YAML of the run (default: the config.yaml beside the checkpoint)")
+    parser.add_argument("--script", help=scripted.HELP)
 
 
 def selected(content: Mapping[str, Any]) -> tuple[str, ...]:
@@ -56,9 +78,7 @@ def selected(content: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for taken in found if isinstance(taken, dict) for name in taken))
 
 
-def _config_beside(path: Path) -> Path:
+def _config_beside(path: Path) -> str | None:
     folder = path.resolve().parent
-    for place in (run_folder(folder), folder, folder.parent):
-        if (place / "config.yaml").is_file():
-            return place / "config.yaml"
-    raise UsageError(f"no config.yaml beside {path}, so its module and data are unknown: give --config RECIPE, the one it was trained with")
+    places = (place / "config.yaml" for place in (run_folder(folder), folder, folder.parent))
+    return next((str(file) for file in places if file.is_file()), None)

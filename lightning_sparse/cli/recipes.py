@@ -61,6 +61,30 @@ def _check_classes(path: Path, tree: Any, key: str) -> None:
         _check_classes(path, value, where)
 
 
+def check_classes(path: Path, words: Sequence[str], script: str) -> None:
+    """Raise UsageError, with the lines to write, for a configuration that names no class of the model and has its values.
+
+    A LightningCLI script with fixed classes reads and writes such files. ``words`` are further arguments of ``fit``, which may name
+    the class; ``script`` is how the script is given instead.
+    """
+    tree = content(path)
+    model = tree.get("model")
+    if isinstance(model, str) or (isinstance(model, dict) and "class_path" in model):
+        return
+    if any(word.partition("=")[0] in ("--config", "-c", "--model", "--model.class_path") for word in words):
+        return
+    lines = []
+    for key, name in (("model", "MyModel"), ("data", "MyData")):
+        own = tree.get(key)
+        if not isinstance(own, str) and "class_path" not in (own or {}):
+            wanted = {"class_path": f"my_module.{name}"} | ({"init_args": own} if own else {})
+            lines.append(f"  {key}: {yaml.safe_dump(wanted, default_flow_style=True, sort_keys=False, width=10_000).strip()}")
+    raise UsageError(
+        f"{path}: model names no class, as in the configuration of a script with fixed classes, LightningCLI(MyModel, MyData). Give "
+        f"{script}, or name the classes in a copy of the file:\n" + "\n".join(lines)
+    )
+
+
 def about(path: Path) -> dict[str, str]:
     """Read the ``key: text`` lines of the comment at the top of a recipe (``summary``, ``reaches``, ``command``)."""
     fields: dict[str, list[str]] = {}

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.export.conversion import copied
+
+_NO_TEST_DATA = LightningDataModule.test_dataloader  # which raises an error
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Saved:
 def test_metrics(model: LightningModule, data: Any) -> dict[str, float]:
     """Return the metrics of ``test_step``, without a logger; an empty dict if the model has no test step or there is no data."""
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    if data is None or type(model).test_step is LightningModule.test_step:
+    if data is None or type(model).test_step is LightningModule.test_step or type(data).test_dataloader is _NO_TEST_DATA:
         return {}
     with silence_device_messages():
         found = Trainer(accelerator="cpu", devices=1, **quiet).test(model, datamodule=data, verbose=False)
@@ -92,12 +94,13 @@ def _batches(data: Any) -> Iterator[Any]:
     if data is None:
         return
     data.prepare_data()
-    for stage, loader in (("test", "test_dataloader"), ("validate", "val_dataloader"), ("fit", "train_dataloader")):
+    for stage, name in (("test", "test_dataloader"), ("validate", "val_dataloader"), ("fit", "train_dataloader")):
         try:
             data.setup(stage)
-            found = getattr(data, loader)()
+            found = getattr(data, name)()
         except Exception:  # a data module may lack any of them
             continue
-        for batch in found if not isinstance(found, (list, tuple)) else found[0]:
+        loader = found[0] if isinstance(found, (list, tuple)) and found else found
+        for batch in () if loader is None else loader:
             yield batch
             break

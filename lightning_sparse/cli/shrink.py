@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning_sparse.cli import budget, formats, shrunk_table
 from lightning_sparse.cli.errors import UsageError
-from lightning_sparse.cli.opened import open_checkpoint
+from lightning_sparse.cli.opened import add_arguments, open_checkpoint
 from lightning_sparse.shrinking import save_shrunk, shrink_and_report
 
 _ABOUT = (
@@ -26,13 +26,12 @@ def run(verb: str, words: list[str]) -> int:
     if any(word.partition("=")[0] in budget.GIVEN for word in words):
         return budget.run(words)
     parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description=_ABOUT)
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT")
-    parser.add_argument("--config", help="recipe or YAML of the run (default: the config.yaml beside the checkpoint)")
+    add_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: CKPT's path with .shrunk)")
     parser.add_argument("--round_to", type=budget.unit, default=8, metavar="N", help=f"{budget.ROUND_TO} (default: %(default)s)")
     parser.add_argument("--allow_branches", action="store_true", help="accept a forward that branches on values of tensors")
     args, overrides = parser.parse_known_args(words)
-    saved = open_checkpoint(args.checkpoint, args.config, overrides)
+    saved = open_checkpoint(args.checkpoint, args.config, overrides, args.script)
     inputs = formats.sized(saved.inputs(), shrunk_table.SAMPLES)
     try:
         found = shrink_and_report(saved.module, inputs, args.round_to, allow_branches=args.allow_branches, seconds=0)

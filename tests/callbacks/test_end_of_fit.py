@@ -36,7 +36,7 @@ def test_the_line_has_the_share_of_the_module_and_the_checkpoint(tmp_path, caplo
 
 
 def test_several_callbacks_have_one_line_and_a_run_with_a_configuration_names_the_command(tmp_path, caplog):
-    (tmp_path / "config.yaml").write_text("model: {}")
+    (tmp_path / "config.yaml").write_text("model: {class_path: my.Net}")
     keeper = ModelCheckpoint(dirpath=tmp_path)
     first, second = [name for name, w in Toy().named_parameters() if w.dim() == 2][:2]
     both = (ReweightedPenalty(LOG_SUM, 0.5, select=[first]), AdaptiveProx(LOG_SUM, 0.5, select=[second]))
@@ -45,6 +45,18 @@ def test_several_callbacks_have_one_line_and_a_run_with_a_configuration_names_th
     (line,) = lines(caplog)
     assert "ReweightedPenalty and AdaptiveProx" in line
     assert line.endswith(f"; next: lightning-sparse report {keeper.best_model_path}")
+
+
+def test_a_configuration_without_the_class_names_the_script_or_no_command(tmp_path, caplog, monkeypatch):
+    (tmp_path / "config.yaml").write_text("model: {width: 16}")
+    script = tmp_path / "train.py"
+    script.write_text("")
+    keeper = ModelCheckpoint(dirpath=tmp_path / "checkpoints")
+    for started, expected in ((str(script), f"lightning-sparse report {{}} --script {script}"), ("-c", COMPACT)):
+        monkeypatch.setattr("sys.argv", [started])
+        with caplog.at_level(logging.INFO):
+            trainer(MagnitudePruning(0.5), keeper, epochs=3, enable_checkpointing=True).fit(Toy(), data())
+        assert lines(caplog)[-1].endswith(f"; next: {expected.format(keeper.best_model_path)}")
 
 
 SHRINK = "lightning_sparse.shrink(module, x, verbose=True) measures what removing zero rows gains"

@@ -1,0 +1,122 @@
+"""report, shrink and export with a user's training script in the place of a configuration with classes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import QUIET, refused
+from lightning.pytorch import Trainer
+
+from lightning_sparse.cli import main, scripted, worth
+from lightning_sparse.cli.errors import UsageError
+
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")]
+MODULES = """
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader, TensorDataset
+
+class Net(LightningModule):
+    def __init__(self, width: int = 16):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
+    def forward(self, x): return self.body(x)
+    def training_step(self, batch, _):
+        raise AssertionError("nothing is to be trained")
+    def test_step(self, batch, _):
+        self.log("test_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 0.1)
+
+class Data(LightningDataModule):
+    def train_dataloader(self): return DataLoader(TensorDataset(torch.randn(32, 8), torch.zeros(32)), 8)
+    def test_dataloader(self): return self.train_dataloader()
+"""
+SCRIPTS = {
+    "fixed classes": "from lightning.pytorch.cli import LightningCLI\nLightningCLI(Net, Data)",
+    "SparseCLI": "from lightning_sparse.cli import SparseCLI\nSparseCLI(Net, Data)",
+    "a data module": "from lightning.pytorch import Trainer\nTrainer(logger=False).fit(Net(24), datamodule=Data())",
+    "a data module by position": "from lightning.pytorch import Trainer\nTrainer(logger=False).fit(Net(24), Data())",
+    "loaders": "from lightning.pytorch import Trainer\nTrainer(logger=False).fit(Net(24), Data().train_dataloader())",
+}
+CONFIG = {"model": {"width": 24}, "data": {}, "trainer": {"accelerator": "cpu", "enable_checkpointing": False}, "seed_everything": 0}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr(worth, "_SECONDS", 0.1)
+    Path("run").mkdir()
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 24), torch.nn.ReLU(), torch.nn.Linear(24, 2))
+    with torch.no_grad():
+        layers[0].weight[:16], layers[0].bias[:16] = 0, 0
+    state = {f"body.{name}": w.detach() for name, w in layers.state_dict().items()}
+    torch.save({"state_dict": state, "pytorch-lightning_version": "2.6.0"}, "run/net.ckpt")
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.slow
+def test_a_script_gives_the_model_and_the_data(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("train.py").write_text(f"{MODULES}\nif __name__ == '__main__':\n    " + SCRIPTS[kind].replace("\n", "\n    "))
+    if "CLI" in SCRIPTS[kind]:
+        Path("run/config.yaml").write_text(yaml.safe_dump(CONFIG))
+    fit = Trainer.fit
+    assert main(["shrink", "run/net.ckpt", "--script", "train.py", "--out", "small"]) == 0
+    shown = capsys.readouterr().out
+    assert "neurons of body.0" in shown
+    assert ("test_acc" in shown) == (kind != "loaders")
+    assert Path("small/model.pt").is_file()
+    assert main(["report", "run/net.ckpt", "--script", "train.py"]) == 0
+    assert "lightning-sparse export run/net.ckpt --script train.py --to compact" in capsys.readouterr().out
+    assert main(["export", "run/net.ckpt", "--script", "train.py", "--to", "compact"]) == 0
+    assert Trainer.fit is fit
+
+
+def test_a_configuration_without_classes_is_answered_with_the_lines_to_write(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run/config.yaml").write_text(yaml.safe_dump(CONFIG))
+    message = refused(capsys, "report", "run/net.ckpt")
+    assert "config.yaml: model names no class" in message
+    assert "--script SCRIPT" in message
+    lines = yaml.safe_load(message.partition("copy of the file:\n")[2])
+    assert lines == {
+        "model": {"class_path": "my_module.MyModel", "init_args": {"width": 24}},
+        "data": {"class_path": "my_module.MyData"},
+    }
+    Path("run/config.yaml").unlink()
+    message = refused(capsys, "report", "run/net.ckpt")
+    assert "give --config RECIPE" in message
+    assert "--script SCRIPT" in message
+    assert "docs/guide/smaller.md, 'A checkpoint of a plain Trainer'" in message
+
+
+ENDINGS = {
+    "pass": "never called Trainer.fit",
+    "raise SystemExit(3)": "ended with exit code 3 before it called Trainer.fit",
+    "import pytorch_lightning as pl\npl.Trainer(logger=False).fit(pl.LightningModule())": "is no module of lightning.pytorch",
+}
+
+
+@pytest.mark.parametrize("source", ENDINGS)
+def test_a_script_that_gives_no_model_is_refused(source: str) -> None:
+    if "pytorch_lightning" in source:
+        pytest.importorskip("pytorch_lightning")
+    Path("train.py").write_text(source)
+    with pytest.raises(UsageError, match=ENDINGS[source]):
+        scripted.objects("train.py", ["fit"])
+    Path("train.py").write_text("1 / 0")
+    with pytest.raises(ZeroDivisionError):  # an error of the user's own keeps its traceback
+        scripted.objects("train.py", [])
+
+
+def test_a_missing_script_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no file 'none.py'" in refused(capsys, "report", "run/net.ckpt", "--script", "none.py")
+
+
+def test_arguments_of_a_class_that_is_not_named_are_refused_with_the_line_to_write(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.yaml").write_text(yaml.safe_dump(CONFIG))
+    message = refused(capsys, "check", "own.yaml")
+    assert "model: 'width' without a class_path: write `model: {class_path: my_module.MyModel, init_args: {width: ...}}`" in message
