@@ -6,6 +6,7 @@ import os
 import sys
 import sysconfig
 import warnings
+from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -14,12 +15,14 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_sparse
 
+heard: deque[str] = deque(maxlen=100)  # the last warnings of this process, which `lightning-sparse compare` shows below its table
 _PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torch", "jsonargparse")
 
 
 @rank_zero_only
 def rank_zero_warn(message: str) -> None:
     """Warn, on rank 0, from the innermost frame of the user's code; from the caller's if there is none."""
+    heard.append(message)
     caller = sys._getframe(1)
     frame = _users_frame(caller) or caller
     module, registry = frame.f_globals.get("__name__", "<unknown>"), frame.f_globals.setdefault("__warningregistry__", {})

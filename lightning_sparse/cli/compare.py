@@ -30,6 +30,7 @@ from lightning_sparse.cli.comparison.runs import Run, check_script, execute
 from lightning_sparse.cli.errors import UsageError, imported
 
 _LOG_SUM = {"class_path": "lightning_sparse.penalties.LogSum", "init_args": {"eps": 2.0}}
+_FORM = "ReweightedPenalty"  # of a path, if the configuration has no callback with a lam
 _COMPARE = (
     "Train a LightningCLI configuration once without sparsity (dense) and with each callback, target share of zeros and seed, in "
     "processes side by side. Prints one table (mean and standard deviation over seeds of a validation metric), and writes it with a "
@@ -49,6 +50,7 @@ def run(verb: str, words: list[str]) -> int:
     _check(args)
     settings = _Settings(args, verb, tuple(overrides))
     runs = settings.path() if verb == "path" else settings.comparison()
+    settings.check_classes()
     settings.keep()
     left = sum(run.result() is None for run in runs)
     print(f"{len(runs)} runs, {left} to go, files in {settings.out}", flush=True)
@@ -63,8 +65,11 @@ def run(verb: str, words: list[str]) -> int:
     up = results.rises(metric, args.mode)
     cells = results.cells(runs, records, metric)
     table = results.markdown(cells, metric, setting, up)
-    (settings.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    notes = results.footnotes(runs, records)
+    notes = ["Warnings, in full in log.txt of each run's folder:", *(f"- {note}" for note in notes)] if notes else []
+    (settings.out / "table.md").write_text("\n".join([table, *([""] if notes else []), *notes, ""]), encoding="utf-8")
     Console(highlight=False, width=None if os.isatty(1) else 140).print(Markdown(table))
+    print("\n".join([*notes, ""]), end="")
     picture = results.regularisation_path(runs, records, metric) if verb == "path" else results.frontier(cells, metric)
     for file in (settings.out / "table.md", results.write_csv(settings.out / "runs.csv", runs, records, setting)):
         print(file)
@@ -91,7 +96,10 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (default: %(default)s)")
     if verb == "path":
         parser.add_argument("--lams", type=float, nargs="+", required=True, metavar="LAM", help="the strengths")
-        parser.add_argument("--method", default="ReweightedPenalty", help="the callback, as in compare (default: %(default)s)")
+        parser.add_argument(
+            "--method",
+            help=f"the callback, as in compare (default: the one under sparsify of the configuration if it takes lam, else {_FORM})",
+        )
         parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
         return parser
     default = [
@@ -149,6 +157,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--threads must be at least 1, got {args.threads}")
 
 
+_OTHERS = {"config": "another configuration", "script": "another --script", "overrides": "other overrides", "threads": "other --threads"}
+
+
 class _Settings:
     """The runs that a command asks for, and the folder that keeps their records."""
 
@@ -163,11 +174,25 @@ class _Settings:
         """Write what all runs of the folder share. Raises UsageError if the folder holds runs of other settings."""
         shared = {"config": self.tree, "script": self.script, "overrides": list(self.overrides), "threads": self.args.threads}
         file = self.out / "settings.json"
-        if file.is_file() and (known := json.loads(file.read_text(encoding="utf-8"))) != json.loads(json.dumps(shared, default=str)):
-            changed = [name for name in shared if known.get(name) != json.loads(json.dumps(shared[name], default=str))]
-            raise UsageError(f"{self.out} holds runs with another {' and '.join(changed)}; choose another folder with --out, or delete it")
+        if (
+            self._has_runs()
+            and file.is_file()
+            and (known := json.loads(file.read_text(encoding="utf-8"))) != json.loads(json.dumps(shared, default=str))
+        ):
+            changed = [other for name, other in _OTHERS.items() if known.get(name) != json.loads(json.dumps(shared[name], default=str))]
+            raise UsageError(f"{self.out} holds runs with {' and '.join(changed)}; choose another folder with --out, or delete it")
         self.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(shared, indent=1, default=str), encoding="utf-8")
+
+    def _has_runs(self) -> bool:
+        """Return True if a run of the folder is finished, or was interrupted, or is trained by another process now."""
+        begun = (file.parent for file in self.out.glob("*/overlay.yaml"))
+        return any(not (folder / "failed.txt").is_file() for folder in begun)
+
+    def check_classes(self) -> None:
+        """Raise UsageError if no run can be built, because neither the configuration nor a script names the model's class."""
+        if self.script is None:
+            recipes.check_classes(self.config, self.overrides, "that script, --script SCRIPT")
 
     def check_metric(self, run: Run) -> None:
         """Raise UsageError, naming what is logged, if a trial of two batches logs no such metric. A trial that fails tells nothing."""
@@ -197,11 +222,26 @@ class _Settings:
     def path(self) -> list[Run]:
         """Return the runs of rising lam; each starts from the last one's weights."""
         args, found = self.args, list[Run]()
+        own = self._own_with_lam() if args.method is None else None
+        method = args.method or (own["class_path"].rpartition(".")[2] if own else _FORM)
+        if args.method is None:
+            reason = (
+                "the callback of the configuration" if own else "because the configuration has no callback under sparsify that takes lam"
+            )
+            print(f"path of {method}, {reason}; --method chooses another")
         for lam in sorted(set(args.lams)):
             start = f"{found[-1].folder}/final.ckpt" if found else None
-            callback = described(args.method, self._penalty(), {"lam": lam})
-            found.append(self._run(next(iter(_labelled([args.method])))[0], lam, args.seed, callback, start))
+            callback = described(method, self._penalty(), {"lam": lam}) if own is None else _with_lam(own, lam)
+            found.append(self._run(next(iter(_labelled([method])))[0], lam, args.seed, callback, start))
         return found
+
+    def _own_with_lam(self) -> dict[str, Any] | None:
+        """Return class_path and init_args of the configuration's own callback; None without one, and if it takes no lam."""
+        own = self.tree.get("sparsify")
+        tree = {"class_path": own} if isinstance(own, str) else dict(own or {})
+        name = str(tree.get("class_path", ""))
+        form = imported(name) if "." in name else getattr(callbacks, name, None)
+        return tree if inspect.isclass(form) and issubclass(form, Sparsifier) and "lam" in arguments_of(form) else None
 
     def _penalty(self) -> Any:
         """Return the penalty of the configuration's own callback, else LogSum(2)."""
@@ -225,6 +265,12 @@ class _Settings:
             group=f"{self.verb}-{self.out.name}",
             threads=self.args.threads,
         )
+
+
+def _with_lam(own: dict[str, Any], lam: float) -> dict[str, Any]:
+    """Return a callback's class_path and init_args with this strength in the place of its own."""
+    kept = {name: value for name, value in (own.get("init_args") or {}).items() if name not in ("lam", "target_sparsity")}
+    return {"class_path": own["class_path"], "init_args": {**kept, "lam": lam}}
 
 
 def _labelled(methods: Iterable[str]) -> list[tuple[str, str]]:

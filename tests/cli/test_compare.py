@@ -19,6 +19,7 @@ from lightning_sparse import counts
 from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning
 from lightning_sparse.cli import compare, main
 from lightning_sparse.cli.comparison import results, runs
+from lightning_sparse.cli.errors import UsageError
 
 SCRIPT = """
 import torch
@@ -91,6 +92,9 @@ def test_a_users_script_is_compared_and_the_same_command_trains_only_what_is_mis
     table = (folder / "table.md").read_text()
     assert f"{float(lines[1]['val_acc']):.4f}" in table
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("final.ckpt")}
+    capsys.readouterr()
+    checkpoint = str(folder / "MagnitudePruning-0.75-seed0/final.ckpt")
+    assert main(["export", checkpoint, "--script", "train.py", "--to", "compact"]) == 0  # its config.yaml is beside it
     (folder / "dense-seed0/metrics.json").unlink()
     capsys.readouterr()
     assert main([*COMPARE, "--test", "--model.width", "8"]) == 0
@@ -98,7 +102,7 @@ def test_a_users_script_is_compared_and_the_same_command_trains_only_what_is_mis
     again = {path: path.stat().st_mtime_ns for path in folder.rglob("final.ckpt")}
     assert {path.parent.name for path in times if again[path] != times[path]} == {"dense-seed0"}
     assert main([*COMPARE, "--model.width", "9"]) == 2  # other settings in the same folder
-    assert "another overrides" in capsys.readouterr().err
+    assert "holds runs with other overrides;" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -110,6 +114,16 @@ def test_a_run_that_fails_is_a_row_with_its_reason(project, capsys):
     assert failed["zeros"] == ""
     assert float(good["zeros"]) == 0.75
     assert "failed: " in (project / "runs/compare/own/table.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_warning_of_a_run_stands_below_the_table(project, capsys):
+    words = [*COMPARE, "--no_dense", "--methods", "MagnitudePruning: {every: 100}", "--trainer.max_epochs", "20"]
+    assert main(words) == 0
+    warned = "MagnitudePruning reaches 75.0% zeros in 2 cuts"
+    assert warned in " ".join(capsys.readouterr().out.split())
+    table = (project / "runs/compare/own/table.md").read_text()
+    assert "\n\nWarnings, in full in log.txt of each run's folder:\n- MagnitudePruning_every_100_-0.75-seed0: " + warned in table
 
 
 @pytest.mark.slow
@@ -164,6 +178,21 @@ def test_each_run_of_a_path_starts_from_the_weights_of_the_last(project):
     assert (folder / "path.png").stat().st_size > 0
 
 
+def test_a_path_trains_the_configurations_own_callback_if_it_takes_lam(project, capsys):
+    penalty = "{class_path: MCP, init_args: {c: 0.5}}"
+    own = f"AdaptiveProx, init_args: {{penalty: {penalty}, lam: 1.0e-2, freeze: 0.25}}"
+    for sparsify, expected in ((own, "AdaptiveProx"), ("Sparsify, init_args: {target_sparsity: 0.9}", "ReweightedPenalty")):
+        (project / "own.yaml").write_text(f"{CONFIG}\nsparsify: {{class_path: {sparsify}}}\n")
+        args, _ = compare._parser("path").parse_known_args(["own.yaml", "--script", "train.py", "--lams", "1e-3"])
+        (run,) = compare._Settings(args, "path", ()).path()
+        assert run.method == expected
+        assert run.callback is not None
+        assert run.callback["class_path"].endswith(expected)
+        assert run.callback["init_args"]["lam"] == 1e-3
+        assert ("freeze" in run.callback["init_args"]) == (expected == "AdaptiveProx")
+        assert f"path of {expected}, " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_slurm_runs_are_collected_by_submitit(project):
     pytest.importorskip("submitit")
@@ -209,9 +238,34 @@ def test_a_metric_that_is_not_logged_is_refused_before_training(project, capsys)
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_trained(project, capsys, words, said):
-    assert main(["compare", "own.yaml", *words]) == 2
+    assert main(["compare", "own.yaml", "--script", "train.py", *words]) == 2
     assert said in capsys.readouterr().err
     assert not list(project.rglob("*.ckpt"))
+
+
+def test_classes_that_only_a_script_fixes_are_asked_for_before_anything_is_trained(project, capsys):
+    (project / "own.yaml").write_text(f"{CONFIG}\nmodel: {{width: 8}}\n")
+    for words in (["compare", "own.yaml"], ["path", "own.yaml", "--lams", "1"]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "own.yaml: model names no class" in said
+        assert "--script SCRIPT" in said
+        assert "model: {class_path: my_module.MyModel, init_args: {width: 8}}" in said
+    assert not (project / "runs").exists()
+    settings = _settings(["compare", "own.yaml", "--model", "train.Net"])
+    settings.check_classes()  # named on the command line
+
+
+def test_a_folder_in_which_nothing_was_trained_can_be_used_with_other_settings(project):
+    _settings([*COMPARE, "--model.width", "8"]).keep()
+    folder = project / "runs/compare/own/dense-seed0"
+    folder.mkdir()
+    (folder / "overlay.yaml").write_text("")
+    (folder / "failed.txt").write_text("a wrong metric")
+    _settings([*COMPARE, "--model.width", "9"]).keep()
+    (folder / "failed.txt").unlink()  # a run that is trained, or was interrupted
+    with pytest.raises(UsageError, match=r"holds runs with other overrides and other --threads; choose another folder"):
+        _settings([*COMPARE, "--threads", "2"]).keep()
 
 
 def test_an_engine_that_is_not_installed_is_named(project, capsys, monkeypatch):
@@ -237,6 +291,16 @@ def test_a_method_gets_the_recipes_penalty_unless_it_names_its_own():
 
 def _cell(method: str, setting: float | None, *values: float) -> results.Cell:
     return results.Cell(method, setting, list(values), [setting or 0.0] * len(values), [1.0] * len(values), [])
+
+
+def test_warnings_of_the_runs_are_footnotes_once_each():
+    described = [runs.Run(f"a/M-{target}-seed0", "own.yaml", "M", target, 0) for target in (0.9, 0.95)]
+    records = [{"warnings": [f"M has left at most one weight of ['{name}']", "M is odd"][:n]} for name, n in (("x", 2), ("y", 1))]
+    assert results.footnotes(described, records) == [
+        "M-0.9-seed0, M-0.95-seed0: M has left at most one weight of ['x']",
+        "M-0.9-seed0: M is odd",
+    ]
+    assert results.footnotes(described, [{"failed": "x"}, {}]) == []
 
 
 def test_the_best_mean_is_bold_and_the_dense_run_is_not():

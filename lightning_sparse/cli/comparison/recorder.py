@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_sparse import counts, select
-from lightning_sparse.callbacks import Sparsifier
+from lightning_sparse.callbacks import Sparsifier, user_warnings
 
 FINAL, RESUME, METRICS, PROGRESS = "final.ckpt", "resume.ckpt", "metrics.json", "progress.json"
 EVERY = 10.0  # seconds between two checkpoints to resume from
@@ -26,7 +26,7 @@ class Recorder(Callback):
     ``resume.ckpt``    a checkpoint, at an epoch's end, at most every 10 seconds; removed at the end
     ``final.ckpt``     the trained module
     ``metrics.json``   what the run logged last (``sparsity/...`` left out), zeros of the selected weights in [0, 1] in all
-                       and by parameter, steps, seconds, and the step of the last validation
+                       and by parameter, steps, seconds, the step of the last validation, and warnings of this package
     =================  ==================================================================================================
 
     Give it after all other callbacks, so that a checkpoint holds their states.
@@ -91,6 +91,7 @@ class Recorder(Callback):
             "validated_at": self.validated,
             "seconds": round(self._seconds(), 2),
             "callbacks": [callback.recipe() for callback in own],
+            "warnings": list(dict.fromkeys(user_warnings.heard)),
         }
         _write(self.folder / METRICS, record)
         (self.folder / RESUME).unlink(missing_ok=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from lightning_sparse.cli.errors import UsageError
 
 Record = dict[str, Any]
 _RISING = ("acc", "f1", "auc", "auroc", "precision", "recall", "map", "iou", "dice", "r2", "bleu", "rouge", "score")
+_LONGEST = 260  # characters of a footnote
 _VALIDATION = ("val", "valid")
 
 
@@ -102,6 +105,20 @@ def markdown(all_cells: Sequence[Cell], metric: str, setting: str, up: bool) -> 
         seeds = f"{len(cell.values)}" + (f" of {len(cell.values) + len(cell.failed)}: {_flat(cell.failed[0])}" if cell.failed else "")
         lines.append(f"| {cell.method} | {asked} | {shown} | {zeros:.2f} | {seconds:.1f} | {seeds} |")
     return "\n".join(lines)
+
+
+def footnotes(runs: Sequence[Run], records: Sequence[Record]) -> list[str]:
+    """Return the warnings that runs have recorded, one line for those of a method that differ only in their figures, shortened."""
+    found: dict[tuple[str, str], tuple[str, list[str]]] = {}
+    for run, record in zip(runs, records, strict=True):
+        for text in record.get("warnings", []):
+            _, names = found.setdefault((run.method, re.split(r"[\d\[(]", text)[0]), (text, []))
+            names.append(run.name)
+    return [f"{', '.join(names[:3])}{_more(len(names) - 3)}: {textwrap.shorten(text, _LONGEST)}" for text, names in found.values()]
+
+
+def _more(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""
 
 
 def _flat(text: str) -> str:

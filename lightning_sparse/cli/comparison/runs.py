@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,9 +120,17 @@ def execute(run: Run, started: Callable[[Any], None] = lambda process: None) -> 
     run.write_overlay()
     if not (run.path / recorder.METRICS).is_file() and (reason := _call(run, "fit", started)):
         return {"failed": reason}
+    _keep_config(run)
     if run.test and (reason := _call(run, "test", started)):
         return {"failed": f"test: {reason}"}
     return run.result() or {"failed": f"the run ended without a record; see {run.path / LOG}"}
+
+
+def _keep_config(run: Run) -> None:
+    """Copy the configuration that LightningCLI saved in a logger's folder beside the checkpoint, where ``report`` looks for it."""
+    files = sorted(run.path.rglob("config.yaml"), key=lambda file: file.stat().st_mtime)
+    if files and not (run.path / "config.yaml").is_file():
+        shutil.copyfile(files[-1], run.path / "config.yaml")
 
 
 def _call(run: Run, verb: str, started: Callable[[Any], None]) -> str:
@@ -130,7 +139,8 @@ def _call(run: Run, verb: str, started: Callable[[Any], None]) -> str:
     threads = {name: str(run.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     group = {"WANDB_RUN_GROUP": run.group, "WANDB_NAME": run.name} if run.group else {}
     for saved in run.path.rglob("config.yaml"):  # because LightningCLI refuses to write it again
-        saved.unlink()
+        if verb == "fit" or saved.parent != run.path:
+            saved.unlink()
     with (run.path / LOG).open("ab") as log:
         start = log.tell()
         process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, **threads, **group})
