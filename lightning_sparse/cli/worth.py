@@ -65,12 +65,18 @@ def lines(saved: Saved, more: list[str] | None = None) -> list[str]:
     command = f"lightning-sparse export {words}"
     found = [*_zeros(saved.module, saved.selected)]
     why = ""
+    best: list[_Best] = []
+    batches: Sequence[int] = ()
     try:
         inputs: tuple[Any, ...] | None = saved.inputs()
     except UsageError as error:
         inputs, why = None, str(error)
-    best: list[_Best] = []
-    batches = () if inputs is None else _quick(saved.module, inputs)
+    if inputs is not None:
+        try:
+            batches = _quick(saved.module, inputs)
+        except Exception as error:  # a module without a forward, or with another one than the data is for
+            shapes = [tuple(x.shape) for x in inputs if isinstance(x, Tensor)]
+            inputs, why = None, f"the network fails for inputs of the shapes {shapes}: {in_words(error)[:200]}"
     if inputs is not None:
         found += _shrunk(saved, inputs, batches, words, best)
     size, smaller = _files(saved.module, command)

@@ -94,7 +94,10 @@ def test_a_users_script_is_compared_and_the_same_command_trains_only_what_is_mis
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("final.ckpt")}
     capsys.readouterr()
     checkpoint = str(folder / "MagnitudePruning-0.75-seed0/final.ckpt")
-    assert main(["export", checkpoint, "--script", "train.py", "--to", "compact"]) == 0  # its config.yaml is beside it
+    assert main(["report", checkpoint, "--script", "train.py"]) == 0  # its config.yaml is beside it
+    said = capsys.readouterr().out
+    assert "(75.00 %)" in said
+    assert 'not measured, the network fails for inputs of the shapes [(8, 8)]: Module [Net] is missing the required "forward"' in said
     (folder / "dense-seed0/metrics.json").unlink()
     capsys.readouterr()
     assert main([*COMPARE, "--test", "--model.width", "8"]) == 0
