@@ -25,6 +25,7 @@ from lightning_sparse.export import conversion, latency, onnx_file
 
 BATCHES = (1, 32, 256)
 DENSE = "dense"
+_NAMED = 4  # sparse layers that a note names
 _WIDTH = 160  # characters, where the output is a file
 
 
@@ -79,8 +80,9 @@ def sparse(saved: Saved, layout: str, batch_size: int, path: Path | None) -> For
     if not layers:
         why = conversion.describe_dense(saved.module, found)
         return f"{layout}: no layer of this network would be faster at batch {batch_size} here: {why}"
-    taken = ", ".join(f"{name} ({layer.layout})" for name, layer in list(layers.items())[:4])
-    notes = [f"{layout}: {len(layers)} sparse layer{'s' * (len(layers) > 1)}: {taken}"]
+    taken = ", ".join(f"{name} ({layer.layout})" for name, layer in list(layers.items())[:_NAMED])
+    more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
+    notes = [f"{layout}: {len(layers)} sparse layer{'s' * (len(layers) > 1)}: {taken}{more}"]
     if left := conversion.describe_dense(saved.module, found):
         notes.append(f"{layout}: dense stay {left}")
     load = ""
@@ -195,7 +197,7 @@ def show(saved: Saved, formats: Sequence[Format], budget: float = 1.0) -> None:
     """Measure and print the table, then how each file is loaded."""
     inputs = saved.inputs()
     times = latencies(formats, inputs, budget)
-    table = Table(title=f"measured here, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}", title_justify="left")
+    table = Table(title=f"measured here, {threads()}; {latency.MEANING}", title_justify="left")
     table.add_column("")
     for one in formats:
         table.add_column(one.title, justify="right")
@@ -207,6 +209,11 @@ def show(saved: Saved, formats: Sequence[Format], budget: float = 1.0) -> None:
     for one in formats:
         if one.load:
             print(f"{one.title + ':':13} {one.load}")
+
+
+def threads() -> str:
+    """Return the number of CPU threads in words."""
+    return f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 def rows(

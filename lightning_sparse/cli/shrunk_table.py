@@ -18,7 +18,7 @@ from lightning_sparse.cli import formats
 from lightning_sparse.cli.failures import in_words
 from lightning_sparse.cli.formats import Format
 from lightning_sparse.cli.saved import Saved
-from lightning_sparse.export import conversion
+from lightning_sparse.export import conversion, latency
 from lightning_sparse.shrinking import Shrunk
 
 SAMPLES = 64  # example inputs
@@ -60,11 +60,14 @@ def show(saved: Saved, found: Shrunk[Any], folder: Path, tuned: bool = False, de
     counted = found.report.rows()
     rows = [(label, before, f"{after}, {ratio}", *[_SAME.get(label, "")] * (len(columns) - 2)) for label, before, after, ratio in counted]
     rows += [(label, *cells) for label, cells in measured if not (tuned and label.startswith("largest difference"))]
+    if not tuned and not any(times[batch]["shrunk"].gains(times[batch][latency.AGAIN]) for batch in times):
+        batches = ", ".join(map(str, times))
+        notes.append(f"no gain in speed here at batch {batches}: keep the given network, unless the smaller file is worth it")
     if tuned:
         notes += [*_safetensors(found.module, folder), *_onnx(found.module, inputs, folder)]
     titles = ["", "given", *(one.title for one in columns[1:])]
-    where = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}" if device == "cpu" else device
-    table = Table(title=f"measured here, {where}", title_justify="left")
+    where = formats.threads() if device == "cpu" else device
+    table = Table(title=f"measured here, {where}; {latency.MEANING}", title_justify="left")
     for title in titles:
         table.add_column(title, justify="right" if title else "left")
     for row in rows:

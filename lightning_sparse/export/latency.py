@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 AGAIN = "A/A"  # the base a second time
+MEANING = f"{AGAIN}: the given network against itself"
 _CALL_SECONDS = 5e-4  # a fast function is called until one measurement takes this long, because a clock has its own cost
 _MOST_CALLS = 200
 
@@ -33,6 +34,10 @@ class Timing:
     times_faster: float
     low: float
     high: float
+
+    def gains(self, again: Timing) -> bool:
+        """Return True if the lower quartile is above 1 and above what the base differs by from itself, ``again``."""
+        return self.low > max(again.high, 1.0)
 
 
 def measure(

@@ -71,12 +71,15 @@ class Report:
         rows = [("", "before", "after", "ratio"), *self.rows()]
         if self.timings:
             base, again, cut = (self.timings[name] for name in ("before", latency.AGAIN, "after"))
-            noise = f"{cut.times_faster:.2f}x ({cut.low:.2f} to {cut.high:.2f}; A/A {again.times_faster:.2f})"
+            noise = f"{cut.times_faster:.2f}x ({cut.low:.2f} to {cut.high:.2f}; {latency.MEANING}, {again.times_faster:.2f})"
             rows.append(("latency, ms", f"{1e3 * base.seconds:.3f}", f"{1e3 * cut.seconds:.3f}", noise))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2)), row[3]]).rstrip() for row in rows]
         lines.append(f"largest difference of the outputs on the example inputs: {self.difference:.1e} of the largest output")
-        return lines + self.notes()
+        lines += self.notes()
+        if self.timings and not self.timings["after"].gains(self.timings[latency.AGAIN]):
+            lines.append("no gain in speed here: keep the given network, unless fewer parameters are worth it")
+        return lines
 
 
 def changed_widths(before: Iterable[Group], after: Iterable[Group]) -> dict[str, tuple[int, int, str]]:

@@ -90,9 +90,11 @@ def test_the_report_of_a_checkpoint_names_a_command_that_runs(trained, capsys):
     assert main(["report", str(trained.with_name("fewer.ckpt"))]) == 0
     assert f"({100 * share:.2f} % of those selected in training)" in capsys.readouterr().out
     (command,) = [line.partition("lightning-sparse ")[2] for line in shown.splitlines() if "for the smallest file" in line]
+    command, _, note = command.partition("  ")
     assert main([*command.split(), "--out", "files"]) == 0
     (file,) = Path("files").iterdir()
-    assert f"in fp16 {file.stat().st_size:,}" in shown
+    assert f"rounded to fp16 {file.stat().st_size:,}" in shown
+    assert note == f"({file.stat().st_size:,} bytes, values rounded to fp16)"
 
 
 @pytest.mark.slow
@@ -176,10 +178,9 @@ def test_the_report_names_the_batch_size_that_gains_most(monkeypatch):
     lines = report(_network(0.9))
     assert "  shrink:         nothing to remove" in lines
     command = "lightning-sparse export 'some folder/net.ckpt' --config digits"
-    assert lines[-2:] == [
-        f"  for the most speed:     {command} --to auto --batch_size 32  (4.0x at batch 32)",
-        f"  for the smallest file:  {command} --to compact --fp16",
-    ]
+    assert lines[-2] == f"  for the most speed:     {command} --to auto --batch_size 32  (4.0x at batch 32)"
+    assert lines[-1].startswith(f"  for the smallest file:  {command} --to compact --fp16  (")
+    assert "A/A: the given network against itself" in lines[0]
     (line,) = [line for line in lines if "sparse layers" in line]
     assert "batch 1: 1.50x (A/A" in line
     assert "batch 32: 4.00x (A/A" in line
@@ -196,7 +197,9 @@ def test_shrink_is_named_where_it_gains_more(monkeypatch):
 
 def test_no_gain_is_promised_that_was_not_measured(monkeypatch):
     known(monkeypatch, 3.0, [0.9, 0.8, 1.0])  # each layer gains, the network does not
-    assert not any("most speed" in line for line in report(_network(0.9)))
+    lines = report(_network(0.9))
+    assert not any("most speed" in line for line in lines)
+    assert lines[-2].startswith("  nothing is faster here with these zeros: for speed train with structure=Channels() and shrink")
     known(monkeypatch, 0.5, [])  # no layer gains, so nothing else is measured
     (line,) = [line for line in report(_network(0.9)) if "sparse layers" in line]
     assert line.count("none is faster") == 3
@@ -216,6 +219,36 @@ def test_the_report_of_a_dense_network_says_so():
     lines = "\n".join(report(_network(-1.0)))
     assert "0 of 50,200 weights" in lines
     assert "no matrix of this MLP is at least half zero" in lines
+    assert "nothing is faster" not in lines
+
+
+def rows_left(count):
+    """Return a network whose first layer has so many neurons left of 300, and no other zeros."""
+    torch.manual_seed(0)
+    network = MLP(SIZES)
+    with torch.no_grad():
+        network.layers[1].weight[count:] = network.layers[1].bias[count:] = 0
+    return network.eval()
+
+
+def test_the_smallest_file_is_the_smallest_of_those_that_were_measured(monkeypatch):
+    monkeypatch.setattr(worth, "_SECONDS", -1.0)
+    for left, two_steps in ((40, True), (296, False)):  # zero rows leave zero columns behind, which a compact file keeps
+        lines = report(rows_left(left))
+        (line,) = [line for line in lines if "compact file" in line]
+        (best,) = [line for line in lines if ("for a smaller one yet" if two_steps else "for the smallest file") in line]
+        small = lightning_sparse.shrink(rows_left(left), torch.zeros(8, 64)) if two_steps else rows_left(left)
+        size = export.save_compact(small, "small", "fp16").stat().st_size
+        assert f"({size:,} bytes, values rounded to fp16)" in best
+        assert ("lightning-sparse shrink" in best) == two_steps
+        assert "; after shrink " in line
+        assert any("for a smaller one yet" in line for line in lines) == two_steps
+
+
+def test_a_note_says_how_many_sparse_layers_it_does_not_name():
+    network = zeroed(MLP([64] * 8))
+    (note,) = formats.sparse(saved(network), "csr", 1, None).notes
+    assert note == "csr: 7 sparse layers: layers.1 (csr), layers.3 (csr), layers.5 (csr), layers.7 (csr) and 3 more"
 
 
 class Convolved(LightningModule):
@@ -257,7 +290,7 @@ def test_a_network_without_inputs_still_gets_its_sizes():
     lines = worth.lines(saved(zeroed(Wordless()), None))
     (line,) = [line for line in lines if "sparse layers" in line]
     assert "not measured, no example inputs: Wordless has no example_input_array" in line
-    assert any("compact file" in line and "times smaller" in line for line in lines)
+    assert any("compact file" in line and "x smaller" in line for line in lines)
 
 
 def test_the_end_of_a_fit_survives_a_report_that_fails(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from commands import PLAIN, QUIET, refused
 from lightning_sparse import load_shrunk
 from lightning_sparse.cli import main
 from lightning_sparse.examples.mlp import MLP
+from lightning_sparse.export import latency
+from lightning_sparse.export.latency import Timing
 
 pytestmark = [*QUIET, pytest.mark.slow]
 SIZES = [64, 300, 100, 10]
@@ -46,6 +49,7 @@ def test_the_files_give_back_the_smaller_network(trained: Path, capsys: pytest.C
     parameters = 104 * 65 + 100 * 105 + 1010
     for part in ("neurons of layers.1", f"{parameters:,}", "multiply-adds of one sample", "latency at batch 256", "test/accuracy", "A/A"):
         assert part in shown
+    assert "A/A: the given network against itself" in shown
     loaded, x = load_shrunk("small", MLP), torch.randn(5, 64)
     assert loaded.layers[1].out_features == 104  # 100 live ones, rounded up to a multiple of 8
     torch.testing.assert_close(loaded(x), network()(x), rtol=1e-5, atol=1e-6)
@@ -54,8 +58,17 @@ def test_the_files_give_back_the_smaller_network(trained: Path, capsys: pytest.C
     assert sorted(path.name for path in Path("small").iterdir()) == ["model.pt", "model.pt2", "shape.json"]
 
 
-def test_without_rounding_beside_the_checkpoint(trained: Path) -> None:
+@pytest.mark.parametrize("faster", [0.9, 3.0])
+def test_without_rounding_beside_the_checkpoint(
+    trained: Path, faster: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(arms: Any, base: str, *_: Any, **__: Any) -> dict[str, Timing]:
+        return {name: Timing(1.0, *[faster if name == "shrunk" else 1.0] * 3) for name in [*arms, latency.AGAIN]}
+
+    monkeypatch.setattr(latency, "measure", measured)
     assert main(["shrink", str(trained), "--round_to", "1"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("no gain in speed here at batch 1, 32, 256: keep the given network") == (faster < 1)
     assert load_shrunk(trained.with_suffix(".shrunk"), MLP).layers[1].out_features == 100
 
 

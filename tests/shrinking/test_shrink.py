@@ -13,6 +13,7 @@ from toys import Toy, data, trainer
 
 import lightning_sparse
 from lightning_sparse import coupling
+from lightning_sparse.export.latency import Timing
 from lightning_sparse.shrinking import Report, Shrunk, dead, shrink_and_report
 from lightning_sparse.shrinking.report import count_multiply_adds, count_samples
 from lightning_sparse.shrinking.shrink import rounded
@@ -95,6 +96,13 @@ def test_a_narrower_encoder_layer_has_fewer_multiply_adds_of_one_sample() -> Non
     before, after = (int(cell.replace(",", "")) for cell in row[1:3])
     assert row[0] == "multiply-adds of one sample"
     assert before - after == gone
+
+
+def test_the_last_line_of_the_report_says_where_nothing_was_gained() -> None:
+    for low, expected in ((0.97, True), (1.04, True), (1.1, False)):
+        timings = {"before": Timing(1, 1, 1, 1), "A/A": Timing(1, 1, 0.9, 1.05), "after": Timing(1, 1.1, low, 1.2)}
+        (*_, last) = Report({}, (4, 2), (40, 20), 0.0, timings=timings).lines()
+        assert last.startswith("no gain in speed here: keep the given network") == expected
 
 
 def test_samples_are_counted_only_where_all_inputs_share_an_axis() -> None:
