@@ -82,9 +82,14 @@ class MaskFormula:
         return eta
 
     def add_remainder(self, grad: Tensor, w: Tensor, curvature: Tensor, lam: Any, keep: Any, strength: Any) -> None:
-        """Add ``strength`` times the slope of what noise of strength ``lam`` falls short of the penalty."""
-        share = self.unrealised(w, curvature, lam, keep)
-        grad.add_(self.penalty.gradient(w) * share * strength)
+        """Add ``strength`` times the slope of what noise of strength ``lam`` falls short of the penalty.
+
+        It is :meth:`unrealised` times omega'(w) = w / eta_hat(w): omega' - H min(omega' / max(H, lam / ceiling), (1 / keep - 1) w / lam).
+        """
+        size = w.abs()
+        slope = self.penalty.gradient(size)
+        realised = torch.minimum(slope / curvature.clamp(min=lam / self.ceiling), size.mul_((1 / keep - 1) / lam)).mul_(curvature)
+        grad.add_(torch.sub(slope, realised).clamp_(min=0).copysign_(w).mul_(strength))
 
 
 class Mask(Method):
@@ -139,6 +144,11 @@ class Mask(Method):
         return self.alpha_min is None and self.adds_penalty and self._keep > EXACT[1]
 
     @property
+    def has_faded(self) -> bool:
+        """The noise is gone for the rest of the run: what is left is the penalty, which needs no H."""
+        return self.fades and self.smallest_keep >= 1
+
+    @property
     def share(self) -> float:
         """The share of a batch's samples that noise on outputs is made for; of bounded noise QUARTER, if none is given."""
         given = getattr(self.noise, "share", None)
@@ -153,10 +163,10 @@ class Mask(Method):
 
     def terms(self, name: str, w: Tensor) -> tuple[Tensor, ...] | None:
         """Return w, and H_jj where it calibrates; None before its first estimate: no noise, no zero."""
-        if self.curvature is None or not self.penalty.separable:  # a rule without a penalty acts as it is written
+        if self.curvature is None or not self.penalty.separable or self.has_faded:  # a rule without a penalty acts as it is written
             return (w,)
         estimate = self.curvature.estimate(name)
-        return None if estimate is None else (w, estimate if self.cost.factor == 1 else estimate * self.cost.factor)
+        return None if estimate is None else (w, estimate)
 
     def eta(self, lam: float, *terms: Tensor) -> Tensor:
         if self.adds_penalty and len(terms) == 2 and lam > 0:
@@ -185,6 +195,7 @@ class Mask(Method):
         self.cost.reset()
         self._unhooked = False  # and said so
         self._is_added = False  # the remainder, to the gradients of the step that is due
+        self._observed = False  # this batch, by the estimate of H
         self._masked: dict[str, Tensor] = {}  # Var s of the weights that are multiplied by masks, in a batch whose cost is measured
         self._spread: dict[str, Tensor] = {}  # Var s of the weights of each layer whose outputs get noise in this batch
 
@@ -222,8 +233,10 @@ class Mask(Method):
         engine.compile_draw(self.formula.keep_probability, self.noise, on_weights, values, (0.5, 0.5), what=what)
 
     def before_forward(self, batch: Any) -> None:
-        if self.forwards.begin_batch():
+        self._observed = False
+        if not self.has_faded and self.forwards.begin_batch():
             if self.curvature is not None:
+                self._observed = True
                 self.curvature.begin(self.run.strength.step)
                 self.curvature.observe_batch(batch)
             self._draw()
@@ -283,7 +296,7 @@ class Mask(Method):
             attachment.multiply(known[number], mask, product)
 
     def before_backward(self, loss: Tensor, scale: Scale) -> None:
-        if self.curvature is not None and self.run.support.frozen is None:
+        if self.curvature is not None and self._observed and self.run.support.frozen is None:
             self.curvature.observe_loss(loss)
             self.curvature.before_backward(scale())
 
@@ -292,6 +305,7 @@ class Mask(Method):
             self._end_batch()
         self._estimate(more=self.run.manual)
         if self.cost.active and (found := self.cost.end(scale(), self.run.mean)):
+            self.curvature.scale_by(self.cost.factor)  # type: ignore[union-attr] # the cost is measured beside an estimate
             self.run.info(f"AdaptiveMask: {found}")
 
     @torch.no_grad()
@@ -337,7 +351,7 @@ class Mask(Method):
         self._spread = {}
 
     def _estimate(self, more: bool) -> None:
-        if self.curvature is None:
+        if self.curvature is None or not self._observed:
             return
         self.curvature.end(self.run.mean, self.run.weights.parameters, more)
         for text in self.curvature.new_warnings():
@@ -364,3 +378,5 @@ class Mask(Method):
             self.curvature.load_state_dict(state["curvature"], self.run.weights.parameters)
         self.forwards.load_state_dict(state)
         self.cost.load_state_dict(state)
+        if self.curvature is not None:
+            self.curvature.scale_by(self.cost.factor)
