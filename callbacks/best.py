@@ -71,5 +71,5 @@ def warn_early_best(callback: Any, trainer: Trainer) -> None:
         f"{type(others[0]).__name__}(monitor={others[0].monitor!r}) compares all epochs, also those in which {type(callback).__name__} has "
         f"not yet reached its target of {target:.4g} (now {zeros:.4g} of the weights are zero): its best file may hold "
         "fewer zeros. Add BestAfterTarget() to the callbacks, which counts scores only once the target is met, or use "
-        f"SparseCheckpoint(target={target:g}, monitor={others[0].monitor!r}) in its place"
+        f"SparseCheckpoint(target_sparsity={target:g}, monitor={others[0].monitor!r}) in its place"
     )

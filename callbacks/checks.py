@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -67,7 +68,7 @@ def check_run(options: Options, method: Method, trainer: Trainer) -> None:
 def check_fit(callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> bool:
     """Check parameters, optimisers and the method before training; return True if the method has warned of an optimiser."""
     options, method, weights = callback.options, callback.method, callback.weights
-    check_optimizers(options.form, weights, trainer.optimizers)
+    check_optimizers(options, weights, trainer.optimizers, module)
     check_overlap(callback, trainer)
     warn_skipped(options, module)
     warn_coverage(callback, trainer, module)
@@ -88,16 +89,31 @@ def check_reachable(options: Options, method: Method, strength: Strength, given:
         )
 
 
-def check_optimizers(form: str, weights: WeightStore, optimizers: Iterable[Optimizer]) -> None:
+def check_optimizers(options: Options, weights: WeightStore, optimizers: Iterable[Optimizer], module: LightningModule) -> None:
     """Refuse an optimiser that calls its closure several times, and selected weights that no optimiser updates."""
     for optimizer in optimizers:
-        check_optimizer(form, type(optimizer))
+        check_optimizer(options.form, type(optimizer))
     updated = {name for optimizer in optimizers for name, *_ in weights.members(optimizer)}
     missing = [name for name, parameter in weights.parameters.items() if parameter.requires_grad and name not in updated]
     if missing:
-        raise ValueError(
-            f"no optimiser updates the selected {missing[:5]}; exclude them with select={['!' + name for name in missing[:5]]}"
-        )
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        whole = dict.fromkeys(_below(name, missing, weights.parameters) for name in missing)
+        left = [name for name in whole if name in weights.parameters]
+        patterns = [pattern for pattern in whole if pattern not in left] + _patterns(left, module)
+        cure = f"exclude them with select={[*(options.select or []), *('!' + pattern for pattern in patterns)]}, or "
+        rest = "" if len(missing) == len(weights.parameters) else cure
+        raise ValueError(f"no optimiser updates the selected {missing[:5]}{more}; {rest}add them to an optimiser in configure_optimizers")
+
+
+def _below(name: str, missing: list[str], selected: Iterable[str]) -> str:
+    """Return the pattern of the outermost module around ``name`` with several selected parameters, all ``missing``; else the name."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        prefix = ".".join(parts[:depth])
+        inside = [other for other in selected if other.startswith(f"{prefix}.")]
+        if len(inside) > 1 and set(inside) <= set(missing):
+            return f"{glob.escape(prefix)}.*"
+    return name
 
 
 def check_optimizer(form: str, kind: type[Any] | None) -> None:
@@ -147,8 +163,13 @@ def check_reach(callback: SparsityCallback, trainer: Trainer, module: LightningM
         ways.append(f"give at most {most:g}")
     raise ValueError(
         f"target_sparsity={target:g} cannot be reached: {options.structure!r} can make at most {_percent(found.share)} of the "
-        f"{found.size:,} selected weights zero; {why}. Either {', or '.join(ways)}"
+        f"{found.size:,} selected weights zero; {why}. {_either(ways)}"
     )
+
+
+def _either(ways: list[str]) -> str:
+    """Join ways out to a sentence."""
+    return f"Either {', or '.join(ways)}" if len(ways) > 1 else "".join(way[0].upper() + way[1:] for way in ways)
 
 
 def _percent(share: float) -> str:

@@ -58,11 +58,11 @@ class SparsityCallback(AnyCallback, metaclass=Constructed):
         penalty: a Penalty, or a MaskRule (whose penalty is then used).
         lam: strength, a number or a Schedule; by default a MaskRule's own.
         select: glob patterns on parameter names, a leading ``!`` excludes; by default every weight matrix of torch's own layers.
-            Callbacks of one class on one network need different ones.
             Wildcards also match those of other layers (GPT-2's Conv1D, 3-D experts); embeddings and norms need their full name.
             Callbacks of one class on one network need different ones.
         tol: a weight counts as zero when its keep probability is below ``tol``.
-        freeze: the last share of the optimiser steps, trained without penalty or noise and with the support frozen.
+        freeze: the last share of the optimiser steps, trained without penalty or noise and with the support frozen. With a
+            ``target_sparsity`` 0 stands for 0.25, a quarter.
         threshold: weights of at most this magnitude also count as zero; required by penalties that only shrink.
         gap_samples: masks drawn at each epoch's end to log ``sparsity/duality_gap``; 0 does not measure it.
         keep_zeros: weights that are zero when the fit starts stay zero (one byte a weight); else they may become non-zero again.

@@ -18,6 +18,7 @@ from lightning_sparse.scores import Magnitude, Score
 from lightning_sparse.structure import Element, Structure
 
 Scope = Literal["global", "layer"]
+END = 0.75  # default share of the run at which the ramp ends
 
 
 class MagnitudePruning(Sparsifier):
@@ -62,7 +63,7 @@ class MagnitudePruning(Sparsifier):
         sparsity: float | None = None,
         *,
         begin: float = 0.0,
-        end: float = 0.75,
+        end: float = END,
         every: int = 100,
         scope: Scope = "global",
         start: float = 0.0,
@@ -78,6 +79,8 @@ class MagnitudePruning(Sparsifier):
         name = "sparsity" if target_sparsity is None else "target_sparsity"
         self.sparsity = _checks.share(name, only_one("MagnitudePruning", "sparsity", sparsity, target_sparsity))
         self.every, self.scope = _checks.whole("every", every, 1), _checks.one_of("scope", scope, ("global", "layer"))
+        if end == END <= _checks.number("begin", begin) < 1:
+            raise ValueError(f"begin={begin:g} is not below end={end:g}, its default: also give end, a share of the run in ({begin:g}, 1]")
         ramp = Cubic(self.sparsity, begin, end, _checks.between("start", start, 0, self.sparsity, closed="l"))
         self.begin, self.end, self.start = ramp.begin, ramp.end, ramp.start
         rule = TopK(density=float(f"{1 - self.sparsity:.12g}"))  # 0.1, not 0.09999999999999998

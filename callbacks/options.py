@@ -6,10 +6,10 @@ import dataclasses
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any, Literal
 
-from lightning_sparse import _checks, duality
+from lightning_sparse import _checks, duality, scores, structure
 from lightning_sparse._construction import brief
 from lightning_sparse._plain import plain
 from lightning_sparse.curvature import Curvature
@@ -89,7 +89,8 @@ def patterns(select: Any) -> list[str] | None:
 def score_of(value: Any) -> Score | None:
     """Return the score, or None; raise TypeError for another type."""
     if not isinstance(value, (Score, type(None))):
-        raise TypeError(f"score must be a Score such as scores.LAMP() or scores.Magnitude(), got {_checks.shown(value, Score)}")
+        near = _checks.closest(value, names(scores), 1) if isinstance(value, str) else ""
+        raise TypeError(f"score must be a Score such as scores.LAMP() or scores.Magnitude(), got {_checks.shown(value, Score)}{near}")
     return value
 
 
@@ -104,11 +105,17 @@ def least_kept(value: Any, target: float | None) -> float:
     return least
 
 
+def names(catalogue: ModuleType) -> list[str]:
+    """Return the classes of a module as calls, for errors."""
+    return [f"{name}()" for name in catalogue.__all__ if isinstance(getattr(catalogue, name), type)]
+
+
 def structure_of(value: Any) -> Structure:
     """Return the structure; raise TypeError for another type."""
     if not isinstance(value, Structure):
         given = _checks.shown(value, Structure)
-        raise TypeError(f"structure must be a Structure such as structure.Rows() or structure.Blocks((16, 16)), got {given}")
+        near = _checks.closest(value, names(structure), 1) if isinstance(value, str) else ""
+        raise TypeError(f"structure must be a Structure such as structure.Channels() or structure.Rows(), got {given}{near}")
     return value
 
 

@@ -20,7 +20,7 @@ from lightning_sparse.select import select
 
 
 class SparseCheckpoint(AnyModelCheckpoint, metaclass=Constructed):
-    """ModelCheckpoint that saves a best file (the top k) only while at least ``target`` of its weights are zero, to the nearest weight.
+    """ModelCheckpoint that saves a best file (the top k) only while the share ``target_sparsity`` of its weights is zero, to the weight.
 
     The share is counted for every file. With sparsity callbacks in the Trainer it is their ``sparsity/total``, after the
     threshold and, with WeightAveraging, of the average. Without one it is the share of exact zeros in the SparsityMonitor's
@@ -32,7 +32,7 @@ class SparseCheckpoint(AnyModelCheckpoint, metaclass=Constructed):
         target_sparsity: the same, by the name used in the sparsity callbacks.
         settings: ModelCheckpoint's own arguments, such as ``monitor``, ``mode``, ``dirpath`` and ``save_top_k``.
 
-    Raises TypeError or ValueError for a ``target`` that is not a share, ValueError for ``save_last="link"``. Warns at the end
+    Raises TypeError or ValueError for a ``target_sparsity`` that is not a share, ValueError for ``save_last="link"``. Warns at the end
     of fit, with the largest sparsity seen, if the target was never met when a file was due.
     """
 
@@ -47,7 +47,7 @@ class SparseCheckpoint(AnyModelCheckpoint, metaclass=Constructed):
         self._names: list[str] = []  # parameters whose exact zeros are counted without a sparsity callback
 
     def __repr__(self) -> str:
-        return typed(self, self._settings)
+        return typed(self, {**self._settings, "target": None, "target_sparsity": self.target})
 
     @property
     def state_key(self) -> str:
@@ -82,9 +82,15 @@ class SparseCheckpoint(AnyModelCheckpoint, metaclass=Constructed):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
         if not (self.held or trainer.fast_dev_run) and self.save_top_k:  # type: ignore[attr-defined]
+            cure = "Raise lam or the callback's own target_sparsity, train longer, or lower this one"
+            if not peers_of(trainer):
+                cure = (
+                    f"There is no sparsity callback in the Trainer: add one, such as Sparsify(target_sparsity={self.target:g}), unless "
+                    "others make the zeros"
+                )
             rank_zero_warn(
-                f"SparseCheckpoint saved no best file: its target={self.target:g} was never met when a file was due; the largest sparsity "
-                f"there was {self.highest:.4g}. Raise lam, train longer, or lower the target"
+                f"SparseCheckpoint saved no best file: its target_sparsity={self.target:g} was never met when a file was due; the largest "
+                f"sparsity there was {self.highest:.4g}. {cure}"
             )
 
     def state_dict(self) -> dict[str, Any]:

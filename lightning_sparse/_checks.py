@@ -38,12 +38,12 @@ def between(name: str, value: object, low: float, high: float, *, closed: str = 
 
 
 def share(name: str, value: object, *, closed: str = "") -> float:
-    """Return ``value`` if it is a share between 0 and 1; for a number from 1 to 100 the error names the share of as many per cent."""
+    """Return ``value`` if it is a share between 0 and 1; for a number from 2 to 100 the error names the share of as many per cent."""
     try:
         return between(name, value, 0, 1, closed=closed)
     except ValueError as error:
         percent = number(name, value)
-        raise ValueError(f"{error}; did you mean {percent / 100:g}?" if 1 < percent < 100 else str(error)) from None
+        raise ValueError(f"{error}; did you mean {percent / 100:g}?" if 2 <= percent < 100 else f"{error}: it is a share") from None
 
 
 def truth(name: str, value: object) -> bool:

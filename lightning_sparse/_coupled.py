@@ -71,28 +71,57 @@ def find(structure: Coupled, module: nn.Module, selected: Iterable[str], example
     left_out: dict[str, str] = {}
     chosen, known = set(selected), dict(module.named_parameters())
     elsewhere: set[str] = set()
+    outputs, uncut, others = dict[str, str](), dict[str, str](), dict[str, str]()  # what to say if no group is left
     for group in coupling.groups(module, example_inputs):
-        if (group.kind == "head") != structure.heads:
+        if group.kind == "layer":
+            uncut[group.axis] = group.reason
+        elif (group.kind == "head") != structure.heads:
             elsewhere |= {entry.name for entry in group.parameters()} if group.exact else set()
         elif any(entry.name in chosen for entry in group.parameters("producer", "normaliser")):
             axes.setdefault(group.axis, []).append(group)
+        elif group.exact:
+            others[group.axis] = group.parameters("producer", "normaliser")[0].name
     parts: dict[str, list[Part]] = {}
     along: dict[str, list[Part]] = {}
     for axis, members in axes.items():
         reason = next((group.reason for group in members if group.reason), "") or _obstacle(members, module, known)
         if reason == _OUTPUT:
+            outputs[axis] = reason
             continue
         if reason:
             left_out[axis] = reason
         else:
             parts[axis], along[axis] = _parts(members, module, known)
     if not parts:
-        why = "".join(f"; {axis}: {reason}" for axis, reason in list(left_out.items())[:5])
-        cured = structure.heads and any(reason.startswith(coupling.FAILS) for reason in left_out.values())
-        advice = "" if cured else ". Use Rows() or Columns()"
-        raise ValueError(f"{structure!r} finds no groups that can be removed exactly in {type(module).__name__}{why}{advice}")
+        why = _why_none(structure, left_out | outputs | uncut, others, bool(elsewhere))
+        raise ValueError(f"{structure!r} finds no groups that can be removed exactly in {type(module).__name__}{why}")
     names = {part.name for listed in (parts, along) for of in listed.values() for part in of}
     return Found(Groups(parts, along, True, elsewhere), {name: known[name] for name in known if name in names}, left_out)
+
+
+def _why_none(structure: Coupled, reasons: Mapping[str, str], others: Mapping[str, str], elsewhere: bool) -> str:
+    """Return why a network has no groups of a structure, and what to do.
+
+    Args:
+        structure: the structure.
+        reasons: why layers and axes have none.
+        others: axes that are not selected, and a parameter that produces them.
+        elsewhere: there are groups of the other structure.
+    """
+    listed = "".join(f"; {axis}: {reason}" for axis, reason in list(reasons.items())[:5])
+    if others:
+        names = [*others.values()]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return f"{listed}. None of the selected weights produces groups; these would: {names[:5]}{more}. Add them to select"
+    if structure.heads and any(reason.startswith(coupling.FAILS) for reason in reasons.values()):
+        return listed  # with its cure
+    if structure.heads and not listed:
+        listed = (
+            "; it has no attention whose queries, keys and values are Linear layers and whose number of heads is an attribute such as "
+            "num_heads"
+        )
+    other = "Heads()" if not structure.heads else "Channels()"
+    return f"{listed}. Use {f'{other}, ' if elsewhere else ''}Rows() or Columns()"
 
 
 def _roles(members: list[Group], module: nn.Module, *roles: Any) -> dict[Slice, list[tuple[int, ...]]]:

@@ -71,7 +71,7 @@ class LinearWarmup(Schedule):
 
     def __post_init__(self) -> None:
         _checks.positive("lam", self.lam)
-        _checks.between("share", self.share, 0, 1, closed="r")
+        _of_run("share", self.share, 0, "r")
 
     def __call__(self, step: float, total: float) -> float:
         return self.lam * min(1.0, step / (self.share * (total or 1)))
@@ -98,13 +98,20 @@ class Cubic(Schedule):
 
     def __post_init__(self) -> None:
         _checks.positive("lam", self.lam)
-        _checks.between("begin", self.begin, 0, 1, closed="l")
-        _checks.between("end", self.end, self.begin, 1, closed="r")
+        _of_run("begin", self.begin, 0, "l")
+        _of_run("end", self.end, self.begin, "r")
         _checks.between("start", self.start, 0, self.lam, closed="l")
 
     def __call__(self, step: float, total: float) -> float:
         t = (step / (total or 1) - self.begin) / (self.end - self.begin)
         return self.lam - (self.lam - self.start) * (1 - min(max(t, 0.0), 1.0)) ** 3  # exactly lam at t = 1
+
+
+def _of_run(name: str, value: float, low: float, closed: str) -> None:
+    try:
+        _checks.between(name, value, low, 1, closed=closed)
+    except ValueError as error:
+        raise ValueError(f"{error}: it is a share of the run's optimiser steps, not a number of epochs or steps") from None
 
 
 def as_schedule(lam: object) -> Schedule:

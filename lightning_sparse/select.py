@@ -135,6 +135,12 @@ class _Selection:
 
     def pick(self, patterns: list[str]) -> dict[str, nn.Parameter]:
         if not self.default and not patterns:
+            if self.trainable and (frozen := default_selection(self.module, trainable=False)):
+                raise ValueError(
+                    f"{type(self.module).__name__} has no selectable weight: all {len(frozen)} weight matrices of its layers are frozen "
+                    f"(requires_grad=False), such as {next(iter(frozen))!r}; unfreeze those to make sparse before the fit, with "
+                    "requires_grad_(True)"
+                )
             raise ValueError(
                 f"{type(self.module).__name__} has no selectable weight: none of its layers is linear, convolutional, attention "
                 f"or recurrent with trainable floating weights{self._computed_hint()}; {self._remedy()}"

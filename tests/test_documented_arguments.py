@@ -193,7 +193,7 @@ TYPED = [
     "HardConcrete(lam=Cubic(lam=0.1, begin=0.0, end=0.5, start=0.0), gamma=-0.2)",
     "MagnitudePruning(sparsity=0.9, every=10, scope='layer')",
     "SparsityMonitor(select=['a'], every_n_epochs=2)",
-    "SparseCheckpoint(target=0.9, monitor='val', mode='max')",
+    "SparseCheckpoint(monitor='val', mode='max', target_sparsity=0.9)",
     "EmpiricalFisher(decay=0.5, every=2, reduction='sum')",
     "Gaussian(local=True, share=0.5)",
 ]

@@ -85,6 +85,13 @@ def test_a_model_without_weights():
         select(nn.Embedding(2, 2))
 
 
+def test_a_model_whose_weights_are_all_frozen():
+    frozen = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).requires_grad_(False)
+    wanted = r"Sequential has no selectable weight: all 2 weight matrices .* are frozen \(requires_grad=False\), such as '0.weight'"
+    with pytest.raises(ValueError, match=wanted):
+        select(frozen)
+
+
 def test_frozen_weights_can_be_counted():
     assert "frozen.weight" in select(Zoo(), trainable=False)
 

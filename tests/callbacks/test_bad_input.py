@@ -79,10 +79,22 @@ ARGUMENTS = {
     "a number as penalty": (lambda: AdaptiveProx(3, 1.0), TypeError, "AdaptiveProx takes a Penalty or a MaskRule such as .*, got 3"),
     "per cent": (lambda: penalty(target_sparsity=90), ValueError, r"target_sparsity must lie in \(0, 1\), got 90; did you mean 0.9\?"),
     "per cent to prune": (lambda: MagnitudePruning(97.5), ValueError, r"sparsity must lie in \(0, 1\), got 97.5; did you mean 0.975\?"),
+    "a share above 1": (lambda: mask(1.0, freeze=1.5), ValueError, r"freeze must lie in \[0, 1\), got 1.5: it is a share$"),
+    "epochs": (lambda: MagnitudePruning(0.9, begin=2, end=10), ValueError, r"begin must lie in .*, got 2: it is a share of the run's "),
+    "end is the default": (
+        lambda: MagnitudePruning(0.9, begin=0.8),
+        ValueError,
+        r"^begin=0.8 is not below end=0.75, its default: also give end, a share of the run in \(0.8, 1\]$",
+    ),
+    "a structure by name": (
+        lambda: penalty(1.0, structure="channels"),
+        TypeError,
+        r"such as structure.Channels\(\) or structure.Rows\(\), got 'channels'; closest: 'Channels\(\)'$",
+    ),
     "per cent in files": (lambda: SparseCheckpoint(target=99), ValueError, r"target must lie in \[0, 1\], got 99; did you mean 0.99\?"),
     "per cent, then best": (lambda: BestAfterTarget(80), ValueError, r"got 80; did you mean 0.8\?"),
     "per cent to freeze": (lambda: penalty(1.0, freeze=25), ValueError, r"freeze must lie in \[0, 1\), got 25; did you mean 0.25\?"),
-    "a thousand": (lambda: penalty(target_sparsity=1000), ValueError, r"got 1000$"),
+    "a thousand": (lambda: penalty(target_sparsity=1000), ValueError, r"got 1000: it is a share$"),
     "another form's argument": (lambda: penalty(1.0).to_prox(ceiling=1.0), TypeError, "ceiling"),
 }  # fmt: skip
 

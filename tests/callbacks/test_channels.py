@@ -246,6 +246,39 @@ def test_inputs_that_the_batch_does_not_tell_are_asked_for() -> None:
         trainer(callback).fit(module, vectors())
 
 
+class Attended(nn.Module):
+    """An nn.MultiheadAttention on four parts of the input, between Linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inputs(x.unflatten(-1, (4, 4)))
+        out: Tensor = self.head(self.attention(y, y, y, need_weights=False)[0].mean(1))
+        return out
+
+
+NONE: dict[str, tuple[Any, Any, list[str] | None, str]] = {
+    "no attention": (lambda: network(), Heads(), None, r"it has no attention whose queries, .* Use Channels\(\), Rows\(\) or Columns\(\)"),
+    "of torch": (Attended, Heads(), None, r"attention: nn.MultiheadAttention keeps its width .*: its heads can be zero, not removed"),
+    "not selected": (
+        lambda: nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)),
+        Channels(),
+        ["network.2.weight"],
+        r"network.2: it is part of the output. None of the selected weights produces groups; these would: \['network.0.weight'\]. Add them",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "structure", "select", "said"), NONE.values(), ids=NONE.keys())
+def test_a_structure_without_groups_says_why(make: Any, structure: Structure, select: list[str] | None, said: str) -> None:
+    batches = images() if said.startswith("it has no attention") else vectors()
+    with pytest.raises(ValueError, match=said):
+        trainer(MagnitudePruning(0.3, structure=structure, select=select)).fit(Toy(make()), batches)
+
+
 def test_a_network_without_removable_groups_is_refused_with_the_reason() -> None:
     module = Toy(nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 3)))
     with pytest.raises(ValueError, match=r"finds no groups that can be removed exactly.*changes by"):

@@ -317,7 +317,7 @@ BAD = {
     "all of it": ({"sparsity": 1}, r"sparsity must lie in \(0, 1\), got 1"),
     "percent": ({"sparsity": 90}, r"sparsity must lie in \(0, 1\), got 90"),
     "NaN": ({"sparsity": math.nan}, r"sparsity must lie in \(0, 1\), got nan"),
-    "begin after end": ({"begin": 0.8}, r"end must lie in \(0.8, 1\], got 0.75"),
+    "begin after end": ({"begin": 0.8}, r"begin=0.8 is not below end=0.75, its default"),
     "begin at end": ({"begin": 0.5, "end": 0.5}, r"end must lie in \(0.5, 1\], got 0.5"),
     "end": ({"end": 1.5}, r"end must lie in \(0, 1\], got 1.5"),
     "never": ({"every": 0}, r"every must be a whole number >= 1, got 0"),

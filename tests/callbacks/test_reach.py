@@ -105,8 +105,8 @@ def test_heads_cannot_remove_perceptrons() -> None:
 
 
 WITHIN: dict[str, tuple[Structure, float, str]] = {
-    "rows": (Rows(), 0.93, r"Rows\(\) can make at most 86.3 % of the 176 selected weights zero; one group of each axis stays. Either give"),
-    "blocks": (Blocks((8, 8)), 0.8, r"one group of each axis stays. Either give at most 0.\d"),
+    "rows": (Rows(), 0.93, r"Rows\(\) can make at most 86.3 % of the 176 selected .* axis stays. Give at most 0.86$"),
+    "blocks": (Blocks((8, 8)), 0.8, r"one group of each axis stays. Give at most 0.\d+$"),
 }
 
 
@@ -124,7 +124,7 @@ def test_least_kept_is_named() -> None:
 def test_what_is_promised_is_reached(form: Any) -> None:
     for structure in (Rows(), Blocks((4, 4))):
         said = refusal(Toy().network, form(target_sparsity=0.99, structure=structure))
-        most = float(re.search(r"give at most ([\d.]+)", said)[1])  # type: ignore[index]
+        most = float(re.search(r"[Gg]ive at most ([\d.]+)", said)[1])  # type: ignore[index]
         callback = form(target_sparsity=most, structure=structure)
         trainer(callback, epochs=10).fit(Toy(), data())
         assert callback.share_of_zeros() >= most - 1 / 176

@@ -88,6 +88,31 @@ def only_biases(parameters):
     return torch.optim.SGD([p for p in parameters if p.dim() == 1], 0.1)
 
 
+class Frozen(nn.Module):
+    """Six layers of an encoder, and two more."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head, self.tail = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))), nn.Linear(8, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.tail(self.head(self.encoder(x)))
+
+
+def test_all_weights_that_no_optimiser_updates_are_excluded_by_the_pattern_that_is_named():
+    module = Toy(Frozen())
+    module.make = lambda p: torch.optim.SGD(module.network.head.parameters(), 0.1)
+    wanted = (
+        r"no optimiser updates the selected \['network.encoder.0.weight', .*'network.encoder.4.weight'\] and 2 more; exclude them with "
+        r"select=\['!network.encoder.\*', '!network.tail.weight'\], or add them to an optimiser in configure_optimizers$"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        trainer(Sparsify(0.5)).fit(module, data())
+    trainer(Sparsify(0.5, select=["!network.encoder.*", "!network.tail.weight"])).fit(module, data())
+    with pytest.raises(ValueError, match=r"\['network.tail.weight'\]; add them to an optimiser in configure_optimizers$"):
+        trainer(Sparsify(0.5, select=["network.tail.*"])).fit(module, data())
+
+
 RUNS = {
     "no match": (lambda: ReweightedPenalty(LOG_SUM, 1.0, select=["netwrk.*"]), {}, {}, "closest: 'network"),
     "no weights": (lambda: ReweightedPenalty(LOG_SUM, 1.0), {"network": nn.BatchNorm1d(8)}, {}, "Toy has no selectable weight"),

@@ -109,11 +109,15 @@ def test_the_last_file_is_written_from_the_start(tmp_path):
 
 @slow
 def test_a_target_never_reached_is_reported_with_the_largest_sparsity(shares, tmp_path):
-    with pytest.warns(
-        UserWarning, match=re.escape(f"target=0.999 was never met when a file was due; the largest sparsity there was {max(shares):.4g}")
-    ):
+    said = f"target_sparsity=0.999 was never met when a file was due; the largest sparsity there was {max(shares):.4g}"
+    with pytest.warns(UserWarning, match=re.escape(said)):
         fit(every(tmp_path, 0.999), ReweightedPenalty(LOG_SUM, 0.3))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_sparsity_callback_one_is_recommended(tmp_path):
+    with pytest.warns(UserWarning, match=r"target_sparsity=0.9 was never met .* There is no sparsity callback in the Trainer: add one"):
+        fit(every(tmp_path, 0.9), epochs=1)
 
 
 @slow

@@ -138,7 +138,7 @@ def test_conversion_keeps_the_structure() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: ReweightedPenalty(LOG_SUM, 0.1, structure="rows"), TypeError, "structure must be a Structure"),
+        (lambda: ReweightedPenalty(LOG_SUM, 0.1, structure="rows"), TypeError, r"got 'rows'; closest: 'Rows\(\)'$"),
         (lambda: AdaptiveMask(mask_rules.TopK(0.5), structure=Rows()), ValueError, "needs a separable penalty"),
         (lambda: ReweightedPenalty(LOG_SUM, 0.1, structure=Rows(), compile=True), ValueError, "compile=True is for single"),
         (lambda: ReweightedPenalty(LOG_SUM, 0.1, structure=Rows(), gap_samples=2), ValueError, "gap_samples draws masks of single"),
