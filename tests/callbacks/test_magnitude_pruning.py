@@ -178,6 +178,15 @@ def test_pruned_weights_equal_those_of_torch_pruning(scope):
     assert (shares == [0.5, 0.5]) == (scope == "layer")
 
 
+def test_one_layer_cut_once_equals_torch_pruning_of_it():
+    """The arguments are those of docs/guide/migrate.md."""
+    module, twin = Toy(optimizer=lambda p: torch.optim.SGD(p, 0.0)), Toy()
+    prune.l1_unstructured(twin.network[2], "weight", amount=0.5)
+    run(MagnitudePruning(target_sparsity=0.5, begin=0, end=0.01, select=["network.2.weight"]), module=module)
+    assert torch.equal(module.network[2].weight != 0, twin.network[2].weight_mask.bool())
+    assert (module.network[0].weight != 0).all()
+
+
 @pytest.mark.parametrize("name", ["Adam with decay", *(pytest.param(name, marks=pytest.mark.slow) for name in list(OPTIMIZERS)[1:])])
 def test_pruned_weights_stay_zero_whatever_the_optimiser_does(name):
     watch = run(MagnitudePruning(0.8, end=0.6, every=2), module=Toy(optimizer=OPTIMIZERS[name]))
