@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -55,6 +56,9 @@ _VERBS = {
 }
 
 
+_ASKED = ("--version", "-h", "--help")
+
+
 def __getattr__(name: str) -> Any:
     if name == "SparseCLI":  # on first use, because it imports Lightning
         from lightning_sparse.cli.sparse_cli import SparseCLI
@@ -85,17 +89,29 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     if args is None:  # because Lightning's own call of a function that this torch deprecates is nothing to a user
         warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated", FutureWarning)
-    if words[:1] == ["--version"]:
-        print(__version__)
-        return 0
-    if not words or words[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if words else 2
     try:
-        return _run(words[0], words[1:])
+        code = _run(words[0], words[1:]) if words and words[0] not in _ASKED else _tell(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return _stop_printing()
     except (RunError, UsageError) as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            return _stop_printing()
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
+
+
+def _tell(words: list[str]) -> int:
+    print(__version__ if words[:1] == ["--version"] else usage())
+    return 0 if words else 2
+
+
+def _stop_printing() -> int:
+    """Drop what is left to print, because its reader (such as ``head``) has ended, and return the exit code of a shell for that."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())  # else Python flushes into the closed pipe when it ends
+    return 128 + signal.SIGPIPE
 
 
 def _run(verb: str, rest: list[str]) -> int:

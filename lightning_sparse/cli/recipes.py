@@ -34,7 +34,9 @@ def find(name: str) -> Path:
     packaged = name.removesuffix(".yaml")
     if packaged in names():
         return folder() / f"{packaged}.yaml"
-    raise UsageError(f"no recipe {name!r}{_checks.closest(packaged, names())}; give a file, or one that `lightning-sparse recipes` lists")
+    is_file = Path(name).suffix in (".yaml", ".yml", ".json")
+    missing = f"no file {name!r}, and no recipe of this name" if is_file else f"no recipe {name!r}"
+    raise UsageError(f"{missing}{_checks.closest(packaged, names())}; give a file, or one that `lightning-sparse recipes` lists")
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -131,6 +133,11 @@ def with_added(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
         if "callbacks+" in trainer:
             added[file] = trainer["callbacks+"]
     return done, pairs
+
+
+def with_absolute(words: Sequence[str]) -> list[str]:
+    """Replace the files after ``--config`` or ``-c`` by absolute paths, for a command that another folder runs; names of recipes stay."""
+    return [f"{word[: -len(file)]}{Path(file).resolve()}" if file else word for word, file in zip(words, _files(words), strict=True)]
 
 
 def files_of(words: Sequence[str]) -> list[str]:

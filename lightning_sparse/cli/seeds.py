@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import platform
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning
 import torch
@@ -25,12 +28,30 @@ _ABOUT = (
 
 def train(recipe: str, seed: int, overrides: list[str]) -> Result:
     """Train a recipe with one seed in a temporary folder. Raises UsageError for overrides unknown to the recipe."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_files(folder):
         words = [*_PLAIN, "--trainer.default_root_dir", folder, *overrides, "--seed_everything", str(seed)]
         result = fit(["--config", recipe, *words]).result
     if result is None:
         raise UsageError("the run has no sparsity callback, so there is nothing to report")
     return result
+
+
+@contextmanager
+def _without_files(folder: str) -> Iterator[None]:
+    """Cut the checkpoint and the next step out of the line at the end of a fit, because the folder is deleted."""
+
+    def shorten(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if folder in text and "; checkpoint " in text:
+            record.msg, record.args = text.partition("; checkpoint ")[0], ()
+        return True
+
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(shorten)
+    try:
+        yield
+    finally:
+        log.removeFilter(shorten)
 
 
 def figures(result: Result) -> dict[str, float]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, Trainer
@@ -86,7 +88,7 @@ class SparseCLI(LightningCLI):
         except argparse.ArgumentError as error:
             parsers = getattr(self, "_subcommand_parsers", {}).values() or [parser]
             known = {key for one in parsers for key in one.get_defaults().keys(branches=True)}
-            self.refuse(UsageError(explain(str(error.message), known)))
+            self.refuse(UsageError(_misplaced(self.words) or explain(str(error.message), known)))
         if name := text.unencodable_name(self.config.as_dict()):  # before a logger opens its run
             self.refuse(UsageError(NO_NAME.format(name)))
 
@@ -123,6 +125,21 @@ class SparseCLI(LightningCLI):
     def sparsifiers(self) -> list[Sparsifier]:
         """Return the sparsity callbacks of the Trainer."""
         return [callback for callback in self.trainer.callbacks if isinstance(callback, Sparsifier)]
+
+
+def _misplaced(words: Sequence[str]) -> str:
+    """Return what to write for a configuration without ``--config``, or an argument of ``sparsify`` without a callback; else empty."""
+    for word in itertools.takewhile(lambda word: not word.startswith("-"), words[:2]):  # a subcommand, if there are any
+        if word.endswith((".yaml", ".yml")) or word in recipes.names():
+            return f"no key {word!r}; did you mean --config {word}?"
+    options = [word.partition("=")[0] for word in words if word.startswith("--sparsify")]
+    own = [key for file in recipes.files_of(words) for key in recipes.content(Path(file)) if key.partition(".")[0] == "sparsify"]
+    if options and not own and not {"--sparsify", "--sparsify.class_path"} & {*options}:
+        example = "Sparsify" if "--sparsify.target_sparsity" in options else "ReweightedPenalty --sparsify.penalty L1"
+        return (
+            f"{options[0]} without a callback, because the configuration has no key sparsify: name one, too, such as --sparsify {example}"
+        )
+    return ""
 
 
 def _check_states(callbacks: Iterable[Callback]) -> None:

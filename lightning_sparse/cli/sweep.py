@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch import callbacks as pl_callbacks
 
 from lightning_sparse import _checks, callbacks
 from lightning_sparse.cli import check, recipes
@@ -27,6 +28,7 @@ _ABOUT = (
     "override the configuration as in fit. Example: lightning-sparse sweep digits --lam 1e-4 1e-2 --eps 0.5 2 --metric val/accuracy"
 )
 _STRENGTHS = ("lam", "kl_weight", "sparsity")  # which a callback takes in the place of target_sparsity
+_ADDED = "{class_path: lightning_sparse.callbacks.Sparsify, init_args: {target_sparsity: 0.9}}"
 _NEEDED = "sparsify: {class_path: Sparsify, init_args: {target_sparsity: 0.9}}"
 
 
@@ -72,6 +74,8 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     if script is not None and args.callbacks:
         raise UsageError("--callbacks changes the key sparsify of a recipe; with --script make one sweep for each callback")
     own = _own_callback(tree, overrides) if script is None else _last_callback([config, *map(Path, recipes.files_of(overrides))])
+    if script is not None:
+        _check_last(own, args.config)
     _check_numbers(args, args.callbacks or [own])
     prefix = "sparsify" if script is None else "trainer.callbacks"
     numbers = {"lam": args.lam, "target_sparsity": args.target, "penalty.init_args.eps": args.eps, "freeze": args.freeze}
@@ -88,12 +92,12 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
             _check(args.config, [*overrides, *sample])
     metric = _metric(config, script, [*overrides, *samples[0]], args.metric)
     program = ["lightning-sparse"] if script is None else [sys.executable, script]
-    shown = str(config) if config.is_relative_to(recipes.folder()) is False else args.config
+    shown = args.config if config.is_relative_to(recipes.folder()) else str(config.resolve())  # because agents run in other folders
     described: dict[str, Any] = {
         "name": f"{config.stem} {args.search}",
         "method": args.search,
         "metric": {"name": metric, "goal": "maximize" if results.rises(metric, args.mode) else "minimize"},
-        "command": ["${env}", *program, "fit", "--config", shown, *overrides, "${args}"],
+        "command": ["${env}", *program, "fit", "--config", shown, *recipes.with_absolute(overrides), "${args}"],
         "parameters": space,
     }
     return described | ({"run_cap": args.runs} if args.runs else {})
@@ -126,6 +130,18 @@ def _last_callback(files: Iterable[Path]) -> str:
             last = (listed if isinstance(listed, list) else [listed])[-1:]
             found = str(last[0].get("class_path", "")) if last and isinstance(last[0], dict) else found
     return found
+
+
+def _check_last(name: str, config: str) -> None:
+    """Raise UsageError unless the last callback of a script's configuration may be one of this package, which the sweep varies."""
+    form = imported(name) if "." in name else getattr(callbacks, name, None) or getattr(pl_callbacks, name, None)
+    if not name or (isinstance(form, type) and not issubclass(form, callbacks.Sparsifier)):
+        last = f"its last callback is {name}, and the last one is varied" if name else "it has no callback"
+        raise UsageError(
+            f"{config}: no sparsity callback at the end of trainer.callbacks ({last}). Add one there, such as "
+            f"`trainer: {{callbacks+: [{_ADDED}]}}`, or give --config FILE with the file that "
+            "`lightning-sparse recipes overlay/reweighted_penalty` names"
+        )
 
 
 def _arguments(name: str) -> Sequence[str]:

@@ -59,6 +59,7 @@ WORDS = {
     "seed": (["--seed_everything", "-1"], ["seed_everything", "from 0 to 2**32 - 1, got -1"]),
     "threads": (["--threads", "0"], ["threads", "v>0"]),
     "a second recipe": (["--config", "nofile"], ["no recipe 'nofile'"]),
+    "a missing file": (["--config", "nofile.yaml"], ["no file 'nofile.yaml', and no recipe of this name"]),
     "optimiser": (["--optimizer", "LBFGS"], ["ReweightedPenalty cannot work with LBFGS"]),
 }  # fmt: skip
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -125,9 +129,20 @@ def test_a_class_in_a_file_beside_the_recipe_is_found(tmp_path: Path, monkeypatc
     assert main(["check", "digits", "--config", "mine.yaml"]) == 0
 
 
+_MODEL = ["--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
 MISTAKES = {
     "unknown recipe": (["fit", "--config", "digist"], ["no recipe 'digist'", "'digits'"]),
     "unknown recipe to check": (["check", "overlay/adaptive_musk"], ["overlay/adaptive_musk", "'overlay/adaptive_mask'"]),
+    "no --config": (["fit", "my.yaml"], ["no key 'my.yaml'; did you mean --config my.yaml?"]),
+    "no --config of a recipe": (["fit", "digits", "--trainer.max_epochs", "1"], ["no key 'digits'; did you mean --config digits?"]),
+    "no callback for a target": (
+        ["fit", *_MODEL, "--sparsify.target_sparsity", "0.9"],
+        ["--sparsify.target_sparsity without a callback", "name one, too, such as --sparsify Sparsify\n"],
+    ),
+    "no callback for a strength": (
+        ["fit", *_MODEL, "--sparsify.lam=0.1"],
+        ["--sparsify.lam without a callback", "such as --sparsify ReweightedPenalty --sparsify.penalty L1\n"],
+    ),
     "unknown verb": (["fitt"], ["no verb 'fitt'", "'fit'"]),
     "key of the trainer": (["fit", "--config", "digits", "--trainer.max_epoch", "3"], ["'trainer.max_epoch'", "'trainer.max_epochs'"]),
     "key of the callback": (["fit", "--config", "digits", "--sparsify.lamda", "1"], ["takes no 'lamda'", "'lam'"]),
@@ -208,6 +223,17 @@ def test_recipes_are_listed_with_their_results(capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert printed.count("reaches:") == printed.count("summary:") >= 4
     assert "overlay/adaptive_mask" in printed
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["--help"]])
+def test_a_reader_that_ends_early_ends_the_command_quietly(words: list[str]) -> None:
+    program = [sys.executable, "-m", "lightning_sparse.cli", *words]
+    every = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(program, stdout=write, stderr=subprocess.PIPE, text=True, env=os.environ | every, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import yaml
 
 from lightning_sparse import counts
 from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning
-from lightning_sparse.cli import compare, main
+from lightning_sparse.cli import compare, main, recipes, sweep
 from lightning_sparse.cli.comparison import results, runs
 from lightning_sparse.cli.errors import UsageError
 
@@ -329,6 +329,12 @@ def test_the_reason_of_a_failure_is_one_line():
     assert runs.reason_in("", -9) == "killed by SIGKILL"
 
 
+def test_files_of_a_command_become_absolute_and_recipes_stay(project):
+    words = ["--config", "own.yaml", "--config=own.yaml", "-c", "digits", "--trainer.max_epochs", "3"]
+    file = project / "own.yaml"
+    assert recipes.with_absolute(words) == ["--config", str(file), f"--config={file}", "-c", "digits", "--trainer.max_epochs", "3"]
+
+
 # -- sweep -----------------------------------------------------------------------------------------------------------------
 
 
@@ -426,6 +432,7 @@ def test_a_sweep_of_a_users_script_is_tried_before_it_is_written(project, capsys
     assert not Path("sweep.yaml").exists()
     assert main(words) == 0
     (run,) = _commands()
+    assert [word for word in run if word.endswith(".yaml")] == [str(project / "own.yaml"), str(project / "overlay.yaml")]
     done = subprocess.run([sys.executable, "train.py", *run, "--trainer.fast_dev_run", "1"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -437,6 +444,25 @@ def test_a_sweep_in_which_a_run_would_fail_is_refused(project, capsys):
     assert "a run of this sweep would fail, with --sparsify=HardConcrte" in said
     assert "'HardConcrete'" in said
     assert not Path("sweep.yaml").exists()
+
+
+CALLBACKS = {
+    "": "it has no callback",
+    "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint}]}": "its last callback is lightning.pytorch",
+    "trainer: {callbacks+: {class_path: ModelCheckpoint}}": "its last callback is ModelCheckpoint",
+}
+
+
+@pytest.mark.parametrize("overlay", CALLBACKS)
+def test_a_script_without_a_sparsity_callback_to_vary_is_refused(project, capsys, overlay):
+    Path("overlay.yaml").write_text(overlay or "seed_everything: 0")
+    assert main(["sweep", "own.yaml", "--script", "train.py", "--config", "overlay.yaml", "--lam", "1e-3", "1e-2"]) == 2
+    said = capsys.readouterr().err
+    assert f"own.yaml: no sparsity callback at the end of trainer.callbacks ({CALLBACKS[overlay]}" in said
+    needed = yaml.safe_load(said.partition("`")[2].partition("`")[0])["trainer"]["callbacks+"]
+    assert needed[0]["class_path"] == "lightning_sparse.callbacks.Sparsify"
+    for accepted in ("lightning_sparse.callbacks.Sparsify", "Sparsify", "elsewhere.Own"):
+        sweep._check_last(accepted, "own.yaml")
 
 
 def test_a_configuration_without_a_callback_is_told_which_lines_it_needs(project, capsys):

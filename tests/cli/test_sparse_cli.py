@@ -129,6 +129,10 @@ def test_two_callbacks_of_one_class_with_their_own_select_are_accepted() -> None
     assert kinds(made("--config", "own.yaml")) == ["MagnitudePruning", "MagnitudePruning"]
 
 
+def test_a_configuration_without_its_flag_is_recognised(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "own.yaml", "--model.width", "3") == "error: no key 'own.yaml'; did you mean --config own.yaml?\n"
+
+
 @pytest.mark.parametrize("case", MISTAKES)
 def test_invalid_input_gives_a_one_line_error(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     words, expected = MISTAKES[case]

@@ -163,14 +163,18 @@ def test_the_seeds_are_summed_up_by_mean_and_sample_deviation() -> None:
 
 @pytest.mark.slow
 def test_seeds_trains_once_for_each_and_tells_them_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--trainer.max_epochs", "1", "--report.dense_twin", "false"]
+    caplog.set_level("INFO")
     assert main(["seeds", "digits", "--seeds", "2", *words]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()[-5:]]
     assert [row[0] for row in table] == ["seed", "0", "1", "mean", "sd"]
     assert table[1][1:] != table[2][1:]
+    ends = [text for record in caplog.records if "selected weights are zero" in (text := record.getMessage())]
+    assert len(ends) == 2
+    assert not any("checkpoint" in text or "next: " in text for text in ends)  # because the folder is deleted
     assert float(table[3][1]) == pytest.approx((float(table[1][1]) + float(table[2][1])) / 2, abs=1e-4)
     assert list(tmp_path.iterdir()) == []
     assert main(["seeds", "digits", "--seeds", "1"]) == 2
