@@ -18,7 +18,7 @@ import yaml
 from lightning_sparse import counts
 from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning
 from lightning_sparse.cli import compare, main, recipes, sweep
-from lightning_sparse.cli.comparison import results, runs
+from lightning_sparse.cli.comparison import engines, results, runs
 from lightning_sparse.cli.errors import UsageError
 
 SCRIPT = """
@@ -117,6 +117,18 @@ def test_a_run_that_fails_is_a_row_with_its_reason(project, capsys):
     assert failed["zeros"] == ""
     assert float(good["zeros"]) == 0.75
     assert "failed: " in (project / "runs/compare/own/table.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_configuration_that_fails_without_sparsity_stops_the_comparison(project, capsys):
+    assert main([*COMPARE, "--jobs", "1", "--model.widht", "8"]) == 2
+    said = capsys.readouterr().err
+    assert "dense-seed0 has failed, which has no sparsity callback, so the other runs would fail too and were stopped: " in said
+    assert "widht" in said
+    assert "log.txt" in said
+    assert not (project / "runs/compare/own/MagnitudePruning-0.75-seed0/failed.txt").exists()
+    dense, *_ = _settings(COMPARE).comparison()
+    engines._check_dense(dense, {"failed": "killed by SIGKILL"})  # the system's own doing, such as too little memory
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_sparse.cli.comparison.runs import Run, execute
+from lightning_sparse.cli.comparison.runs import KILLED, LOG, Run, execute
 from lightning_sparse.cli.errors import UsageError
 
 Record = dict[str, Any]
@@ -57,18 +57,31 @@ def _settle(run: Run, record: Record, tell: Tell) -> None:
 def _local(runs: Sequence[Run], jobs: int, tell: Tell, options: Mapping[str, Any]) -> None:
     if options:
         raise UsageError(f"--engine_options are for ray and slurm, the local engine takes none, got {dict(options)}")
-    workers = _Workers()
+    workers, trained = _Workers(), False
     with ThreadPoolExecutor(max(jobs, 1)) as pool, _progress(runs) as show:
         pending = {pool.submit(workers.execute, run): run for run in runs}
         try:
             while pending:
                 for future in wait(pending, timeout=_LOOK, return_when=FIRST_COMPLETED).done:
-                    _settle(pending.pop(future), future.result(), tell)
+                    run, record = pending.pop(future), future.result()
+                    _settle(run, record, tell)
+                    trained = trained or "failed" not in record
+                    if not trained:
+                        _check_dense(run, record)
                 show()
         except BaseException:  # also Ctrl-C
             pool.shutdown(wait=False, cancel_futures=True)
             workers.kill()
             raise
+
+
+def _check_dense(run: Run, record: Record) -> None:
+    """Raise UsageError if a run without a sparsity callback has failed by itself, because the configuration fails in the others, too."""
+    if run.callback is None and "failed" in record and KILLED not in record["failed"]:
+        raise UsageError(
+            f"{run.name} has failed, which has no sparsity callback, so the other runs would fail too and were stopped: "
+            f"{record['failed']}; its output is in {run.path / LOG}"
+        )
 
 
 class _Workers:

@@ -19,6 +19,7 @@ from lightning_sparse.cli.comparison import recorder
 from lightning_sparse.cli.errors import UsageError, explain
 
 OVERLAY, LOG = "overlay.yaml", "log.txt"
+KILLED = "killed by"
 _QUIET = ("--report.table", "false", "--report.pictures", "false", "--report.dense_twin", "false")
 
 
@@ -165,7 +166,7 @@ def reason_in(log: str, code: int) -> str:
     if starts:
         text = "\n".join([lines[starts[-1]].removeprefix("error: "), *lines[starts[-1] + 1 :]])
         return " ".join(explain(text).split())
-    ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    ended = f"{KILLED} {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     raised = [line.strip() for line in lines if _is_exception(line)]
     return f"{raised[-1]} ({ended})" if raised else ended
 
