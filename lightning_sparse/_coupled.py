@@ -80,7 +80,7 @@ def find(structure: Coupled, module: nn.Module, selected: Iterable[str], example
         elif any(entry.name in chosen for entry in group.parameters("producer", "normaliser")):
             axes.setdefault(group.axis, []).append(group)
         elif group.exact:
-            others[group.axis] = group.parameters("producer", "normaliser")[0].name
+            others[group.axis] = (group.parameters("producer") or group.parameters("normaliser"))[0].name
     parts: dict[str, list[Part]] = {}
     along: dict[str, list[Part]] = {}
     for axis, members in axes.items():

@@ -264,10 +264,10 @@ NONE: dict[str, tuple[Any, Any, list[str] | None, str]] = {
     "no attention": (lambda: network(), Heads(), None, r"it has no attention whose queries, .* Use Channels\(\), Rows\(\) or Columns\(\)"),
     "of torch": (Attended, Heads(), None, r"attention: nn.MultiheadAttention keeps its width .*: its heads can be zero, not removed"),
     "not selected": (
-        lambda: nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)),
+        lambda: nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)),
         Channels(),
-        ["network.2.weight"],
-        r"network.2: it is part of the output. None of the selected weights produces groups; these would: \['network.0.weight'\]. Add them",
+        ["network.3.weight"],
+        r"network.3: it is part of the output. None of the selected weights produces groups; these would: \['network.0.weight'\]. Add them",
     ),
 }
 
