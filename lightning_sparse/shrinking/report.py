@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_sparse import surgery
 from lightning_sparse.coupling import Group
@@ -94,7 +95,7 @@ def count_multiply_adds(module: nn.Module, inputs: Any) -> int:
     """Return the multiply-adds of one call in evaluation mode: matrix products, convolutions and both products of attention.
 
     They are the FLOPs / 2 of torch's FlopCounterMode, which sees neither the fused encoder layers of evaluation mode nor
-    scaled_dot_product_attention on the CPU: the first are switched off while counting, the second is counted by torch's own formula.
+    scaled_dot_product_attention on the CPU: the first are switched off while counting, the second is counted here.
     """
     with _unfused(), FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops}) as counter:
         surgery.outputs(module, inputs)
@@ -105,8 +106,9 @@ _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Return 2 n m (d + d') for each batch entry and head, from the shapes of the queries (n, d), keys (m, d) and values (m, d')."""
-    return int(sdpa_flop_count(query, key, value))
+    """Return 2 n m (d + d') of each head and batch entry, from the shapes of queries (n, d), keys (m, d) and values (m, d')."""
+    *heads, n, d = query
+    return 2 * math.prod(heads) * n * int(key[-2]) * (d + int(value[-1]))
 
 
 @contextmanager

@@ -77,11 +77,12 @@ def test_multiply_adds_of_attention_and_encoder_layers_are_those_of_a_hand_count
     assert count_multiply_adds(Residual().eval(), PICTURES) > 0
     assert torch.backends.mha.get_fastpath_enabled() == was
 
-    class Scaled(nn.Module):  # attention without weights
+    class Scaled(nn.Module):  # attention without weights, of six heads that share two pairs of keys and values
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.scaled_dot_product_attention(x, x[:, :4], x[:, :4])
+            few = x[:, :2, :4]
+            return nn.functional.scaled_dot_product_attention(x, few, few, enable_gqa=True)
 
-    assert count_multiply_adds(Scaled(), x) == batch * 2 * 8 * 4 * 32
+    assert count_multiply_adds(Scaled(), torch.randn(batch, 6, 8, 32)) == batch * 6 * 2 * 8 * 4 * 32
 
 
 @pytest.mark.slow
