@@ -24,6 +24,8 @@ _ABOUT = (
 def run(verb: str, words: list[str]) -> int:
     """Shrink, save and print the table. Raises UsageError for a network that cannot be shrunk; nothing is written then."""
     if any(word.partition("=")[0] in budget.GIVEN for word in words):
+        if any(word.partition("=")[0] == "--script" for word in words):
+            raise UsageError("--script is for a checkpoint: a budget trains, so name the classes of model and data in the YAML of --config")
         return budget.run(words)
     parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description=_ABOUT)
     add_arguments(parser)

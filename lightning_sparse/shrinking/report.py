@@ -107,7 +107,7 @@ _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Return 2 n m (d + d') of each head and batch entry, from the shapes of queries (n, d), keys (m, d) and values (m, d')."""
-    *heads, n, d = query
+    *heads, n, d = map(int, query)
     return 2 * math.prod(heads) * n * int(key[-2]) * (d + int(value[-1]))
 
 

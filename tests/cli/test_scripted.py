@@ -116,6 +116,10 @@ def test_a_missing_script_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     assert "no file 'none.py'" in refused(capsys, "report", "run/net.ckpt", "--script", "none.py")
 
 
+def test_a_budget_takes_no_script(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "name the classes of model and data in the YAML" in refused(capsys, "shrink", "--script", "train.py", "--max_drop", "1")
+
+
 def test_arguments_of_a_class_that_is_not_named_are_refused_with_the_line_to_write(capsys: pytest.CaptureFixture[str]) -> None:
     Path("own.yaml").write_text(yaml.safe_dump(CONFIG))
     message = refused(capsys, "check", "own.yaml")
