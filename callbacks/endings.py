@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_sparse import counts, elementwise, reach
 from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.options import Options
-from lightning_sparse.callbacks.user_warnings import rank_zero_warn
+from lightning_sparse.callbacks.user_warnings import rank_zero_note, rank_zero_warn
 from lightning_sparse.schedules import Constant, Strength
 from lightning_sparse.structure import Columns, Coupled
 from lightning_sparse.support import Support
@@ -85,7 +85,7 @@ def warn_few_zeros(options: Options, support: Support, strength: Strength, setti
     name = "kl_weight" if "kl_weight" in settings else "lam"
     own = settings.get("learned_lr") or "the weights' own"
     rates = f"learned_lr (now {own})" if "learned_lr" in settings else "the learning rate"
-    notify = rank_zero_warn if strength.step >= TRIAL else rank_zero_info
+    notify = rank_zero_warn if strength.step >= TRIAL else rank_zero_note
     notify(
         f"{options.form} has set {zeros:.2%} of the selected weights to zero in {strength.step} optimiser steps at "
         f"{name}={strength.lam:.3g}: the mean keep probability is {keep:.3g}, and a weight counts as zero below tol={options.tol:g}"
@@ -150,7 +150,7 @@ def warn_collapsed(options: Options, support: Support, strength: Strength, setti
     found, groups = counts.count_zeros(support.weights.parameters, support.all_zeros()), support.groups_left(support.weights.parameters)
     size, zeros = sum(number for _, number in found.values()), counts.share(found)
     target = options.target_sparsity
-    notify = rank_zero_warn if target is not None or strength.step >= TRIAL else rank_zero_info
+    notify = rank_zero_warn if target is not None or strength.step >= TRIAL else rank_zero_note
     name = "kl_weight" if "kl_weight" in settings else "lam"
     less = f"a smaller {name} (now {strength.lam:.3g}), or target_sparsity in its place" if target is None else "a smaller target_sparsity"
     if size and 1 - zeros < EMPTY:

@@ -41,7 +41,7 @@ from lightning_sparse.callbacks import best, checks, consistency, end_of_fit, en
 from lightning_sparse.callbacks.checkpointing import CheckpointState, callbacks_of, check_other_selection, own_state
 from lightning_sparse.callbacks.connections import Connections
 from lightning_sparse.callbacks.form import SparsityCallback
-from lightning_sparse.callbacks.user_warnings import rank_zero_warn
+from lightning_sparse.callbacks.user_warnings import rank_zero_note, rank_zero_warn
 from lightning_sparse.methods.base import Run
 from lightning_sparse.step import Clock, Steps, is_idle, is_skipped
 from lightning_sparse.target_search import TargetSearch
@@ -52,7 +52,9 @@ class Sparsifier(SparsityCallback):
 
     def _reset(self) -> None:
         super()._reset()
-        self.run = Run(self.weights, self.strength, self.engine, self.support, warn=rank_zero_warn, info=rank_zero_info)
+        self.run = Run(
+            self.weights, self.strength, self.engine, self.support, warn=rank_zero_warn, info=rank_zero_info, note=rank_zero_note
+        )
         self.method.reset(self.run)
         self.search = TargetSearch(self.support)
         self.clock = Clock(self.strength)

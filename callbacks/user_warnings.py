@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import lightning_sparse
 
-heard: deque[str] = deque(maxlen=100)  # the last warnings of this process, which `lightning-sparse compare` shows below its table
+heard: deque[str] = deque(maxlen=100)  # the last warnings and notes of this process, which `compare` shows below its table
 _PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torch", "jsonargparse")
 
 
@@ -27,6 +27,13 @@ def rank_zero_warn(message: str) -> None:
     frame = _users_frame(caller) or caller
     module, registry = frame.f_globals.get("__name__", "<unknown>"), frame.f_globals.setdefault("__warningregistry__", {})
     warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, module, registry)
+
+
+@rank_zero_only
+def rank_zero_note(message: str) -> None:
+    """Log, on rank 0, what is a warning in a longer run: one of a few steps may be a trial."""
+    heard.append(message)
+    rank_zero_info(message)
 
 
 def _users_frame(frame: FrameType | None) -> FrameType | None:

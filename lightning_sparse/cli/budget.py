@@ -20,6 +20,7 @@ from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.opened import Opened
 from lightning_sparse.cli.saved import Saved, silence_device_messages
 from lightning_sparse.cli.training import launch
+from lightning_sparse.export import latency
 from lightning_sparse.shrinking import Budget, GroupScores, Shrunk, Stages, choose, remove, rounding, save_shrunk, share_of
 from lightning_sparse.shrinking.report import Report, changed_widths
 from lightning_sparse.shrinking.stages import DEVICES
@@ -278,6 +279,7 @@ class _Run:
         lines = [f"# {name}, shrunk", "", f"    lightning-sparse shrink {shlex.join(self.words)}", ""]
         lines += [f"| {' | '.join(table.titles)} |", f"|---|{'--:|' * (len(table.titles) - 1)}"]
         lines += [f"| {' | '.join(row)} |" for row in table.rows]
+        lines += ["", f"{latency.MEANING}."]
         lines += ["", f"| stage | multiply-adds | parameters | {self.args.monitor} | drop | |", "|--:|--:|--:|--:|--:|---|"]
         for stage in state.stages:
             share = stage["multiply_adds"] / state.dense["multiply_adds"]

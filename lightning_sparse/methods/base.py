@@ -50,6 +50,7 @@ class Run:
         batches: batches of an epoch, or of the run if its loader has no length; inf if both are unknown.
         warn: issues a warning once, on one process.
         info: logs a message once, on one process.
+        note: logs what is a warning in a longer run.
     """
 
     weights: WeightStore | GroupedWeights
@@ -64,6 +65,7 @@ class Run:
     batches: float = 1.0
     warn: Callable[[str], None] = warnings.warn
     info: Callable[[str], None] = print
+    note: Callable[[str], None] = print
     acting: Any = None  # what changes gradients and weights in an optimiser's step: the method, or the method on groups
 
     @classmethod

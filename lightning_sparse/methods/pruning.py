@@ -67,7 +67,7 @@ class MagnitudePruning(Method):
         ramp = round(schedule.end * total) - round(schedule.begin * total)
         cuts = math.ceil(ramp / self.every)
         if cuts < FEW and self.every > 1 and ramp > 1:
-            notify = self.run.warn if total >= TRIAL else self.run.info
+            notify = self.run.warn if total >= TRIAL else self.run.note
             notify(
                 f"MagnitudePruning reaches {self.sparsity:.1%} zeros in {cuts} cut{'s' * (cuts != 1)}: its ramp is {ramp} optimiser steps "
                 f"long and it prunes every {self.every} (every={self.every}). A network recovers better from many small cuts: give "

@@ -133,12 +133,12 @@ def test_a_configuration_that_fails_without_sparsity_stops_the_comparison(projec
 
 @pytest.mark.slow
 def test_a_warning_of_a_run_stands_below_the_table(project, capsys):
-    words = [*COMPARE, "--no_dense", "--methods", "MagnitudePruning: {every: 100}", "--trainer.max_epochs", "20"]
+    words = [*COMPARE, "--no_dense", "--methods", "MagnitudePruning: {every: 10}"]
     assert main(words) == 0
-    warned = "MagnitudePruning reaches 75.0% zeros in 2 cuts"
+    warned = "MagnitudePruning reaches 75.0% zeros in 3 cuts"
     assert warned in " ".join(capsys.readouterr().out.split())
     table = (project / "runs/compare/own/table.md").read_text()
-    assert "\n\nWarnings, in full in log.txt of each run's folder:\n- MagnitudePruning_every_100_-0.75-seed0: " + warned in table
+    assert "\n\nWarnings, in full in log.txt of each run's folder:\n- MagnitudePruning_every_10_-0.75-seed0: " + warned in table
 
 
 @pytest.mark.slow
