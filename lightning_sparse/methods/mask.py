@@ -260,7 +260,7 @@ class Mask(Method):
         if self.run.manual or grouped or lam <= 0 or self.run.support.frozen is not None:
             return
         noisy = []
-        for name in self.forwards.trained:
+        for name in (name for name in self.run.weights.parameters if name in self.forwards.trained):  # in an order that is always the same
             w = self.run.weights.live(name)
             terms = self.terms(name, w)
             if terms is not None and name not in self._spread:

@@ -30,6 +30,7 @@ class NoiseCost:
     does not apply. It is measured in the batches that update the estimate; a ratio that is surely (by 4 standard errors) above 2
     or below 1/2 multiplies H from there on. The standard error is the larger one of the spread over batches and of what
     independent noise has in gradients of that size, sum Var n (dL/dz)^2: noise that is rare hardly spreads in a few batches.
+    The sums stay on the device; they are read after 8, 16, 32, ... such batches.
     """
 
     def __init__(self) -> None:
