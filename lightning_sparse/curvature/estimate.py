@@ -85,7 +85,6 @@ class Curvature(metaclass=Constructed):
         """Forget every estimate, before a new fit."""
         self.mean: dict[str, Tensor] = {}
         self.weight: dict[str, float] = {}
-        self._estimates: dict[str, Tensor] = {}  # factor * mean / weight, once asked for
         self.factor = 1.0
         self.updates: dict[str, int] = {}
         self._pending: dict[str, Tensor | _Squares] = {}
@@ -189,7 +188,6 @@ class Curvature(metaclass=Constructed):
             old, count = self.mean.get(name), self.updates.get(name, 0)
             keep = past if old is None else min(past, count / (count + _YOUNG))
             self.mean[name] = value * (1 - keep) if old is None else old.mul_(keep).add_(value, alpha=1 - keep)
-            self._estimates.pop(name, None)
             self.weight[name], self.updates[name] = keep * self.weight.get(name, 0.0) + 1 - keep, count + 1
         if active and not more:
             self._met |= self._done
@@ -226,14 +224,12 @@ class Curvature(metaclass=Constructed):
         """H_jj >= 0 of a parameter, None before the first update."""
         if name not in self.mean:
             return None
-        if name not in self._estimates:  # until the next update
-            mean, weight = self.mean[name], self.weight[name]
-            self._estimates[name] = mean if weight == self.factor == 1 else mean * (self.factor / weight)
-        return self._estimates[name]
+        mean, weight = self.mean[name], self.weight[name]
+        return mean if weight == self.factor == 1 else mean * (self.factor / weight)
 
     def scale_by(self, factor: float) -> None:
         """Multiply every estimate by ``factor`` from here on, in the place of an earlier factor."""
-        self.factor, self._estimates = factor, {}
+        self.factor = factor
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that continue the estimate exactly."""
@@ -248,7 +244,7 @@ class Curvature(metaclass=Constructed):
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
         """Continue from :meth:`state_dict`, on the parameters' devices."""
         self.mean = {name: value.to(parameters[name].device, copy=True) for name, value in state["mean"].items()}
-        self.weight, self._estimates = dict(state["weight"]), {}
+        self.weight = dict(state["weight"])
         self.updates = dict.fromkeys(self.mean, _MANY) | dict(state.get("updates", {}))
         self._missed = set(state.get("missed", ())) & parameters.keys()
 
