@@ -137,7 +137,7 @@ def test_a_layer_that_a_batch_does_not_use_keeps_its_noise_on_the_outputs(make):
 def test_an_update_that_misses_a_layer_is_made_up_for(curvature):
     """Every second batch uses the second head, but never the batches of a scheduled update."""
     given = {"output": "network.0"} if curvature is SampledFisher else {}  # the loss does not use it
-    callback, seen = AdaptiveMask(LOG_SUM, 1e-9, curvature=curvature(every=4, decay=0.5, **given)), []
+    callback, seen = AdaptiveMask(LOG_SUM, 1e-9, curvature=curvature(every=4, decay=0.5, **given), alpha_min=0.9), []  # which does not fade
 
     class Look(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
