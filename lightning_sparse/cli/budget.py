@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from lightning_sparse import _checks, coupling
 from lightning_sparse.callbacks import Sparsifier, Sparsify
 from lightning_sparse.cli import checkpoints, formats, recipes, shrunk_table
+from lightning_sparse.cli.comparison.results import rises
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.opened import Opened
 from lightning_sparse.cli.saved import Saved, silence_device_messages
@@ -28,12 +29,16 @@ from lightning_sparse.structure import Channels, Heads
 
 _ABOUT = (
     "Shrink a recipe's network in stages: score its channels, neurons and heads by their gradients (Taylor importance), remove the lowest "
-    "per multiply-add, fine-tune, and validate. A stage counts if the metric dropped by at most --max_drop since the dense network; a "
+    "per multiply-add, fine-tune, and validate. A stage counts if the metric is at most --max_drop worse than the dense network's; a "
     "stage that drops more is tried again with half of the cut, then the run ends. It ends earlier once all of the given goals are "
     "reached: --max_params, --max_multiply_adds, --max_latency, --speed_up. The folder keeps every stage: the same command "
     "goes on where it stopped. Further arguments override the recipe as in fit."
 )
 _QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+_DROP = (
+    "how much worse the metric may be. Larger is better and both lie in [0, 1]: in points, 1 is 0.01. Otherwise, also for a loss: in the "
+    "metric's own unit (default: any)"
+)
 _BATCHES = 50  # that the scores are computed on
 GIVEN = ("--max_drop", "--max_params", "--max_multiply_adds", "--max_latency", "--speed_up")  # one of them makes it this verb
 ROUND_TO = "keep multiples of this many channels, or fastest: of 1, 4, 8, 16 and 32 the multiple that is measured to be fastest"
@@ -82,10 +87,20 @@ def run(words: Sequence[str]) -> int:
         raise UsageError(str(error)) from error
     if not 0 < args.step < 1:
         raise UsageError(f"--step must lie between 0 and 1, got {args.step}")
+    guessed, args.mode = args.mode is None, "max" if rises(args.monitor, args.mode) else "min"
     cli = launch(Opened, ["fit", *recipes.with_paths(["--config", args.config]), *overrides])
+    print(_direction(args, guessed), flush=True)
     with silence_device_messages():
         _Run(args, budget, words, overrides, cli).run()
     return 0
+
+
+def _direction(args: argparse.Namespace, guessed: bool) -> str:
+    """Return the line that says which direction of the metric is better, and what --max_drop means if that is the smaller one."""
+    word, other = ("larger", "min") if args.mode == "max" else ("smaller", "max")
+    line = f"{args.monitor}: {word} is better" + (f", guessed from its name (else give --mode {other})" if guessed else "")
+    rise = args.mode == "min" and args.max_drop is not None
+    return line + (f"; --max_drop {args.max_drop:g} allows a rise of {args.max_drop:g}" if rise else "")
 
 
 def unit(text: str) -> int | str:
@@ -96,7 +111,7 @@ def unit(text: str) -> int | str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-sparse shrink", description=_ABOUT)
     parser.add_argument("--config", required=True, help="recipe or YAML of the model, data and trainer; its sparsify key is not used")
-    parser.add_argument("--max_drop", type=float, help="in points (0.01) of a metric between 0 and 1, else in its own units (default: any)")
+    parser.add_argument("--max_drop", type=float, help=_DROP)
     parser.add_argument("--max_params", type=int, metavar="N", help="goal: at most so many parameters")
     parser.add_argument("--max_multiply_adds", type=float, metavar="SHARE", help="goal: this share of the dense network's multiply-adds")
     parser.add_argument("--max_latency", type=float, metavar="MS", help="goal: milliseconds of a call at --batch, measured")
@@ -105,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, metavar="N", help="batch size of --max_latency and --speed_up (default: the recipe's)")
     parser.add_argument("--ckpt_path", type=Path, help="the dense network's checkpoint (default: train it first, as the recipe says)")
     parser.add_argument("--monitor", default="val/accuracy", help="metric of validation (default: %(default)s)")
-    parser.add_argument("--mode", choices=("max", "min"), default="max", help="whether larger is better (default: %(default)s)")
+    parser.add_argument("--mode", choices=("max", "min"), help="whether larger or smaller is better (default: guessed from its name)")
     parser.add_argument("--out", type=Path, default=Path("small"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument(
         "--search",
@@ -160,11 +175,16 @@ class _Run:
             timing = f"{stage['milliseconds']:.3f} ms, {stage['times_faster']:.2f}x, " if "milliseconds" in stage else ""
             print(
                 f"stage {stage['number']}: {stage['multiply_adds'] / state.dense['multiply_adds']:.3f} of the multiply-adds, "
-                f"{stage['parameters']:,} parameters, {timing}{self.args.monitor} {stage['metric']:.4f}, drop {stage['drop']:.2f}: "
+                f"{stage['parameters']:,} parameters, {timing}{self.args.monitor} {stage['metric']:.4f}, {self._worse(stage)}: "
                 + ("counts" if stage["counts"] else "too much"),
                 flush=True,
             )
         self._finish(self.stages.network())
+
+    def _worse(self, stage: Mapping[str, Any]) -> str:
+        """Return how much worse a stage's metric is than the dense network's, with its unit."""
+        word, drop = "drop" if self.args.mode == "max" else "rise", stage.get("drop", 0.0)
+        return f"{word} {drop:.2f} points" if self.stages.is_in_points(stage["metric"]) else f"{word} {drop:.4f}"
 
     def _dense(self) -> None:
         """Load the dense network, or train it if the folder has none."""
@@ -253,9 +273,11 @@ class _Run:
         if not last["number"] and not state.stages:
             raise UsageError(f"the dense network reaches every goal already: {self._goals(list(budget.goals()))}")
         if not last["number"]:
+            best = min((stage for stage in state.stages if "drop" in stage), key=lambda stage: stage["drop"], default=None)
+            closest = f" (best: {self._worse(best)})" if best else ""
             raise UsageError(
-                f"no stage stayed within a drop of {self.args.max_drop}: fine-tune longer (--epochs), cut less (--step), or allow more "
-                "(--max_drop)"
+                f"no stage stayed within --max_drop {self.args.max_drop:g}{closest}: fine-tune longer (--epochs), cut less (--step), or "
+                "allow more (--max_drop)"
             )
         save_shrunk(module, self.folder)
         widths = changed_widths(*(coupling.groups(network, self.inputs) for network in (self.cli.model, module)))
@@ -280,11 +302,11 @@ class _Run:
         lines += [f"| {' | '.join(table.titles)} |", f"|---|{'--:|' * (len(table.titles) - 1)}"]
         lines += [f"| {' | '.join(row)} |" for row in table.rows]
         lines += ["", f"{latency.MEANING}."]
-        lines += ["", f"| stage | multiply-adds | parameters | {self.args.monitor} | drop | |", "|--:|--:|--:|--:|--:|---|"]
+        lines += ["", f"| stage | multiply-adds | parameters | {self.args.monitor} | worse by | |", "|--:|--:|--:|--:|--:|---|"]
         for stage in state.stages:
             share = stage["multiply_adds"] / state.dense["multiply_adds"]
             verdict = "counts" if stage["counts"] else "no group left to remove" if stage.get("smallest") else "too much"
-            figures = f"{share:.3f} | {stage['parameters']:,} | {stage['metric']:.4f} | {stage.get('drop', 0.0):.2f}"
+            figures = f"{share:.3f} | {stage['parameters']:,} | {stage['metric']:.4f} | {self._worse(stage)}"
             lines.append(f"| {stage['number']} | {figures} | {verdict} |")
         lines += ["", *(f"- {note}" for note in [*notes, *table.notes])]
         lines += ["", "Without this package:", "", "    import torch"]

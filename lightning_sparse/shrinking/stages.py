@@ -212,10 +212,13 @@ class Stages:
         return measure(self.dense, module, self.timed_inputs, _SECONDS, self.budget.device)["after"]
 
     def drop(self, metric: float) -> float:
-        """Return how much worse a metric is than the dense network's: in points of 0.01 if both lie in [0, 1] and larger is better."""
-        dense = self.state.dense["metric"]
-        scale = 100.0 if self.mode == "max" and 0 <= metric <= 1 and 0 <= dense <= 1 else 1.0
-        return float(scale * (dense - metric) * (1 if self.mode == "max" else -1))
+        """Return how much worse a metric is than the dense network's: in points, else in its own units (see :meth:`is_in_points`)."""
+        scale = 100.0 if self.is_in_points(metric) else 1.0
+        return float(scale * (self.state.dense["metric"] - metric) * (1 if self.mode == "max" else -1))
+
+    def is_in_points(self, metric: float) -> bool:
+        """Return True if the drop is in points of 0.01: larger is better, and the metric and the dense network's lie in [0, 1]."""
+        return self.mode == "max" and 0 <= metric <= 1 and 0 <= self.state.dense["metric"] <= 1
 
     def _stage(self) -> dict[str, Any]:
         """Cut, fine-tune and validate; keep the smaller network if it counts."""

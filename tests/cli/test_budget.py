@@ -146,6 +146,22 @@ def test_a_missing_extra_is_named_in_the_report(monkeypatch: pytest.MonkeyPatch)
     assert re.search(r"no model\.onnx: .*lightning-sparse\[export\]", Path("plain", "report.md").read_text())
 
 
+def test_a_loss_may_rise_in_its_own_unit_and_an_accuracy_drop_in_points(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "digits", "--trainer.max_epochs", "1", "--epochs", "1", "--step", "0.5", "--stages", "1"]
+    assert main(["shrink", *words, "--max_drop", "9", "--monitor", "val/loss", "--out", "loss"]) == 0
+    shown = capsys.readouterr().out
+    found = state("loss")
+    assert "val/loss: smaller is better, guessed from its name (else give --mode max); --max_drop 9 allows a rise of 9" in shown
+    rise = found["stages"][0]["metric"] - found["dense"]["metric"]
+    assert found["stages"][0]["drop"] == pytest.approx(rise)
+    assert f", rise {rise:.4f}: counts" in shown
+    assert f"| rise {rise:.4f} |" in Path("loss", "report.md").read_text()
+    assert main(["shrink", *words, "--max_drop", "99", "--mode", "max", "--ckpt_path", "loss/dense.ckpt", "--out", "accuracy"]) == 0
+    shown = capsys.readouterr().out
+    assert "val/accuracy: larger is better\n" in shown
+    assert re.search(r", drop -?\d+\.\d\d points: counts", shown)
+
+
 def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--for must be cpu or cuda, got 'tpu'" in refused(capsys, "shrink", "--config", "digits", "--speed_up", "2", "--for", "tpu")
     assert "speed_up must be larger than 1" in refused(capsys, "shrink", "--config", "digits", "--speed_up", "0.5")

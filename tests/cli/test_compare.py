@@ -332,6 +332,8 @@ def test_the_metric_is_a_validation_accuracy_if_there_is_one():
     assert results.metric_of([record], None) == "val/accuracy"
     assert results.metric_of([{"metrics": {"val_loss": 0.1}}], None) == "val_loss"
     assert (results.rises("val/accuracy"), results.rises("val_loss"), results.rises("val_loss", "max")) == (True, False, True)
+    assert not results.rises("val_recall_loss")
+    assert not results.rises("val/mape")
 
 
 def test_the_reason_of_a_failure_is_one_line():

@@ -17,6 +17,7 @@ from lightning_sparse.cli.errors import UsageError
 
 Record = dict[str, Any]
 _RISING = ("acc", "f1", "auc", "auroc", "precision", "recall", "map", "iou", "dice", "r2", "bleu", "rouge", "score")
+_FALLING = ("loss", "error", "mape")  # although they may hold one of the words above
 _LONGEST = 260  # characters of a footnote
 _VALIDATION = ("val", "valid")
 
@@ -61,7 +62,9 @@ def metric_of(records: Iterable[Record], given: str | None) -> str:
 
 def rises(name: str, mode: str | None = None) -> bool:
     """Return True if larger is better: as ``mode`` ("max" or "min") says, else guessed from the name."""
-    return any(word in name.lower() for word in _RISING) if mode is None else mode == "max"
+    if mode is not None:
+        return mode == "max"
+    return any(word in name.lower() for word in _RISING) and not any(word in name.lower() for word in _FALLING)
 
 
 def cells(runs: Sequence[Run], records: Sequence[Record], metric: str) -> list[Cell]:
