@@ -10,7 +10,7 @@ from lightning_sparse import counts
 from lightning_sparse.callbacks import logging
 from lightning_sparse.callbacks.compatibility import is_a
 from lightning_sparse.callbacks.form import peers_of
-from lightning_sparse.callbacks.user_warnings import rank_zero_warn
+from lightning_sparse.callbacks.user_warnings import rank_zero_note, rank_zero_warn
 
 
 def target_of(callback: Any) -> float | None:
@@ -57,15 +57,22 @@ def all_met(trainer: Trainer, target: float | None) -> bool:
     return all(map(is_met, peers)) if target is None else _meets(peers, target)
 
 
+def is_guarded(trainer: Trainer) -> bool:
+    """Return True if BestAfterTarget is among the callbacks."""
+    return any(_is_ours(one, "BestAfterTarget") for one in trainer.callbacks)  # type: ignore[attr-defined]
+
+
 def warn_early_best(callback: Any, trainer: Trainer) -> None:
-    """Warn once, before training, of a checkpoint callback whose best epoch may come before the target is met."""
-    target, others = target_of(callback), checkpoints(trainer)
-    guarded = any(_is_ours(one, "BestAfterTarget") for one in trainer.callbacks)  # type: ignore[attr-defined]
+    """Warn once, before training, of callbacks that may choose an epoch, or stop the run, before the target is met."""
+    target = target_of(callback)
     first = next((peer for peer in peers_of(trainer) if target_of(peer) is not None), None)
-    if target is None or first is None or first is not callback or not others or guarded or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if target is None or first is None or first is not callback or is_guarded(trainer) or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    zeros = logging.total([first])
-    if is_met(first):
+    if not (checkpoints(trainer) or stoppers(trainer)) or is_met(first):
+        return
+    _warn_of_stop(callback, target, trainer)
+    others, zeros = checkpoints(trainer), logging.total([first])
+    if not others:
         return
     rank_zero_warn(
         f"{type(others[0]).__name__}(monitor={others[0].monitor!r}) compares all epochs, also those in which {type(callback).__name__} has "
@@ -73,3 +80,17 @@ def warn_early_best(callback: Any, trainer: Trainer) -> None:
         "fewer zeros. Add BestAfterTarget() to the callbacks, which counts scores only once the target is met, or use "
         f"SparseCheckpoint(target_sparsity={target:g}, monitor={others[0].monitor!r}) in its place"
     )
+
+
+def _warn_of_stop(callback: Any, target: float, trainer: Trainer) -> None:
+    """Warn of an EarlyStopping that may end the run before the target is met; only log it with ``finish="prune"``."""
+    form = type(callback).__name__
+    for one in stoppers(trainer)[:1]:
+        pruned = getattr(callback, "finish", "") == "prune"
+        end = "finish='prune' then cuts once, without fine-tuning" if pruned else "finish='prune' cuts to the target wherever training ends"
+        notify = rank_zero_note if pruned else rank_zero_warn
+        notify(
+            f"{type(one).__name__}(monitor={one.monitor!r}, patience={one.patience}) may stop the run before {form} reaches its target of "
+            f"{target:.4g}. Add BestAfterTarget() to the callbacks, with which epochs count only once the target is met, or give a larger "
+            f"patience; {end}"
+        )

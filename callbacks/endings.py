@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_sparse import counts, elementwise, reach
+from lightning_sparse.callbacks import best
 from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.user_warnings import rank_zero_note, rank_zero_warn
@@ -62,7 +64,10 @@ def warn_target_missed(options: Options, strength: Strength, missed: list[str], 
     """Warn of the goals that a run that ended early ``missed``; log instead that it was ``pruned`` to its target."""
     text = f"training ended at step {strength.step} of {strength.total:g}, before {options.form} had finished: {'; '.join(missed)}"
     if pruned is not None:
-        rank_zero_info(f"{text}. finish='prune' has removed the lowest ranks, so that {pruned.share_of_zeros():.2%} are zero")
+        rank_zero_info(
+            f"{text}. finish='prune' has removed the lowest ranks, so that {pruned.share_of_zeros():.2%} are zero: once and without "
+            "fine-tuning. The metrics logged so far and the checkpoints saved so far are of the network before: validate and save again"
+        )
         return
     step = math.ceil(strength.total * due)
     later = f"Train to step {step} at least (later EarlyStopping, longer max_time), or give the Trainer a smaller max_epochs or max_steps"
@@ -182,13 +187,42 @@ def say_what_next(callback: SparsityCallback, trainer: Trainer) -> None:
         return
     found = counts.count_zeros({name: weight for peer in peers for name, weight in peer.parameters.items()})
     zeros, size = counts.share(found), sum(number for _, number in found.values())
-    keeper = trainer.checkpoint_callback
-    file = getattr(keeper, "best_model_path", "") or getattr(keeper, "last_model_path", "")
-    report = _report(file) if file else ""
+    file, holds = _file(trainer, peers, zeros)
+    report = _report(file) if file and not holds else ""
     use = _use(peers, zeros, trainer.lightning_module)  # on every rank, because it gathers
     step = f"; next: {report or use}" if report or use else ""
     names = " and ".join(dict.fromkeys(peer.options.form for peer in peers))
-    rank_zero_info(f"{names}: {zeros:.2%} of {size} selected weights are zero{f'; checkpoint {file}' if file else ''}{step}")
+    saved = holds or (f"; checkpoint {file}" if file else "")
+    rank_zero_info(f"{names}: {zeros:.2%} of {size} selected weights are zero{saved}{step}")
+
+
+def _file(trainer: Trainer, peers: Sequence[SparsityCallback], zeros: float) -> tuple[str, str]:
+    """Return the best or else the last checkpoint, and text for the line if it has fewer zeros than the network, else an empty one."""
+    keeper = trainer.checkpoint_callback
+    files = [file for file in (getattr(keeper, f"{which}_model_path", "") for which in ("best", "last")) if file]
+    if not files or not trainer.is_global_zero:
+        return "", ""
+    shares = {file: _share_in_file(file, peers) for file in files}
+    full = [file for file, share in shares.items() if share is None or share >= zeros - best.rounding(list(peers))]
+    if full:
+        return full[0], ""
+    kind = "best" if getattr(keeper, "monitor", None) else "latest"
+    waits = any(best.target_of(peer) is not None for peer in peers) and kind == "best" and not best.is_guarded(trainer)
+    wait = "; add BestAfterTarget() to the callbacks, which counts scores only once the target is met" if waits else ""
+    holds = f"the {kind} checkpoint {files[0]} was saved before that and holds {shares[files[0]]:.2%}"
+    return files[0], f"; {holds}; trainer.save_checkpoint(path) saves this network{wait}"
+
+
+def _share_in_file(file: str, peers: Sequence[SparsityCallback]) -> float | None:
+    """Return the share of zeros of the selected weights in a checkpoint; None for a file that is not here or not of these weights."""
+    if not Path(file).is_file():
+        return None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        held = {name: state[name] for peer in peers for name in counts.distinct(peer.parameters)}
+        return counts.share(counts.count_zeros(held))
+    except Exception:  # a file of another kind, or with objects that weights_only refuses: the line is then about the network alone
+        return None
 
 
 def _report(file: str) -> str:

@@ -130,3 +130,9 @@ def test_two_ranks_wait_for_the_same_epoch(tmp_path):
     assert one == two
     assert one[0]
     assert share(tmp_path / one[1]) == pytest.approx(0.5, abs=0.01)
+
+
+def test_early_stopping_that_may_come_before_the_target_has_a_warning_with_its_cure():
+    stopping = r"EarlyStopping\(monitor='score', patience=2\) may stop the run before MagnitudePruning reaches its target of 0.5"
+    with pytest.warns(UserWarning, match=stopping + r"(.|\n)*BestAfterTarget\(\)(.|\n)*patience; finish='prune' cuts to the target"):
+        trainer(MagnitudePruning(0.5), EarlyStopping("score", patience=2), epochs=3).fit(Rising(), data(), data(seed=1))

@@ -6,13 +6,13 @@ import logging
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from toys import Toy, data, trainer
 
 import lightning_sparse
 from lightning_sparse import penalties, structure
-from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning, ReweightedPenalty
+from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning, ReweightedPenalty, Sparsify
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 LOG_SUM = penalties.LogSum(eps=2.0)
@@ -111,3 +111,26 @@ def test_a_fast_dev_run_has_no_line(caplog):
     with caplog.at_level(logging.INFO):
         trainer(ReweightedPenalty(LOG_SUM, 0.5), fast_dev_run=True).fit(Toy(), data())
     assert lines(caplog) == []
+
+
+class Worsening(Toy):
+    """A toy whose validation score gets worse in every epoch."""
+
+    def validation_step(self, batch, index):
+        self.log("score", float(self.current_epoch))
+
+
+@pytest.mark.filterwarnings("ignore:.*before Sparsify reaches its target", "ignore:ModelCheckpoint.*compares all epochs")
+def test_a_best_file_with_fewer_zeros_is_not_paired_with_the_zeros_of_the_network(tmp_path, caplog):
+    (tmp_path / "config.yaml").write_text("model: {class_path: my.Net}")  # the command would report on the file
+    module, keeper = Worsening(), ModelCheckpoint(tmp_path, monitor="score")
+    callbacks = Sparsify(0.8, finish="prune"), EarlyStopping("score", patience=1)
+    with caplog.at_level(logging.INFO):
+        trainer(*callbacks, keeper, epochs=20, enable_checkpointing=True).fit(module, data(), data())
+    state = torch.load(keeper.best_model_path, weights_only=True)["state_dict"]
+    matrices = [w for w in state.values() if w.dim() > 1]
+    share = sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
+    line = lines(caplog)[-1]  # the one before says that training ended early
+    assert f"; the best checkpoint {keeper.best_model_path} was saved before that and holds {share:.2%}; trainer.save_checkpoint" in line
+    assert "add BestAfterTarget()" in line
+    assert "lightning-sparse report" not in line

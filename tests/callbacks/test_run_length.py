@@ -146,8 +146,10 @@ def test_early_stopping_is_told_apart_from_the_end(caplog):
     with caplog.at_level(logging.INFO):
         trainer(callback, stop, epochs=20).fit(module, data(), data())
     assert zeros(module) == pytest.approx(0.8, abs=0.002)
+    assert "may stop the run before ReweightedPenalty reaches its target of 0.8" in caplog.text
     assert "training ended at step 8 of 80" in caplog.text
-    assert "finish='prune' has removed the lowest ranks, so that 79.97% are zero" in caplog.text
+    assert "finish='prune' has removed the lowest ranks, so that 79.97% are zero: once and without fine-tuning" in caplog.text
+    assert "are of the network before: validate and save again" in caplog.text
 
 
 def test_finish_is_an_argument_like_the_others():
