@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_sparse.cli import formats
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.formats import Format
-from lightning_sparse.cli.opened import add_arguments, open_checkpoint
+from lightning_sparse.cli.opened import add_arguments, open_checkpoint, parsed
 from lightning_sparse.cli.saved import Saved
 
 FORMATS = ("auto", "csr", "bsr", "onnx", "compact", "2:4")
@@ -33,7 +33,7 @@ def run(verb: str, words: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: the checkpoint's folder)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="batch size that auto chooses for (default: %(default)s)")
     parser.add_argument("--fp16", action="store_true", help="compact: round the values to 16 bits")
-    args, overrides = parser.parse_known_args(words)
+    args, overrides = parsed(parser, words)
     if args.batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, got {args.batch_size}")
     if "2:4" in args.to and len(args.to) > 1:

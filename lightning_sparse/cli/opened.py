@@ -41,7 +41,7 @@ def open_checkpoint(path: Path, config: str | None = None, overrides: Sequence[s
         overrides: arguments that override it, as in ``fit``.
         script: the user's training script; it is run as ``SCRIPT fit --config CONFIG``, or without a configuration as it is.
     """
-    script = check_script(script)
+    script = check_script(script, "your own training script")
     content = checkpoints.read(path)
     if content is None:
         raise UsageError(f"give the path of a checkpoint file, got {str(path)!r}")
@@ -69,6 +69,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT")
     parser.add_argument("--config", help="recipe or YAML of the run (default: the config.yaml beside the checkpoint)")
     parser.add_argument("--script", help=scripted.HELP)
+
+
+def parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the arguments of a command with one checkpoint, and those that are passed on. Raises UsageError for a second checkpoint.
+
+    After ``--script SCRIPT`` a file may be an argument of the script.
+    """
+    args, others = parser.parse_known_args(words)
+    first = next((number for number, word in enumerate(words) if Path(word) == args.checkpoint), len(words))
+    end = next((number for number, word in enumerate(words) if word.partition("=")[0] == "--script"), len(words))
+    before = ["", *words]
+    for number, word in enumerate(words):
+        is_value = before[number].startswith("--") and "=" not in before[number]
+        if word in others and word.endswith(".ckpt") and not is_value and (number < end or number == first + 1):
+            raise UsageError(f"one checkpoint at a time, got {args.checkpoint} and {word}")
+    return args, others
 
 
 def selected(content: Mapping[str, Any]) -> tuple[str, ...]:

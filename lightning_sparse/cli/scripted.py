@@ -7,6 +7,7 @@ import importlib
 import runpy
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,11 @@ from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.saved import silence_device_messages
 
 HELP = (
-    "your own training script, run up to Trainer.fit for its model and data: as python SCRIPT fit --config CONFIG, or as it is without one"
+    "your own training script, run up to its first call of Trainer.fit for its model and data; the code before it runs. As python SCRIPT "
+    "fit --config CONFIG, or as it is without one. Further arguments are passed to it: --script train.py --seed 1"
 )
+_LONGEST = 500  # characters of a message of the script
+_PASSED = "arguments after SCRIPT are passed to it: --script train.py --seed 1"
 
 
 class _Reached(BaseException):
@@ -47,8 +51,8 @@ class _Loaders(LightningDataModule):
 def objects(script: str, words: Sequence[str]) -> tuple[LightningModule, Any]:
     """Return the model and the data (a data module or None) that a script passes to ``Trainer.fit``; nothing is trained.
 
-    ``words`` are the script's arguments. Raises UsageError if the script ends before that call, and for a module of
-    ``pytorch_lightning``. Errors of the script keep their traceback.
+    ``words`` are the script's arguments. Raises UsageError if the script fails or ends before that call, and for a module of
+    ``pytorch_lightning``.
     """
     shown = f"python {shlex.join([script, *words])}"
     sys.path.insert(0, str(Path(script).parent))  # for good, because its classes may import more later
@@ -63,10 +67,24 @@ def objects(script: str, words: Sequence[str]) -> tuple[LightningModule, Any]:
             ) from None
         return found.model, found.data
     except SystemExit as error:
-        raise UsageError(f"{shown} ended with exit code {error.code} before it called Trainer.fit") from error
+        raise UsageError(f"{shown} ended with exit code {error.code} before it called Trainer.fit; {_PASSED}") from error
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{shown} failed before Trainer.fit: {_told(error, script)}; {_PASSED}") from error
     finally:
         sys.argv = before
     raise UsageError(f"{shown} never called Trainer.fit, so its model and data are unknown")
+
+
+def _told(error: Exception, script: str) -> str:
+    """Return an error's class and text in one line, with the script's last line and, if it is another, the line that raised it."""
+    text = " ".join(str(error).split())
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == script]
+    places = [f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}" for frame in [*own[-1:], *frames[-1:]] if own]
+    where = ", raised in ".join(dict.fromkeys(places))
+    return f"{type(error).__name__}: {text[:_LONGEST]}{' ...' if len(text) > _LONGEST else ''}{f' ({where})' if where else ''}"
 
 
 @contextmanager

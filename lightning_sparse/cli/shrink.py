@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning_sparse.cli import budget, formats, shrunk_table
 from lightning_sparse.cli.errors import UsageError
-from lightning_sparse.cli.opened import add_arguments, open_checkpoint
+from lightning_sparse.cli.opened import add_arguments, open_checkpoint, parsed
 from lightning_sparse.shrinking import save_shrunk, shrink_and_report
 
 _ABOUT = (
@@ -32,7 +32,7 @@ def run(verb: str, words: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: CKPT's path with .shrunk)")
     parser.add_argument("--round_to", type=budget.unit, default=8, metavar="N", help=f"{budget.ROUND_TO} (default: %(default)s)")
     parser.add_argument("--allow_branches", action="store_true", help="accept a forward that branches on values of tensors")
-    args, overrides = parser.parse_known_args(words)
+    args, overrides = parsed(parser, words)
     saved = open_checkpoint(args.checkpoint, args.config, overrides, args.script)
     inputs = formats.sized(saved.inputs(), shrunk_table.SAMPLES)
     try:

@@ -107,13 +107,38 @@ def test_a_script_that_gives_no_model_is_refused(source: str) -> None:
     Path("train.py").write_text(source)
     with pytest.raises(UsageError, match=ENDINGS[source]):
         scripted.objects("train.py", ["fit"])
-    Path("train.py").write_text("1 / 0")
-    with pytest.raises(ZeroDivisionError):  # an error of the user's own keeps its traceback
-        scripted.objects("train.py", [])
+
+
+def test_an_error_of_the_script_is_one_line_with_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("train.py").write_text("import sys, json\nif len(sys.argv) > 1:\n    json.loads(sys.argv[1])\nsys.argv[1]\n")
+    message = refused(capsys, "report", "run/net.ckpt", "--script", "train.py")
+    assert "train.py failed before Trainer.fit: IndexError: list index out of range (train.py, line 4: sys.argv[1]); " in message
+    assert message.endswith("arguments after SCRIPT are passed to it: --script train.py --seed 1\n")
+    message = refused(capsys, "report", "run/net.ckpt", "--script", "train.py", "{")
+    assert "JSONDecodeError: " in message
+    assert "(train.py, line 3: json.loads(sys.argv[1]), raised in decoder.py, line " in message
+    Path("train.py").write_text("x = (\n")
+    assert "failed before Trainer.fit: SyntaxError: '(' was never closed (train.py, line 1); arg" in refused(
+        capsys, "report", "run/net.ckpt", "--script", "train.py"
+    )
 
 
 def test_a_missing_script_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no file 'none.py'" in refused(capsys, "report", "run/net.ckpt", "--script", "none.py")
+    Path("mlp.py").write_text("")
+    message = refused(capsys, "report", "run/net.ckpt", "--script", "mpl.py")
+    assert "--script must be your own training script, no file 'mpl.py'; closest: 'mlp.py'" in message
+
+
+@pytest.mark.parametrize("words", [["--script", "train.py"], []])
+def test_a_second_checkpoint_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("train.py").write_text("")
+    for verb in (["report"], ["shrink"], ["export", "--to", "csr"]):
+        message = refused(capsys, verb[0], "run/net.ckpt", "run/other.ckpt", *words, *verb[1:])
+        assert "one checkpoint at a time, got run/net.ckpt and run/other.ckpt" in message
+    assert "one checkpoint" in refused(capsys, "report", *words, "./run/net.ckpt", "other.ckpt")
+    for given in (["teacher.ckpt"], ["--teacher", "teacher.ckpt"]):  # arguments of the script
+        assert "never called Trainer.fit" in refused(capsys, "report", "run/net.ckpt", "--script", "train.py", *given)
 
 
 def test_a_budget_takes_no_script(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from lightning_sparse import _checks
 from lightning_sparse.cli.comparison import recorder
 from lightning_sparse.cli.errors import UsageError, explain
 
@@ -176,10 +177,11 @@ def _is_exception(line: str) -> bool:
     return bool(colon) and name.replace(".", "").isidentifier() and name.endswith(("Error", "Exception", "Interrupt"))
 
 
-def check_script(script: str | None) -> str | None:
-    """Return the absolute path of a user's script. Raises UsageError for a missing file."""
+def check_script(script: str | None, kind: str = "the Python file of your LightningCLI") -> str | None:
+    """Return the absolute path of a user's script. Raises UsageError, with the closest names beside it, for a missing file."""
     if script is None:
         return None
     if not Path(script).is_file():
-        raise UsageError(f"--script must be the Python file of your LightningCLI, no file {script!r}")
+        beside = (str(file) for file in sorted(Path(script).parent.glob("*.py")))
+        raise UsageError(f"--script must be {kind}, no file {script!r}{_checks.closest(script, beside)}")
     return str(Path(script).resolve())
