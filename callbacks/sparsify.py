@@ -28,6 +28,7 @@ class Sparsify(Sparsifier):
 
     method_type, own_arguments, sample = Proximal, (), {"target_sparsity": "0.9"}
     fills = ("penalty", "lam")  # arguments of the base that are not this class's
+    instead = {"lam": "use ReweightedPenalty or AdaptiveProx for a strength"}  # for errors
 
     def __init__(self, target_sparsity: float, **options: Any) -> None:
         for name in self.fills:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Iterable
 
 from lightning_sparse._plain import plain
@@ -41,6 +42,9 @@ def share(name: str, value: object, *, closed: str = "") -> float:
     """Return ``value`` if it is a share between 0 and 1; for a number from 2 to 100 the error names the share of as many per cent."""
     try:
         return between(name, value, 0, 1, closed=closed)
+    except TypeError as error:
+        written = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+        raise TypeError(f"{error}; did you mean {float(written[1]) / 100:g}?" if written else str(error)) from None
     except ValueError as error:
         percent = number(name, value)
         raise ValueError(f"{error}; did you mean {percent / 100:g}?" if 2 <= percent < 100 else f"{error}: it is a share") from None

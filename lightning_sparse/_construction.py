@@ -53,15 +53,22 @@ def _wrong_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], e
     signature, known = inspect.signature(cls), _docstrings.parameters(cls)
     for name in kwargs:
         if name not in known and f"unexpected keyword argument {name!r}" in error:  # raised by a base that keywords were passed to
-            return f"{cls.__name__} takes no {name!r}{_checks.closest(name, known)}; it takes {', '.join(known)}"
+            return _unknown(cls, name, known)
     try:
         signature.bind(*args, **kwargs)
     except TypeError:
         if unknown := next((name for name in kwargs if name not in known), None):  # first, because a misspelt name is also missing
-            return f"{cls.__name__} takes no {unknown!r}{_checks.closest(unknown, known)}; it takes {', '.join(known)}"
+            return _unknown(cls, unknown, known)
         return f"{cls.__name__} {_reason(cls, signature, args, kwargs)}"
     of_base = re.fullmatch(r"([\w.<>]+)\.__init__\(\) (missing .*)", error)
     return f"{cls.__name__}: {of_base[2]}" if of_base and of_base[1] in {base.__qualname__ for base in cls.__mro__} else ""
+
+
+def _unknown(cls: type, name: str, known: Mapping[str, inspect.Parameter]) -> str:
+    """Describe an argument that a class does not take: what to use instead, if its ``instead`` says so, or the closest names."""
+    instead = getattr(cls, "instead", {}).get(name)
+    hint = _checks.closest(name, known) if instead is None else f"; {instead}"
+    return f"{cls.__name__} takes no {name!r}{hint}; it takes {', '.join(known)}"
 
 
 def _reason(cls: type, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

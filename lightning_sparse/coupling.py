@@ -95,8 +95,19 @@ def _found(source: Any, model: nn.Module, inputs: Any, heads: Mapping[str, int])
     except (ImportError, NameError):
         raise
     except Exception as error:  # a tracer of any source may fail in any way
-        raise ValueError(f"{type(model).__name__} cannot be traced ({_words(error)}); {_BY_HAND}") from error
+        raise ValueError(f"{type(model).__name__} cannot be traced ({_words(error)}); {_recurrent(model)}{_BY_HAND}") from error
     return axes
+
+
+def _recurrent(model: nn.Module) -> str:
+    """Name the recurrent layers of a model that cannot be traced, and what works with them; empty without such layers."""
+    names = [name or type(layer).__name__ for name, layer in model.named_modules() if isinstance(layer, nn.RNNBase)]
+    if not names:
+        return ""
+    return (
+        f"the likely cause are the recurrent layers {', '.join(names[:4])}, which are not cut: train single zeros without structure=, "
+        "and use export (compact, onnx); for the other layers "
+    )
 
 
 def kept(module: nn.Module, removed: Iterable[Group]) -> tuple[dict[str, dict[int, list[int]]], dict[str, int]]:

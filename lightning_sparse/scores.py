@@ -82,9 +82,21 @@ def check(score: Score, given: Ranked, found: object) -> None:
         )
 
 
+def missing_squares(given: Ranked, error: Exception) -> str:
+    """Return the cure for an ``error`` of a score that uses squares without ``needs_squares``; empty for another error."""
+    if given.squares is not None or "None" not in str(error):
+        return ""
+    return "given.squares is None unless the class sets needs_squares = True"
+
+
 def checked(score: Score, given: Ranked, known: set[str]) -> Tensor:
     """Return the scores of one parameter's weights; those of a parameter that is not ``known`` yet are checked, and it is added."""
-    found = score.of(given)
+    try:
+        found = score.of(given)
+    except Exception as error:  # a score of one's own may raise any error
+        if lacks := missing_squares(given, error):
+            raise ValueError(f"{score!r}: {type(error).__name__}: {error}; {lacks}") from error
+        raise
     if given.name not in known:
         check(score, given, found)
         known.add(given.name)

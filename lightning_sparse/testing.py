@@ -99,8 +99,8 @@ def _check_score(score: Score, given: Ranked) -> None:
         scores.check(score, given, found)
         again = score.of(Ranked(**(vars(given) | {name: value.clone() for name, value in known.items()})))
     except Exception as error:  # a score of one's own may raise any error
-        hint = "" if score.needs_squares else "; given.squares is None unless the class sets needs_squares = True"
-        raise ContractError(f"{where}: {type(error).__name__}: {error}{hint}") from error
+        lacks = scores.missing_squares(given, error)
+        raise ContractError(f"{where}: {type(error).__name__}: {error}{f'; {lacks}' if lacks else ''}") from error
     changed = [name for name, value in known.items() if not torch.equal(getattr(given, name), value)]
     if changed:
         raise ContractError(f"{where}: of must not change given.{changed[0]}; work on a copy")

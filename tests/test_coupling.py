@@ -320,6 +320,18 @@ class Detached(nn.Linear):
         return super().forward(x).detach()
 
 
+class Tagger(nn.Module):
+    """An embedding, an LSTM and a classifier: torch-pruning cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.lstm, self.head = nn.Embedding(20, 8), nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.lstm(self.words(x))[0][:, -1])
+        return out
+
+
 @pytest.mark.parametrize(
     ("make", "inputs", "message"),
     [
@@ -330,6 +342,7 @@ class Detached(nn.Linear):
         (parametrised, torch.randn(2, 4), "remove_parametrizations"),
         (pruned, torch.randn(2, 4), "prune.remove"),
         (lambda: nn.LazyLinear(3), torch.randn(2, 4), "no shape yet"),
+        (Tagger, torch.zeros(2, 6, dtype=torch.long), "the likely cause are the recurrent layers lstm.*single zeros.*onnx.*names.*by hand"),
         (lambda: Detached(4, 2), torch.randn(2, 4), "cannot be traced.*no output has a gradient.*names.*by hand"),
     ],
 )

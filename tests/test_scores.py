@@ -18,7 +18,7 @@ from lightning_sparse.callbacks import MagnitudePruning, ReweightedPenalty, Spar
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.scores import Ranked, keep_highest
 from lightning_sparse.structure import Rows
-from lightning_sparse.testing import check_score
+from lightning_sparse.testing import ContractError, check_score
 
 BUILT_IN = [
     scores.Magnitude(),
@@ -59,6 +59,33 @@ def test_scores_against_formulas_written_by_hand() -> None:
     torch.testing.assert_close(scores.LAMP().of(at).flatten(), torch.tensor([9 / 9, 1 / 14, 0.0, 4 / 13]))
     torch.testing.assert_close(scores.RelativeMagnitude().of(at), w.abs() / math.sqrt(14 / 3))
     torch.testing.assert_close(scores.Fisher().of(at).flatten(), torch.tensor([9.0, 9.0, 0.0, 1.0]))
+
+
+class Forgetful(scores.Score):
+    """A score that uses squares without asking for them."""
+
+    def of(self, given: Ranked) -> Tensor:
+        return given.w.abs() * given.squares.sqrt()  # type: ignore[union-attr]
+
+
+class Misspelt(scores.Score):
+    """A score that asks for an attribute that does not exist."""
+
+    def of(self, given: Ranked) -> Tensor:
+        return given.weight.abs()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_a_score_without_needs_squares_is_told_so_and_another_error_is_left_alone() -> None:
+    cure = "'NoneType' object has no attribute 'sqrt'; given.squares is None unless the class sets needs_squares = True"
+    at = given(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=rf"Forgetful\(\): AttributeError: {cure}"):
+        scores.checked(Forgetful(), at, set())
+    with pytest.raises(AttributeError, match="'weight'"):
+        scores.checked(Misspelt(), at, set())
+    with pytest.raises(ContractError, match=cure):
+        check_score(Forgetful())
+    with pytest.raises(ContractError, match=r"has no attribute 'weight'$"):
+        check_score(Misspelt())
 
 
 def test_layers_of_unlike_scale_are_told_apart_by_the_relative_scores_only() -> None:

@@ -219,7 +219,7 @@ class _Run:
         groups = coupling.groups(module, self.inputs)
         if not self.stages.state.stages:
             for axis, count, why in coupling.left_out(groups):
-                print(f"left out: {count} groups of {axis}: {why}")
+                print(f"left out: {count} group{'s'[: count != 1]} of {axis}: {why}")
         scores, size = self._scores(module, groups), self.args.round_to
         given = 8 if isinstance(size, str) else size
         chosen = choose(module, self.one, groups, scores, target, given)

@@ -228,7 +228,7 @@ def _refuse_dense(module: nn.Module, found: list[Choice]) -> None:
 def _zeros_elsewhere(module: nn.Module, found: Sequence[Choice]) -> str:
     """Say which layers without a sparse kernel are at least half zero, and what to do; empty if there are none."""
     listed = {choice.name for choice in found}
-    paths = [name.rpartition(".")[0] for name in staying_dense(module, found) if name not in listed]
+    paths = list(dict.fromkeys(name.rpartition(".")[0] for name in staying_dense(module, found) if name not in listed))
     convolutions = [path for path in paths if isinstance(module.get_submodule(path), nn.modules.conv._ConvNd)]
     named = convolutions or paths
     if not named:

@@ -65,7 +65,7 @@ class Report:
         lines = [self.rounding] if self.rounding else []
         lines += [f"{self.folded} constant groups were added to biases"] if self.folded else []
         lines += [f"kept {name}: {why}" for name, why in list(self.constants.items())[:5]]
-        return lines + [f"left out: {count} groups of {axis}: {why}" for axis, count, why in self.left_out]
+        return lines + [f"left out: {count} group{'s'[: count != 1]} of {axis}: {why}" for axis, count, why in self.left_out]
 
     def lines(self) -> list[str]:
         """Return the whole report as lines of text."""

@@ -72,5 +72,9 @@ def test_its_settings_are_those_that_it_takes():
         Sparsify()
     with pytest.raises(ValueError, match=r"target_sparsity must lie in \(0, 1\), got 90"):
         Sparsify(90)
-    with pytest.raises(TypeError, match="Sparsify takes no 'lam'"):
+    with pytest.raises(TypeError, match="Sparsify takes no 'lam'; use ReweightedPenalty or AdaptiveProx for a strength"):
         Sparsify(0.9, lam=1e-3)
+    with pytest.raises(TypeError, match="Sparsify takes no 'lam'; use ReweightedPenalty or AdaptiveProx for a strength"):
+        Sparsify(lam=1e-3)  # without a target too
+    with pytest.raises(TypeError, match=r"target_sparsity must be a number, got '80%' of type str; did you mean 0\.8"):
+        Sparsify("80%")

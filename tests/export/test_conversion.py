@@ -183,6 +183,11 @@ def test_networks_that_cannot_gain_are_refused_in_words():
     nn.init.zeros_(words[0].weight)
     with pytest.raises(ValueError, match=r"the zeros of 0 are in Embedding layers, .*Train the Linear layers to more zeros$"):
         to_sparse(words)
+    recurrent = nn.Sequential(nn.GRU(4, 8, num_layers=2))
+    for weight in recurrent.parameters():
+        nn.init.zeros_(weight)
+    with pytest.raises(ValueError, match=r"the zeros of 0 are in GRU layers"):
+        to_sparse(recurrent)
     with pytest.raises(ValueError, match="layout must be 'auto', 'csr' or 'bsr', got 'crs'; closest: 'csr'"):
         to_sparse(mlp(), "crs")
     with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got 0"):

@@ -302,6 +302,11 @@ def test_inputs_by_keyword_and_position() -> None:
         assert small(Two(), inputs).module.net[0].out_features == 7
 
 
+def test_a_single_group_that_is_left_out_is_counted_in_the_singular() -> None:
+    report = Report({}, (1, 1), (1, 1), 0.0, left_out=[("4", 1, "an output"), ("5", 2, "an output")])
+    assert report.notes() == ["left out: 1 group of 4: an output", "left out: 2 groups of 5: an output"]
+
+
 @pytest.mark.slow
 def test_the_function_is_exported_and_prints_its_report(capsys: pytest.CaptureFixture[str]) -> None:
     found = lightning_sparse.shrink(network_with_zero_row(), X, round_to=1, verbose=True)
