@@ -45,6 +45,15 @@ def _meets(peers: list[Any], target: float) -> bool:
     return logging.total(peers) >= target - rounding(peers)
 
 
+def joint_target(peers: list[Any]) -> float | None:
+    """Return the share of zeros that callbacks with a target reach together; None if one has only a strength, or there are none."""
+    targets = [target_of(peer) for peer in peers]
+    sizes = [sum(weight.numel() for weight in counts.distinct(peer.parameters).values()) for peer in peers]
+    if None in targets or not sum(sizes):
+        return None
+    return sum(target * size for target, size in zip(targets, sizes, strict=True) if target is not None) / sum(sizes)
+
+
 def rounding(peers: list[Any]) -> float:
     """Return by how much the share of zeros may miss a target that was met, because whole weights are counted."""
     sizes = [weight.numel() for peer in peers for weight in counts.distinct(peer.parameters).values()]

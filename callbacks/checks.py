@@ -28,6 +28,8 @@ from lightning_sparse.structure import Coupled, Heads
 from lightning_sparse.support import Support
 from lightning_sparse.weights import WeightStore
 
+MANY = 0.2  # share of zeros at the start from which it is logged that they are trained again
+
 # -- refused settings ------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +247,7 @@ class ZeroStart:
         held = {name: self.support.held[name] for name in names if name in self.support.held}
         live = {name: self.support.weights.live(name) for name in names}
         self.names += _warn_all_zero(self.options, held, live, module)
+        _tell_many_zeros(self.options, held, live)
 
     def check_end(self, module: LightningModule) -> None:
         """Check them again when training has ended."""
@@ -262,6 +265,17 @@ def _warn_all_zero(options: Options, held: Mapping[str, Tensor], live: Mapping[s
             "other values"
         )
     return [name for name in _all_zero(live) if name not in dead]
+
+
+def _tell_many_zeros(options: Options, held: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    """Log that many weights start at zero and are trained again; parameters that are all zero, as LoRA's B, do not count."""
+    found = counts.count_zeros({name: w for name, w in live.items() if w.dim() > 1})
+    kept = counts.count_zeros({name: mask for name, mask in held.items() if name in found})
+    again = sum(zeros - kept.get(name, (0, 0))[0] for name, (zeros, size) in found.items() if zeros < size)
+    share = again / max(sum(size for _, size in found.values()), 1)
+    if share >= MANY and not options.keep_zeros:
+        text = f"{share:.1%} of the selected weights are zero at the start and are trained again"
+        rank_zero_info(f"{options.form}: {text}; keep_zeros=True keeps them")
 
 
 def _warn_still_zero(options: Options, began_at_zero: Mapping[str, Tensor], module: LightningModule) -> None:

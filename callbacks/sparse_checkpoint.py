@@ -66,6 +66,17 @@ class SparseCheckpoint(AnyModelCheckpoint, metaclass=Constructed):
             patterns = next((monitor.select for monitor in monitors), None)
             self._names = [counts.weight_in_use(pl_module, name)[0] for name in select(pl_module, patterns, trainable=False)]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        peers, whole = peers_of(trainer), best.joint_target(peers_of(trainer))
+        if whole is None or whole >= self.target - best.rounding(peers) or not self.save_top_k or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        names = " and ".join(dict.fromkeys(type(peer).__name__ for peer in peers))
+        rank_zero_warn(
+            f"SparseCheckpoint(target_sparsity={self.target:g}) saves a best file only once that share of the weights is zero, but {names} "
+            f"makes {whole:.4g} of them zero, so it would save none: give it target_sparsity={whole:.4g} or less, or raise that of {names}"
+        )
+
     def _exact_zeros(self, trainer: Trainer, module: LightningModule) -> float:
         saved = saved_module(trainer, module, self.save_weights_only)
         return counts.share(counts.count_zeros(dict(counts.weight_in_use(saved, name) for name in self._names)))

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning
 from torch import nn
 from toys import Moved, Toy, data, trainer
 
-from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning, ReweightedPenalty, SparsityMonitor
+from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning, ReweightedPenalty, Sparsify, SparsityMonitor
 from lightning_sparse.conformance._networks import Conv1D, own_layers
 
 PASSES = r"1 of 3 weight matrices, 3.9% of the parameters: by default not those of layers other than torch's own"
@@ -268,3 +268,17 @@ def test_a_sparse_start_with_some_weights_in_each_layer_is_not_named():
         warnings.simplefilter("always")
         trainer(ReweightedPenalty(LOG_SUM, 0.01, keep_zeros=True)).fit(Toy(network), data())
     assert texts(said, "at the start") == []
+
+
+@pytest.mark.parametrize(("form", "again"), [(Sparsify, True), (MagnitudePruning, True), (partial(Sparsify, keep_zeros=True), False)])
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_many_zeros_at_the_start_that_are_trained_again_are_logged(form, again, share, caplog):
+    module = Toy()
+    with torch.no_grad():
+        for w in module.parameters():
+            w.view(-1)[: int(share * w.numel())] = 0
+    with caplog.at_level("INFO"):
+        trainer(form(0.8), epochs=2).fit(module, data())
+    lines = [record.getMessage() for record in caplog.records if "are trained again; keep_zeros=True keeps them" in record.getMessage()]
+    assert len(lines) == (again and share == 0.5)
+    assert all("50.0% of the selected weights are zero at the start" in line for line in lines)

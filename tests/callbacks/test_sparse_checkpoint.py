@@ -15,7 +15,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from toys import Toy, data, trainer
 
 from lightning_sparse import penalties
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, SparseCheckpoint, SparsityMonitor
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, SparseCheckpoint, Sparsify, SparsityMonitor
 from lightning_sparse.conformance.neighbours import Backboned
 from lightning_sparse.conformance.ranks import DDP, on_ranks
 
@@ -241,3 +241,17 @@ def test_parameters_unfrozen_under_ddp_are_refused_if_ranks_diverge():
     """DDP does not average gradients of weights that were frozen when it wrapped the module; Lightning's own run diverges, too."""
     with pytest.raises(RuntimeError, match=r"backbone.weight.* differs on rank 1(.|\n)*frozen when DDP wrapped"):
         on_ranks(_unfreezing)
+
+
+@slow
+def test_a_target_above_that_of_the_callback_is_reported_before_training(tmp_path):
+    said = r"SparseCheckpoint\(target_sparsity=0.9\) .* Sparsify makes 0.8 of them zero, so it would save none: give it target_sparsity=0.8"
+    with pytest.warns(UserWarning, match="was never met"), pytest.warns(UserWarning, match=said) as found:
+        fit(every(tmp_path, 0.9), Sparsify(0.8))
+    assert re.match(said, str(found[0].message))  # before the warning at the end
+
+
+@slow
+@pytest.mark.parametrize("target", [0.8, 0.7])
+def test_a_target_that_the_callback_meets_is_not(target, tmp_path):
+    fit(every(tmp_path, target), Sparsify(0.8))
