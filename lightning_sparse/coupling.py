@@ -105,8 +105,8 @@ def _recurrent(model: nn.Module) -> str:
     if not names:
         return ""
     return (
-        f"the likely cause are the recurrent layers {', '.join(names[:4])}, which are not cut: train single zeros without structure=, "
-        "and use export (compact, onnx); for the other layers "
+        f"probably because of its recurrent layers ({', '.join(names[:4])}), which are never cut. Single zeros (without structure=) and "
+        "export (compact, onnx) work with them; otherwise "
     )
 
 
