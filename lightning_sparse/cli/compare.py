@@ -89,7 +89,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     about = _PATH if verb == "path" else _COMPARE
     parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", description=about, allow_abbrev=False)
     parser.add_argument("config", help="a packaged recipe or a YAML file of LightningCLI")
-    parser.add_argument("--script", help="your own LightningCLI script, run as: python SCRIPT fit --config CONFIG ...")
+    parser.add_argument("--script", help="your own script that makes a LightningCLI, run as: python SCRIPT fit --config CONFIG ...")
     parser.add_argument("--metric", help="the logged metric to compare (default: a validation metric, an accuracy if there is one)")
     parser.add_argument("--mode", choices=("min", "max"), help="whether smaller or larger is better (default: guessed from the name)")
     parser.add_argument("--out", type=Path, help=f"the folder for all files (default: runs/{verb}/CONFIG)")

@@ -132,6 +132,29 @@ def test_a_configuration_that_fails_without_sparsity_stops_the_comparison(projec
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        (
+            "from lightning.pytorch import Trainer\nTrainer(logger=False).fit(Net())",
+            "plain.py makes no LightningCLI; this command needs one",
+        ),
+        ("import argparse\nargparse.ArgumentParser().parse_args()", "plain.py ended with exit code 2 before it made a LightningCLI; this"),
+    ],
+)
+def test_a_script_without_a_lightning_cli_is_refused_before_it_trains(project, capsys, ending, said):
+    source = SCRIPT.partition('if __name__ == "__main__":')[0].replace("def train_dataloader", "def unused")
+    (project / "plain.py").write_text(f"{source}\n{ending}\n")
+    words = ["compare", "own.yaml", "--methods", "MagnitudePruning", "--targets", "0.75", "--jobs", "2"]
+    assert main([*words, "--script", "plain.py"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {said}")
+    assert message.count("\n") == 1
+    assert not list(project.rglob("*.ckpt"))
+    _settings([*words, "--script", "train.py"]).keep()  # the folder can be used with another script
+
+
+@pytest.mark.slow
 def test_a_warning_of_a_run_stands_below_the_table(project, capsys):
     words = [*COMPARE, "--no_dense", "--methods", "MagnitudePruning: {every: 10}"]
     assert main(words) == 0

@@ -16,11 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_sparse.cli.comparison.runs import KILLED, LOG, Run, execute
+from lightning_sparse.cli.comparison.worker import NEEDED
 from lightning_sparse.cli.errors import UsageError
 
 Record = dict[str, Any]
 Tell = Callable[[Run, Record], None]
 ENGINES = ("local", "ray", "slurm")
+_FAILED = "failed.txt"
 _LOOK = 1.0  # seconds between two looks at the progress or at free memory
 
 
@@ -37,13 +39,13 @@ def run_all(runs: Sequence[Run], engine: str, jobs: int, tell: Tell, options: Ma
 
 
 def _failure(run: Run) -> Record:
-    file = run.path / "failed.txt"
+    file = run.path / _FAILED
     return {"failed": file.read_text(encoding="utf-8") if file.is_file() else "not executed"}
 
 
 def _settle(run: Run, record: Record, tell: Tell) -> None:
     """Remember a failure beside the run, and report the run."""
-    file = run.path / "failed.txt"
+    file = run.path / _FAILED
     file.unlink(missing_ok=True)
     if "failed" in record:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -67,12 +69,27 @@ def _local(runs: Sequence[Run], jobs: int, tell: Tell, options: Mapping[str, Any
                     _settle(run, record, tell)
                     trained = trained or "failed" not in record
                     if not trained:
+                        _check_script(record)
                         _check_dense(run, record)
                 show()
-        except BaseException:  # also Ctrl-C
+        except BaseException as error:  # also Ctrl-C
             pool.shutdown(wait=False, cancel_futures=True)
             workers.kill()
+            for run in pending.values() if isinstance(error, UsageError) else ():
+                _stop(run)
             raise
+
+
+def _stop(run: Run) -> None:
+    """Note that a run was stopped with the first one, unless an epoch of it is trained, so that the folder takes other settings."""
+    if run.path.is_dir() and not run.done():
+        (run.path / _FAILED).write_text("stopped, because another run failed by itself", encoding="utf-8")
+
+
+def _check_script(record: Record) -> None:
+    """Raise UsageError if the user's script makes no LightningCLI, because no run can be trained with it."""
+    if NEEDED in record.get("failed", ""):
+        raise UsageError(record["failed"])
 
 
 def _check_dense(run: Run, record: Record) -> None:

@@ -125,7 +125,7 @@ def execute(run: Run, started: Callable[[Any], None] = lambda process: None) -> 
     _keep_config(run)
     if run.test and (reason := _call(run, "test", started)):
         return {"failed": f"test: {reason}"}
-    return run.result() or {"failed": f"the run ended without a record; see {run.path / LOG}"}
+    return run.result() or {"failed": f"the run ended before training did, without a record; its output is in {run.path / LOG}"}
 
 
 def _keep_config(run: Run) -> None:
