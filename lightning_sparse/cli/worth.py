@@ -26,6 +26,7 @@ _SECONDS = 2.0  # for measuring layers; as much again for the whole network
 _SAMPLES = 64  # on which the shrunk network is compared
 _FEW = 0.01  # share of zeros below which a network is dense
 _SMALLER = 0.95  # a second step is named for the smallest file if it makes it at most so large
+_FASTER = 1.05  # a smaller ratio is no gain worth a command
 _SLOW = 0.05  # seconds of one call; slower batch sizes are left to `export`
 
 
@@ -107,7 +108,15 @@ def _zeros(module: nn.Module, selected: Iterable[str]) -> list[str]:
     line = f"zeros:          {zeros:,} of {size:,} weights in {len(counted)} {kind} ({100 * zeros / max(size, 1):.2f} %)"
     if chosen and chosen.keys() != weights.keys():
         line += f" ({100 * counts.share(counts.count_zeros(chosen)):.2f} % of those selected in training)"
-    return [line, f"rows:           {rows:,} of {outputs:,} output neurons and channels have no weight left"]
+    found = [line, f"rows:           {rows:,} of {outputs:,} output neurons and channels have no weight left"]
+    unread, inputs = _unread([weights[name] for name in counted])
+    return found + ([f"columns:        {unread:,} of {inputs:,} input neurons and channels that nothing reads"] if unread else [])
+
+
+def _unread(weights: Iterable[Tensor]) -> tuple[int, int]:
+    """Return how many inputs of layers no weight reads, and how many inputs there are."""
+    used = [weight.transpose(0, 1).flatten(1).any(1) for weight in weights]
+    return sum(int((~mask).sum()) for mask in used), sum(len(mask) for mask in used)
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -208,8 +217,8 @@ def _quick(module: nn.Module, inputs: tuple[Any, ...]) -> list[int]:
 
 
 def _compare(timing: dict[str, latency.Timing], name: str, batch: int, command: str, best: list[_Best]) -> None:
-    """Add an export to ``best`` if it is faster than two runs of the dense network differ by."""
-    if timing[name].gains(timing[latency.AGAIN]):
+    """Add an export to ``best`` if it is at least 5 % faster, and by more than two runs of the dense network differ by."""
+    if timing[name].times_faster >= _FASTER and timing[name].gains(timing[latency.AGAIN]):
         best.append(_Best(timing[name].times_faster, batch, command))
 
 

@@ -348,6 +348,9 @@ def test_the_best_mean_is_bold_and_the_dense_run_is_not():
     assert "**0.6000 (0.1414)**" in lines[3]
     assert "**" not in lines[4]
     assert "**" in results.markdown([_cell("a", 0.9, 0.5), _cell("b", 0.9, 0.4)], "val_loss", "target", False).splitlines()[3]
+    assert not table.endswith(results.NO_SPREAD)
+    single = results.markdown([_cell("dense", None, 0.9), _cell("a", 0.9, 0.5)], "val_loss", "target", False)
+    assert single.endswith("|\n\none seed: no spread is known")
 
 
 def test_the_metric_is_a_validation_accuracy_if_there_is_one():

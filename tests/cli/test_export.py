@@ -208,6 +208,20 @@ def test_no_gain_is_promised_that_was_not_measured(monkeypatch):
     assert "(9 layers were not measured in the time)" in line
 
 
+def test_a_ratio_of_one_is_no_speed_up(monkeypatch):
+    known(monkeypatch, 3.0, [1.01, 1.04, 1.02])
+    assert report(_network(0.9))[-2].startswith("  nothing is faster here")
+
+
+def test_inputs_that_nothing_reads_are_counted(monkeypatch):
+    monkeypatch.setattr(worth, "_SECONDS", -1.0)
+    network = rows_left(300)
+    assert not any("columns:" in line for line in report(network))
+    with torch.no_grad():
+        network.layers[3].weight[:, :7] = 0
+    assert "  columns:        7 of 464 input neurons and channels that nothing reads" in report(network)
+
+
 def test_batch_sizes_with_slow_calls_are_left_to_export(monkeypatch):
     known(monkeypatch, 3.0, [2.0])
     monkeypatch.setattr(worth, "_SLOW", -1.0)

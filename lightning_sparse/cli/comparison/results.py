@@ -18,6 +18,7 @@ from lightning_sparse.cli.errors import UsageError
 Record = dict[str, Any]
 _RISING = ("acc", "f1", "auc", "auroc", "precision", "recall", "map", "iou", "dice", "r2", "bleu", "rouge", "score")
 _FALLING = ("loss", "error", "mape")  # although they may hold one of the words above
+NO_SPREAD = "one seed: no spread is known"
 _LONGEST = 260  # characters of a footnote
 _VALIDATION = ("val", "valid")
 
@@ -94,7 +95,7 @@ def best(all_cells: Iterable[Cell], up: bool) -> dict[float | None, str]:
 
 
 def markdown(all_cells: Sequence[Cell], metric: str, setting: str, up: bool) -> str:
-    """Return the table: one line for each method and setting; the best at a setting is bold."""
+    """Return the table: one line for each method and setting; the best at a setting is bold. Below it, a note where no spread is known."""
     winners = best(all_cells, up)
     lines = [f"| method | {setting} | {metric} | zeros % | seconds | seeds |", "|---|---|---|---|---|---|"]
     for cell in all_cells:
@@ -107,6 +108,8 @@ def markdown(all_cells: Sequence[Cell], metric: str, setting: str, up: bool) -> 
         zeros, seconds = 100 * statistics.fmean(cell.zeros), statistics.fmean(cell.seconds)
         seeds = f"{len(cell.values)}" + (f" of {len(cell.values) + len(cell.failed)}: {_flat(cell.failed[0])}" if cell.failed else "")
         lines.append(f"| {cell.method} | {asked} | {shown} | {zeros:.2f} | {seconds:.1f} | {seeds} |")
+    if any(len(cell.values) == 1 for cell in all_cells) and all(cell.spread is None for cell in all_cells):
+        lines += ["", NO_SPREAD]
     return "\n".join(lines)
 
 
