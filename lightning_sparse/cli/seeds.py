@@ -42,8 +42,8 @@ def _without_files(folder: str) -> Iterator[None]:
 
     def shorten(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        if folder in text and "; checkpoint " in text:
-            record.msg, record.args = text.partition("; checkpoint ")[0], ()
+        if folder in text and "selected weights are zero; " in text:
+            record.msg, record.args = text.partition("; ")[0], ()
         return True
 
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")

@@ -91,7 +91,7 @@ def test_files_without_checksums_and_what_is_no_file_pass(file, tmp_path):
 @pytest.mark.slow
 def test_a_file_of_another_form_model_or_selection(file, tmp_path):
     other = AdaptiveProx(LOG_SUM, 0.2, select=["network.0.weight"])  # another state key: the run starts without a state
-    with pytest.warns(UserWarning, match="Be aware that when using"):
+    with pytest.warns(UserWarning, match="Be aware that when using"), pytest.warns(UserWarning, match="state of .* was not used"):
         trainer(other, epochs=2).fit(Toy(), data(), ckpt_path=file)
     assert list(other.parameters) == ["network.0.weight"]
     foreign = tmp_path / "foreign.ckpt"
