@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import lightning
 import torch
+from lightning_utilities.core import rank_zero
 
 from lightning_sparse._version import __version__
 from lightning_sparse.cli.errors import UsageError
@@ -46,7 +47,7 @@ def _without_files(folder: str) -> Iterator[None]:
             record.msg, record.args = text.partition("; ")[0], ()
         return True
 
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log = rank_zero.log  # of the Lightning package that was imported last
     log.addFilter(shorten)
     try:
         yield
