@@ -65,6 +65,24 @@ def test_noise_fades_out_in_the_first_half_unless_its_bound_is_given():
     assert AdaptiveMask(LOG_SUM, 1e-3, ceiling=3).method.formula.ceiling == 3
 
 
+class Updates(Callback):
+    """Record, after each training batch, how often a mask's estimate of H was updated."""
+
+    def __init__(self, mask):
+        self.mask, self.seen = mask, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(max(self.mask.curvature.updates.values(), default=0))
+
+
+@pytest.mark.parametrize(("bound", "last"), [({}, 4), ({"alpha_min": 0.9}, 8)], ids=["fades", "stays"])
+def test_no_curvature_is_estimated_once_the_noise_has_faded(bound, last):
+    mask = AdaptiveMask(LOG_SUM, 0.05, curvature=EmpiricalFisher(every=1), **bound)
+    updates = Updates(mask)
+    trainer(mask, updates).fit(Toy(), data())
+    assert updates.seen == [min(batch, last) for batch in range(1, 9)]
+
+
 class NoisySamples(Callback):
     """Record, for each training batch, how many samples' outputs of the first layer are not W x + b, of how many."""
 
