@@ -21,8 +21,9 @@ from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.progress import choose
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.methods.base import Method
-from lightning_sparse.schedules import NEAR, Strength
+from lightning_sparse.schedules import NEAR
 from lightning_sparse.select import left_out, owners
+from lightning_sparse.step import Strength
 from lightning_sparse.step_sizes import Doubt
 from lightning_sparse.structure import Coupled, Heads
 from lightning_sparse.support import Support

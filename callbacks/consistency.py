@@ -25,7 +25,7 @@ from lightning_sparse import elementwise
 from lightning_sparse._digest import digest
 from lightning_sparse.callbacks import compatibility
 from lightning_sparse.callbacks.options import Options
-from lightning_sparse.schedules import Strength
+from lightning_sparse.step import Strength
 from lightning_sparse.support import Support
 from lightning_sparse.weights import WeightStore
 

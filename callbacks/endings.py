@@ -19,7 +19,8 @@ from lightning_sparse.callbacks import best
 from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.user_warnings import rank_zero_note, rank_zero_warn
-from lightning_sparse.schedules import Constant, Strength
+from lightning_sparse.schedules import Constant
+from lightning_sparse.step import Strength
 from lightning_sparse.structure import Columns, Coupled
 from lightning_sparse.support import Support
 

@@ -27,8 +27,9 @@ from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.elementwise import Engine
 from lightning_sparse.methods.base import Method
 from lightning_sparse.optimizer import ClipFactor
-from lightning_sparse.schedules import Constant, Schedule, Strength, TargetSparsity
+from lightning_sparse.schedules import Constant, Schedule, TargetSparsity
 from lightning_sparse.scores import Score
+from lightning_sparse.step import Strength
 from lightning_sparse.step_sizes import StepSizes
 from lightning_sparse.structure import Element, Structure
 from lightning_sparse.support import Support

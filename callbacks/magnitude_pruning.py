@@ -13,8 +13,9 @@ from lightning_sparse.callbacks.options import Finish, only_one
 from lightning_sparse.callbacks.sparsifier import Sparsifier
 from lightning_sparse.duality import Penalty
 from lightning_sparse.mask_rules.ranked import TopK
-from lightning_sparse.schedules import Cubic, Strength
+from lightning_sparse.schedules import Cubic
 from lightning_sparse.scores import Magnitude, Score
+from lightning_sparse.step import Strength
 from lightning_sparse.structure import Element, Structure
 
 Scope = Literal["global", "layer"]

@@ -15,8 +15,9 @@ from lightning_sparse._plain import plain
 from lightning_sparse.curvature import Curvature
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.methods.base import Method
-from lightning_sparse.schedules import START, Constant, Schedule, Strength, TargetSparsity, as_schedule
+from lightning_sparse.schedules import START, Constant, Schedule, TargetSparsity, as_schedule
 from lightning_sparse.scores import LAMP, Score
+from lightning_sparse.step import Strength
 from lightning_sparse.structure import Element, Structure
 
 Finish = Literal["keep", "prune"]

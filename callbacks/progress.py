@@ -13,9 +13,9 @@ from torch.nn import Parameter
 from lightning_sparse.callbacks.compatibility import is_a
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.weight_averaging import extra_epochs
-from lightning_sparse.schedules import Constant, Strength
+from lightning_sparse.schedules import Constant
 from lightning_sparse.select import select
-from lightning_sparse.step import Clock
+from lightning_sparse.step import Clock, Strength
 from lightning_sparse.weights import WeightStore
 
 # -- length ----------------------------------------------------------------------------------------------------------------

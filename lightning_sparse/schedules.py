@@ -237,37 +237,3 @@ def is_state(value: Any) -> bool:
 
 
 # -- the strength in force -----------------------------------------------------------------------------------------------------
-
-
-class Strength:
-    """Stores the run's position in optimiser steps, and gives the lam in force there; ``least`` is a lower bound of lam.
-
-    Args:
-        schedule: the schedule of lam.
-        target: the search for a target share of zeros, which then gives lam; None without a target.
-    """
-
-    def __init__(self, schedule: Schedule, target: TargetSparsity | None = None) -> None:
-        self.schedule, self.target = schedule, target
-        self.reset()
-
-    def reset(self) -> None:
-        """Reset before a new fit."""
-        if self.target is not None:
-            self.target.reset()
-        self.step, self.total, self.least = 0, math.inf, 0.0
-        self.factor = 1.0  # a method's factor on the schedule's lam, to limit it
-        self.asked: float | None = None  # the target of a restored frozen support, if it differs from this run's
-
-    @property
-    def lam(self) -> float:
-        """Return ``factor`` times the schedule's value (at least ``least``; before a fit the final one), or the target's lam."""
-        if self.target is not None:
-            return self.target.lam
-        lam = max(self.schedule(self.step, self.total), self.least) if math.isfinite(self.total) else self.schedule.lam
-        return lam * self.factor
-
-    @property
-    def is_constant(self) -> bool:
-        """Return True if lam is one number throughout."""
-        return self.target is None and isinstance(self.schedule, Constant)

@@ -16,8 +16,8 @@ from lightning_sparse.duality import Penalty
 from lightning_sparse.elementwise import Engine
 from lightning_sparse.grouped import Groups, mean_rate
 from lightning_sparse.optimizer import ClipFactor
-from lightning_sparse.schedules import Strength
 from lightning_sparse.scores import LAMP, Ranked, Score, checked, keep_highest
+from lightning_sparse.step import Strength
 from lightning_sparse.step_sizes import StepSizes
 from lightning_sparse.structure import Element, Structure
 from lightning_sparse.weights import WeightStore

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lightning_sparse import penalties
 from lightning_sparse.methods.base import Method, Run, Step
 from lightning_sparse.methods.gradient import ReweightedGradient
-from lightning_sparse.schedules import Constant, Strength
+from lightning_sparse.schedules import Constant
+from lightning_sparse.step import Strength
 from lightning_sparse.structure import Channels
 
 pytest.importorskip("torch_pruning")

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lightning_sparse.methods import ReweightedGradient, Run
 from lightning_sparse.penalties import LogSum
-from lightning_sparse.schedules import Constant, Strength
+from lightning_sparse.schedules import Constant
+from lightning_sparse.step import Strength
 
 
 @pytest.mark.parametrize("kind", ["frozen", "held", "cut"])

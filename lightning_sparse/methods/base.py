@@ -19,8 +19,7 @@ from lightning_sparse.duality import Penalty
 from lightning_sparse.elementwise import Engine
 from lightning_sparse.grouped import GroupedWeights, OnGroups, groups_within
 from lightning_sparse.optimizer import ClipFactor
-from lightning_sparse.schedules import Strength
-from lightning_sparse.step import Scale, Step
+from lightning_sparse.step import Scale, Step, Strength
 from lightning_sparse.step_sizes import StepSizes
 from lightning_sparse.structure import Coupled, Element, Structure
 from lightning_sparse.support import Support

@@ -15,7 +15,8 @@ from lightning_sparse.mask_rules import TopK
 from lightning_sparse.methods import EtaTrick, HardConcrete, MagnitudePruning, Mask, Method, Run, Step, VariationalDropout
 from lightning_sparse.noise import Gaussian, ScaledBernoulli
 from lightning_sparse.penalties import LogSum, Scaled
-from lightning_sparse.schedules import Constant, Cubic, Schedule, Strength
+from lightning_sparse.schedules import Constant, Cubic, Schedule
+from lightning_sparse.step import Strength
 
 RATE = 0.05
 one = lambda: 1.0  # noqa: E731 - the loss is scaled by nothing

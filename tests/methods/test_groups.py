@@ -13,7 +13,8 @@ from lightning_sparse.methods.base import Method, Run, Step
 from lightning_sparse.methods.gradient import LossTerm, ReweightedGradient
 from lightning_sparse.methods.proximal import Proximal
 from lightning_sparse.penalties import L1, MCP, LogSum
-from lightning_sparse.schedules import Constant, Strength
+from lightning_sparse.schedules import Constant
+from lightning_sparse.step import Strength
 from lightning_sparse.structure import Blocks, Columns, Rows, Structure
 
 STEPS = 40
