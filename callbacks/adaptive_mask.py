@@ -18,7 +18,7 @@ class AdaptiveMask(Sparsifier):
     """Each batch is run with weights ``s * w``; s has mean 1 and a keep probability that follows |w| (AdaDrop, GaussDrop).
 
     Noise costs lam * Omega only while it is weak. So it is bounded, what it falls short of lam * Omega is added to the gradients as
-    in ReweightedPenalty, and in the run's first half the noise fades out: at one lam, penalty and mask train alike
+    in ReweightedPenalty, and in the run's first third the noise fades out: at one lam, penalty and mask train alike
     (docs/exchange/networks.md). ``alpha_min=1e-3, ceiling=10, remainder=False`` is noise that stands for all of the penalty, to the
     end of the run: for long runs in which lam rises slowly and the support is frozen early (docs/exchange.md).
 
@@ -30,7 +30,7 @@ class AdaptiveMask(Sparsifier):
             uncalibrated, a curvature-weighted penalty.
         ceiling: largest lam / H_jj that calibration uses. None is what the estimate allows: 1, for InputMoment 10.
         alpha_min: smallest keep probability that noise is drawn with; it bounds the noise's variance by 1 / alpha_min - 1. None is
-            what the estimate allows: 0.9 for the first fifth of the run, then rising to 1, no noise, at half of it;
+            what the estimate allows: 0.97 for the first tenth of the run, then rising to 1, no noise, at three tenths;
             1e-3 throughout for InputMoment, whose model has no higher orders, without calibration, and for rules that have no penalty.
         remainder: add to the gradients what ``ceiling`` and ``alpha_min`` keep the noise from realising of lam * Omega; False leaves
             it out, and then nothing fades. Without calibration, for rules that have no penalty, and for a subclass of

@@ -26,7 +26,7 @@ from lightning_sparse.state import check_curvature
 from lightning_sparse.weights import Attachment
 
 Reduce = Callable[[Tensor], Tensor]
-CEILING, KEEP = 1.0, 0.9  # largest lam / H and smallest keep probability under which noise in a deep network costs what it should
+CEILING, KEEP = 1.0, 0.97  # largest lam / H and smallest keep probability under which noise in a deep network costs what it should
 EXACT = (10.0, 1e-3)  # the same where H is exact, or noise is not calibrated
 _YOUNG = 3  # after n updates the past weighs at most n / (n + 3)
 _MANY = 1 << 20  # updates of an estimate from a file that does not count them

@@ -29,7 +29,7 @@ WHOLE_BECAUSE = (
 
 QUARTER = 0.25  # share of the samples with noise on outputs, where the noise is weak: as good as all, at less cost
 WEAK = 0.5  # the smallest keep probability of noise whose cost is of second order
-FADES, FADED = 0.2, 0.5  # shares of a run at which bounded noise begins to fade and has faded
+FADES, FADED = 0.1, 0.3  # shares of a run at which bounded noise begins to fade and has faded
 
 
 def faded(keep: float, t: float) -> float:
@@ -140,7 +140,7 @@ class Mask(Method):
 
     @property
     def fades(self) -> bool:
-        """The noise is bounded from the start, and fades out in the run's first half."""
+        """The noise is bounded from the start, and fades out in the run's first third."""
         return self.alpha_min is None and self.adds_penalty and self._keep > EXACT[1]
 
     @property

@@ -53,13 +53,13 @@ def test_without_noise_the_form_is_the_penalty():
     assert (ends[2] - ends[1]).abs().max() > 1e-2
 
 
-def test_noise_fades_out_in_the_first_half_unless_its_bound_is_given():
+def test_noise_fades_out_in_the_first_third_unless_its_bound_is_given():
     assert faded(0.9, 0.0) == faded(0.9, FADES) == pytest.approx(0.9)
     assert faded(0.9, FADED) == faded(0.9, 1.0) == 1.0
     assert 0.9 < faded(0.9, (FADES + FADED) / 2) < 1
-    for made, before, after in ((AdaptiveMask(LOG_SUM, 1e-3), 0.9, 1.0), (AdaptiveMask(LOG_SUM, 1e-3, alpha_min=0.5, ceiling=3), 0.5, 0.5)):
+    for made, before, after in ((AdaptiveMask(LOG_SUM, 1e-3), 0.97, 1.0), (AdaptiveMask(LOG_SUM, 1e-3, alpha_min=0.5, ceiling=3), 0.5, 0.5)):
         assert made.method.smallest_keep == pytest.approx(before)
-        made.strength.step, made.strength.total = 60, 100
+        made.strength.step, made.strength.total = 30, 100
         assert made.method.smallest_keep == pytest.approx(after)
     assert AdaptiveMask(LOG_SUM, 1e-3).method.formula.ceiling == 1
     assert AdaptiveMask(LOG_SUM, 1e-3, ceiling=3).method.formula.ceiling == 3
@@ -75,7 +75,7 @@ class Updates(Callback):
         self.seen.append(max(self.mask.curvature.updates.values(), default=0))
 
 
-@pytest.mark.parametrize(("bound", "last"), [({}, 4), ({"alpha_min": 0.9}, 8)], ids=["fades", "stays"])
+@pytest.mark.parametrize(("bound", "last"), [({}, 3), ({"alpha_min": 0.9}, 8)], ids=["fades", "stays"])
 def test_no_curvature_is_estimated_once_the_noise_has_faded(bound, last):
     mask = AdaptiveMask(LOG_SUM, 0.05, curvature=EmpiricalFisher(every=1), **bound)
     updates = Updates(mask)

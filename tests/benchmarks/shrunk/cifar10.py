@@ -47,9 +47,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=10, help="of a whole arm (default: %(default)s)")
     parser.add_argument("--images", type=int, help="training images; without it 45,000")
-    parser.add_argument(
-        "--round_to", type=int, default=8, help="widths are multiples of it, but for the arm Sparsify's (default: %(default)s)"
-    )
+    parser.add_argument("--round_to", type=int, default=8, help="of widths; the arm Sparsify: 1 (default: %(default)s)")
     parser.add_argument("--precision", default="32-true", help="of the Trainer (default: %(default)s)")
     parser.add_argument("--root", default="data")
     parser.add_argument("--weights", help="a state_dict of ResNet-20; without it the weights are random")
@@ -80,7 +78,7 @@ class Study:
 
     def train(self, model: ResNet, epochs: int, *callbacks: Callback) -> None:
         seed_everything(self.seed, verbose=False)
-        self.trainer(epochs, *callbacks).fit(model, datamodule=self.data)
+        self.trainer(epochs, *callbacks).fit(model.train(), datamodule=self.data)  # fit keeps the mode that a network has
 
     def cut(self, model: ResNet, share: float) -> ResNet:
         """Return the network without the groups of the lowest F_g; zero groups have the score 0 and go first."""
