@@ -125,9 +125,9 @@ class CheckpointState:
         averaged = state.get("averaged", state["taken"])
         if averages is None or not averages.saved:  # the module has loaded WeightAveraging's average
             state = state | {"taken": averaged}
-        self._check_fits(state)
+        self._check_fits(state, recipe)
         self.method.check_state(state, self._of_method())
-        warn_settings_changed(recipe, state)
+        warn_settings_changed(recipe, state, self.strength.target is not None)
         self.applied, part = True, self.weights.part
         self.support.held |= {name: part(name, held) for name, held in state.get("held", {}).items() if name in self.support.held}
         self.support.cut = {name: part(name, where) for name, where in state.get("cut", {}).items() if name in self.weights.parameters}
@@ -151,11 +151,17 @@ class CheckpointState:
             self.support.frozen = None
         self.method.load_state_dict(state)
 
-    def _check_fits(self, state: Mapping[str, Any]) -> None:
+    def _check_fits(self, state: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
         """Raise ValueError for a state of another selection or model."""
         known = self.weights.parameters
         if set(state["taken"]) != set(known):
             odd = sorted(set(state["taken"]) ^ set(known))
+            before, now = (_structure(one) for one in (state.get("recipe"), recipe))
+            if before != now:
+                raise ValueError(
+                    f"the checkpoint's {self.options.form} was written with structure={before}, and this one has structure={now}. "
+                    "Resume with the same structure; to train with another one, load the weights into the module and fit without ckpt_path"
+                )
             raise ValueError(
                 f"the checkpoint's {self.options.form} was written for other parameters; they differ in {odd[:5]}"
                 f"{_checks.closest(odd[0], known)}. Resume with the same model and selection"
@@ -219,6 +225,15 @@ def check_other_selection(states: Mapping[str, Any], callback: SparsityCallback,
             )
 
 
+def _structure(recipe: Any) -> str:
+    """Return the structure of a saved recipe as it is typed."""
+    found = recipe["init_args"].get("structure") if isinstance(recipe, dict) and isinstance(recipe.get("init_args"), dict) else None
+    if not isinstance(found, dict) or "class_path" not in found:
+        return "Element()"
+    arguments = ", ".join(f"{name}={value!r}" for name, value in (found.get("init_args") or {}).items())
+    return f"{str(found['class_path']).rpartition('.')[2]}({arguments})"
+
+
 def _selection(patterns: Any) -> str:
     return "the default select" if patterns is None else f"select={patterns}"
 
@@ -269,13 +284,20 @@ _REQUIRED = ("step", "offset", "frozen", "taken")  # the others were added later
 _MISSING = "nothing"
 
 
-def warn_settings_changed(recipe: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Warn, once on rank 0, of every argument that differs from the checkpoint's; the new ones apply from its step on."""
+def warn_settings_changed(recipe: Mapping[str, Any], state: Mapping[str, Any], regrows: bool) -> None:
+    """Warn, once on rank 0, of every argument that differs from the checkpoint's; the new ones apply from its step on.
+
+    ``regrows``: a lower target brings weights back.
+    """
     old = _with_later_arguments(state.get("recipe"), recipe)
     if not isinstance(old, dict) or old == recipe:
         return
     changes = differences(old, recipe)
     applies = "The new one applies from here on; shares (warm-up, freeze) are of the new run's length"
+    before, now = saved_target(state), saved_target({"recipe": recipe})
+    if before is not None and now is not None and now < before:
+        applies += f". If more than {now:g} of the weights are zero already, "
+        applies += "those above it are trained again" if regrows else "they stay zero, and the target is not met"
     if state.get("frozen"):
         target = saved_target(state)
         kept = "" if target is None else f"; sparsity/target stays {target:g}, for which they were chosen"

@@ -83,7 +83,7 @@ class Connections:
             raise ValueError(
                 f"{structure!r} traces the network, but {error.name}.forward fails on the first training batch's inputs ({error.reason}); "
                 "set self.example_input_array = (x, ...), or a dict of keyword arguments, in __init__"
-            ) from error
+            ) from None
 
     def release(self) -> None:
         """Restore the live weights and remove the hooks on the optimisers."""

@@ -114,9 +114,11 @@ class EndOfFit:
             return None
         return state_for_next_fit(callback.state_dict(), callback.weights)
 
-    def end_training(self, trainer: Trainer, averages: Averages | None) -> None:
-        """Meet the target if that is wanted, or warn, and make the zeros true."""
+    def end_training(self, trainer: Trainer, averages: Averages | None, idle: int | None) -> None:
+        """Meet the target if that is wanted, or warn, and make the zeros true; ``idle``: batches, if no optimiser has stepped."""
         evaluate(self.callback.weights.optimizers)
+        if idle:
+            endings.warn_untrained(self.callback.options, idle)
         self._meet_target(trainer)
         self.callback.prune()
         if averages is not None:

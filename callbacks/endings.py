@@ -20,6 +20,7 @@ from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.user_warnings import rank_zero_note, rank_zero_warn
 from lightning_sparse.schedules import Constant
+from lightning_sparse.scores import LAMP
 from lightning_sparse.step import Strength
 from lightning_sparse.structure import Columns, Coupled
 from lightning_sparse.support import Support
@@ -100,6 +101,14 @@ def warn_few_zeros(options: Options, support: Support, strength: Strength, setti
     )
 
 
+def warn_untrained(options: Options, batches: int) -> None:
+    """Warn of a fit whose optimisers never stepped."""
+    rank_zero_warn(
+        f"{options.form}: no optimiser step has changed the selected weights in {batches} batches, so its zeros are those of a network "
+        "that was not trained. Return the loss from training_step; in manual optimisation call step() of self.optimizers()"
+    )
+
+
 def warn_new_length(options: Options, support: Support, strength: Strength, planned: float | None) -> None:
     """Warn if a resumed run has another number of steps than was planned when its state was written."""
     if planned is None or planned == strength.total or not math.isfinite(strength.total):
@@ -112,9 +121,7 @@ def warn_new_length(options: Options, support: Support, strength: Strength, plan
             "into the module and fit it with a new Trainer without ckpt_path"
         )
     elif options.freeze or not strength.is_constant:
-        rank_zero_info(
-            f"{options.form} continues {length}: its shares (freeze, warm-up, ramp) are of the new length; weights held at zero stay zero"
-        )
+        rank_zero_info(f"{options.form} continues {length}: its shares (freeze, warm-up, ramp) are of the new length")
 
 
 def share_at_start(support: Support) -> float:
@@ -135,7 +142,7 @@ def tell_parts(options: Options, support: Support, strength: Strength, before: f
     share, short = support.share_of_zeros(), reach.missing(support, target.target) is not None
     by_rank = min(target.ranked + max(share - before, 0.0), share)
     began = min(target.began, share - by_rank)  # because some may have grown since
-    first = f"{began:.2%} of the weights were zero at the start, " if began else ""
+    first = f"{began:.2%} of the weights had been zero from the start, " if began else ""
     by_lam = share - by_rank - began
     form = options.form if options.select is None else f"{options.form} (select={options.select})"
     parts = (
@@ -171,7 +178,8 @@ def warn_collapsed(options: Options, support: Support, strength: Strength, setti
     most = 1.0 if target is None else target  # because least_kept is for a target, and at most 1 - target
     dead = "these layers pass on next to nothing. Give "
     if left:
-        floor = "" if most > 0.99 else "least_kept=0.01, score=scores.LAMP(), which keeps some weights of every layer, or "
+        score = "" if isinstance(support.score, LAMP) else ", score=scores.LAMP()"
+        floor = "" if most > 0.99 else f"least_kept=0.01{score}, which keeps some weights of every layer, or "
         notify(f"{options.form} has left at most one weight of {left[:5]}: {dead}{floor}{less}")
     if alone:
         floor = "" if most > 0.95 else "least_kept=0.05, which keeps a twentieth of the groups of each, or "

@@ -80,8 +80,8 @@ class SparsityCallback(AnyCallback, metaclass=Constructed):
         score: ranks the weights that are removed by rank towards target_sparsity, the lowest first; see lightning_sparse.scores. None is
             LAMP(), which empties no layer.
         least_kept: share of each parameter's weights, in [0, 1 - target_sparsity], that ranking keeps; 0 keeps one weight.
-        structure: which weights are zero together, see lightning_sparse.structure: Element(), Rows(), Columns(), Blocks((16, 16)), NM(2, 4)
-            or one of your own. lam means the same for all; target_sparsity counts weights.
+        structure: which weights are zero together, see lightning_sparse.structure: Element(), Rows(), Columns(), Channels(), Heads(),
+            Blocks((16, 16)), NM(2, 4), or one of your own. lam means the same for all; target_sparsity counts weights.
     """
 
     method_type: ClassVar[type[Method]] = Method

@@ -199,6 +199,8 @@ class Sparsifier(SparsityCallback):
             checks.check_closures(self.options.form, pl_module, optimizer, evaluations)
         step = self.steps.of(optimizer)
         grads = [parameter.grad for _, parameter, _ in step.members if parameter.grad is not None]
+        if grads:  # because an own step may clear them
+            self.clock.idle = None
         if self.watch.checks_gradients and not elementwise.are_finite(grads):
             self.watch.check_gradients(trainer, optimizer)
         if self.support.score.needs_squares:
@@ -231,6 +233,8 @@ class Sparsifier(SparsityCallback):
     def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Update after a real optimiser step (not a skipped one, not an accumulation batch)."""
         support, members = self.support, self.weights.members(optimizer)
+        if any(member[1].grad is not None for member in members):
+            self.clock.idle = None
         if support.frozen is None and self.method.requires_hook and not self.clock.is_prepared(optimizer):
             checks.refuse_unhooked(self.options.form, optimizer)
         if self.clipping.norm is not None:
@@ -269,6 +273,7 @@ class Sparsifier(SparsityCallback):
         self.support.freeze(names, None if target is None else target.target)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.clock.end_batch()
         if "after_batch" in self._moments:
             self.method.after_batch()
         for _ in range(progress.missing_batches(trainer, self.clock) if self.clock.manual else self.clock.missing(trainer.global_step)):
@@ -303,7 +308,7 @@ class Sparsifier(SparsityCallback):
     # -- a fit ends ------------------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.end_of_fit.end_training(trainer, self.averages)
+        self.end_of_fit.end_training(trainer, self.averages, self.clock.idle)
         self.began_at_zero.check_end(pl_module)
         logging.finish(self, trainer)
         self.end_of_fit.record()

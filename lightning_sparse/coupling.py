@@ -38,7 +38,10 @@ class ForwardFails(ValueError):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} fails on the example inputs: {reason}")
+        super().__init__(
+            f"{name} fails on the example inputs: {reason}. They are what forward takes: a tensor, a tuple of arguments or a dict of "
+            "keyword arguments; of a batch (x, y) give x"
+        )
         self.name, self.reason = name, reason
 
 

@@ -178,6 +178,7 @@ class Clock:
         self.strength = strength
         self.manual = False  # in manual optimisation batches are counted
         self.begun = False  # training has started
+        self.idle: int | None = None  # batches of this fit before the first optimiser step; None once there was one
         self.offset, self.whole = 0, math.inf  # steps before this callback's first, and those of the whole run
         self.drift = 0  # steps that earlier epochs had beyond those of epochs as long as this one
         self.begin_batch(0)
@@ -198,6 +199,7 @@ class Clock:
         if not self.begun:
             self.begin_at(done)
         begun, self.begun = self.begun, True
+        self.idle = 0
         return not begun
 
     def begin_epoch(self, drift: int) -> bool:
@@ -235,6 +237,10 @@ class Clock:
         self._evaluations.pop(id(optimizer), None)
         if stepped:
             self._prepared.discard(id(optimizer))
+
+    def end_batch(self) -> None:
+        """End a batch."""
+        self.idle = None if self.idle is None else self.idle + 1
 
     def count(self) -> None:
         """Count this batch's step."""

@@ -76,7 +76,9 @@ def _sentence(cause: str, where: str, owner: str, bases: str, keys: list[str]) -
                 f"{prefix}{option[1]!r} without a class_path: write `{where}: {{class_path: my_module.{_BASES[owner.rpartition('.')[2]]}, "
                 f"init_args: {{{option[1]}: ...}}}}`, or give the script that fixes the class to a command with --script"
             )
-        return f"{prefix}{owner.rpartition('.')[2]} takes no {option[1]!r}{_checks.closest(option[1], parameters(owner))}"
+        taken = parameters(owner)
+        takes = "" if (hint := _checks.closest(option[1], taken)) or not taken else f"; it takes {', '.join(sorted(taken))}"
+        return f"{prefix}{owner.rpartition('.')[2]} takes no {option[1]!r}{hint or takes}"
     if name := re.match(r"Expected a dot import path string: (\S+)", cause):
         known = class_names(_expected(owner, where.rpartition(".")[2]) or bases)
         return "" if name[1] in known else f"{prefix}no class {name[1]!r}{_checks.closest(name[1], known)}"

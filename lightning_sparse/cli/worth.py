@@ -161,7 +161,7 @@ def _files(module: nn.Module, small: nn.Module | None, command: str, shrink: str
     words, size, rounded = f"{command} --to compact", exact, half < exact
     if rounded:
         words, size = f"{words} --fp16", half
-    found = [f"for the smallest file:  {words}  {_bytes(size, rounded)}"] if size < whole else []
+    found = [f"for a small file:  {words}  {_bytes(size, rounded)}"] if size < whole else []
     if shrunk and min(shrunk) < min(_SMALLER * size, whole):
         rounded = shrunk[1] < shrunk[0]
         kind = ', "fp16"' if rounded else ""

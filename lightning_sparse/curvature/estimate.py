@@ -325,6 +325,8 @@ class EmpiricalFisher(Curvature):
         if starts:
             wanted = [name for name in self._parameters if self._groups is not None or self._wants(name)]
             inputs = outputs + [self._parameters[name] for name in wanted if self._parameters[name].requires_grad]
+            if not inputs:  # a loss that the selected weights have no part in, as a discriminator's on detached samples
+                return
             try:
                 torch.autograd.grad([at for at, _ in starts], inputs, [grad for _, grad in starts], retain_graph=True, allow_unused=True)
             except RuntimeError as error:  # compiled code and reentrant checkpoints allow a single backward

@@ -1,13 +1,15 @@
 """Write a page of docs/results from the record of ``lightning-sparse compare``: ``python tests/benchmarks/results_page.py cifar10``.
 
 The text is in tests/benchmarks/results_NAME.md, with ``{table}`` where the runs go; the record is docs/results/records/NAME.csv, the
-``runs.csv`` of the comparison without its failed runs. ``--write`` writes docs/results/NAME.md, else the page is printed.
+``runs.csv`` of the comparison without its failed runs. ``{table FOLDER}`` shows docs/results/records/FOLDER/NAME.csv.
+``--write`` writes docs/results/NAME.md, else the page is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def _shown(name: str, value: str) -> str:
 
 def page(name: str) -> str:
     text = (HERE / f"results_{name}.md").read_text(encoding="utf-8")
-    return text.replace("{table}", table(read(name)))
+    return re.sub(r"\{table ?(\w*)\}", lambda found: table(read(f"{found[1]}/{name}" if found[1] else name)), text)
 
 
 if __name__ == "__main__":

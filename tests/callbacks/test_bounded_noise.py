@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -57,7 +59,10 @@ def test_noise_fades_out_in_the_first_third_unless_its_bound_is_given():
     assert faded(0.9, 0.0) == faded(0.9, FADES) == pytest.approx(0.9)
     assert faded(0.9, FADED) == faded(0.9, 1.0) == 1.0
     assert 0.9 < faded(0.9, (FADES + FADED) / 2) < 1
-    for made, before, after in ((AdaptiveMask(LOG_SUM, 1e-3), 0.97, 1.0), (AdaptiveMask(LOG_SUM, 1e-3, alpha_min=0.5, ceiling=3), 0.5, 0.5)):
+    for made, before, after in (
+        (AdaptiveMask(LOG_SUM, 1e-3), 0.97, 1.0),
+        (AdaptiveMask(LOG_SUM, 1e-3, alpha_min=0.5, ceiling=3), 0.5, 0.5),
+    ):
         assert made.method.smallest_keep == pytest.approx(before)
         made.strength.step, made.strength.total = 30, 100
         assert made.method.smallest_keep == pytest.approx(after)
@@ -117,6 +122,39 @@ def test_bounded_noise_is_for_a_quarter_of_the_samples_and_ends_with_its_fade(se
     first, last = watch.seen[1], watch.seen[-1]  # the first batch has no estimate yet
     assert first[0] == round(share * first[1])
     assert last[0] == round(end * last[1])
+
+
+class Adversarial(Toy):
+    """A network that is trained as a generator: the critic's loss takes its outputs without a graph."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.critic = nn.Linear(3, 1)
+
+    def training_step(self, batch, index):
+        generator, critic = self.optimizers()
+        for one, loss in (
+            (critic, lambda: self.critic(self.network(batch[0]).detach())),
+            (generator, lambda: self.critic(self.network(batch[0]))),
+        ):
+            self.toggle_optimizer(one)
+            self.manual_backward((loss() - 1).square().mean())
+            one.step()
+            one.zero_grad()
+            self.untoggle_optimizer(one)
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters(), 1e-2) for part in (self.network, self.critic)]
+
+
+def test_a_loss_in_which_the_selected_weights_have_no_part_gives_no_warning():
+    mask = AdaptiveMask(LOG_SUM, 1e-3, select=["network.*.weight"], curvature=EmpiricalFisher(every=1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*second backward pass")
+        trainer(mask, epochs=2).fit(Adversarial(), data())
+    assert all(bool(mask.curvature.estimate(name).isfinite().all()) for name in mask.parameters)
 
 
 @pytest.mark.parametrize("curvature", [None, InputMoment()], ids=repr)

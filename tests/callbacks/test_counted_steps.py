@@ -12,7 +12,7 @@ from torch import nn
 from toys import Toy, data, several, trainer, weights
 
 from lightning_sparse import penalties
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, MagnitudePruning, ReweightedPenalty
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, MagnitudePruning, ReweightedPenalty, Sparsify
 from lightning_sparse.conformance.optimizers import EverySecond, super_step, wrapped_step
 
 LOG_SUM = penalties.LogSum(eps=2.0)
@@ -158,3 +158,31 @@ def test_a_manual_run_reaches_its_target_at_any_end(every, times, epochs, most, 
     assert lams[-1] == 1.0
     assert lams == sorted(lams)
     assert lams[0] <= 0.5
+
+
+class NoLoss(Toy):
+    """Automatic optimisation without a loss: Lightning calls the optimiser's step, which finds no gradients."""
+
+    def training_step(self, batch, index):
+        return None
+
+
+class NoStep(Toy):
+    """Manual optimisation that never steps."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        self.manual_backward(super().training_step(batch, index))
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+@pytest.mark.parametrize("kind", [NoLoss, NoStep])
+def test_a_fit_in_which_no_optimiser_steps_says_so(kind):
+    with pytest.warns(UserWarning, match="Sparsify: no optimiser step has changed the selected weights in 8 batches"):
+        trainer(Sparsify(0.5), epochs=2).fit(kind(), data())
+
+
+def test_a_fit_with_steps_says_nothing_of_them(recwarn):
+    trainer(Sparsify(0.5), epochs=2).fit(Toy(), data())
+    assert not [str(one.message) for one in recwarn if "no optimiser step" in str(one.message)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -17,7 +18,7 @@ from lightning_sparse.duality import Penalty
 from lightning_sparse.noise import Gaussian
 from lightning_sparse.schedules import LinearWarmup
 from lightning_sparse.scores import LAMP
-from lightning_sparse.structure import Rows
+from lightning_sparse.structure import Channels, Rows
 
 LOG_SUM = penalties.LogSum(eps=2.0)
 
@@ -209,6 +210,16 @@ def test_a_checkpoint_of_another_selection_is_refused(tmp_path):
     torch.save(state, tmp_path / "first.ckpt")
     with pytest.raises(ValueError, match=r"was written for other parameters; they differ in \['network.2.weight'\]"):
         trainer(other, epochs=2).fit(Toy(), data(), ckpt_path=tmp_path / "first.ckpt")
+
+
+@pytest.mark.parametrize("resumed", [{"structure": Rows()}, {}], ids=["other", "none"])
+def test_resuming_with_another_structure_names_both(resumed, tmp_path):
+    run = trainer(Sparsify(0.5, structure=Channels()), epochs=1)
+    run.fit(Toy(), data())
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    now = repr(resumed.get("structure", "Element()")).strip("'")
+    with pytest.raises(ValueError, match=re.escape(f"was written with structure=Channels(), and this one has structure={now}. Resume")):
+        trainer(Sparsify(0.5, **resumed), epochs=2).fit(Toy(), data(), ckpt_path=tmp_path / "first.ckpt")
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.", "ignore:Sparsify continues for")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from toys import Spy, Toy, data, trainer, weights
 
 from lightning_sparse import noise, penalties
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, MagnitudePruning, ReweightedPenalty, Sparsify
 from lightning_sparse.schedules import LinearWarmup
 
 pytestmark = [
@@ -76,6 +77,27 @@ def test_a_frozen_support_stays_frozen_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match=r"freeze: 0.5 -> 0.0\. Its support is frozen already, so the same weights stay zero"):
         trainer(ReweightedPenalty(LOG_SUM, 0.5), epochs=6).fit(module, data(), ckpt_path=path)
     assert all(torch.equal(module.get_parameter(name) == 0, zero) for name, zero in zeros.items())
+
+
+@pytest.mark.parametrize(
+    ("form", "what"),
+    [(Sparsify, "those above it are trained again"), (partial(MagnitudePruning, every=1), "they stay zero")],
+    ids=["Sparsify", "MagnitudePruning"],
+)
+def test_a_lower_target_says_what_happens_to_the_zeros_beyond_it(form, what, tmp_path):
+    trainer(form(0.6), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), epochs=4, enable_checkpointing=True).fit(Toy(), data())
+    path, after = tmp_path / "epoch=1.ckpt", form(0.3)
+    before = zeros_in(torch.load(path, weights_only=True)["state_dict"])
+    assert before > 0.3
+    module = Toy(seed=1)
+    with pytest.warns(UserWarning, match="If more than 0.3 of the weights are zero already, " + what):
+        trainer(after, epochs=4).fit(module, data(), ckpt_path=path)
+    assert (zeros_in(module.state_dict()) >= before) == (form is not Sparsify)
+
+
+def zeros_in(state):
+    matrices = [w for w in state.values() if w.dim() > 1]
+    return sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
 
 
 def test_an_argument_that_the_file_lacks_is_named(tmp_path):

@@ -89,7 +89,7 @@ def test_the_report_of_a_checkpoint_names_a_command_that_runs(trained, capsys):
     share = sum(int((p == 0).sum()) for p in chosen) / sum(p.numel() for p in chosen)
     assert main(["report", str(trained.with_name("fewer.ckpt"))]) == 0
     assert f"({100 * share:.2f} % of those selected in training)" in capsys.readouterr().out
-    (command,) = [line.partition("lightning-sparse ")[2] for line in shown.splitlines() if "for the smallest file" in line]
+    (command,) = [line.partition("lightning-sparse ")[2] for line in shown.splitlines() if "for a small file" in line]
     command, _, note = command.partition("  ")
     assert main([*command.split(), "--out", "files"]) == 0
     (file,) = Path("files").iterdir()
@@ -179,7 +179,7 @@ def test_the_report_names_the_batch_size_that_gains_most(monkeypatch):
     assert "  shrink:         nothing to remove" in lines
     command = "lightning-sparse export 'some folder/net.ckpt' --config digits"
     assert lines[-2] == f"  for the most speed:     {command} --to auto --batch_size 32  (4.0x at batch 32)"
-    assert lines[-1].startswith(f"  for the smallest file:  {command} --to compact --fp16  (")
+    assert lines[-1].startswith(f"  for a small file:  {command} --to compact --fp16  (")
     assert "A/A: the given network against itself" in lines[0]
     (line,) = [line for line in lines if "sparse layers" in line]
     assert "batch 1: 1.50x (A/A" in line
@@ -250,7 +250,7 @@ def test_the_smallest_file_is_the_smallest_of_those_that_were_measured(monkeypat
     for left, two_steps in ((40, True), (296, False)):  # zero rows leave zero columns behind, which a compact file keeps
         lines = report(rows_left(left))
         (line,) = [line for line in lines if "compact file" in line]
-        (best,) = [line for line in lines if ("for a smaller one yet" if two_steps else "for the smallest file") in line]
+        (best,) = [line for line in lines if ("for a smaller one yet" if two_steps else "for a small file") in line]
         small = lightning_sparse.shrink(rows_left(left), torch.zeros(8, 64)) if two_steps else rows_left(left)
         size = export.save_compact(small, "small", "fp16").stat().st_size
         assert f"({size:,} bytes, values rounded to fp16)" in best

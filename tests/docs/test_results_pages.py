@@ -23,3 +23,16 @@ def test_a_table_shows_shares_in_percent_and_only_metrics_that_were_measured() -
         "| `dense` |  | 0 | 0.00 | 7 |  | 2.5000 |",
         "| `A` | 90 | 0 | 90.01 | 7 | 12.34 | 2.5000 |",
     ]
+
+
+def test_a_page_holds_the_tables_of_several_records(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(results_page, "HERE", tmp_path)
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
+    (tmp_path / "records" / "short").mkdir(parents=True)
+    (tmp_path / "results_net.md").write_text("{table} and {table short}")
+    for folder, zeros in (("records", "0.5"), ("records/short", "0.25")):
+        row = f"method,target,seed,zeros,steps\nA,0.9,0,{zeros},7\n"
+        (tmp_path / folder / "net.csv").write_text(row)
+    first, _, second = results_page.page("net").partition(" and ")
+    assert "| 50.00 |" in first
+    assert "| 25.00 |" in second
