@@ -19,7 +19,7 @@ from lightning_sparse.callbacks import best
 from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.user_warnings import rank_zero_note, rank_zero_warn
-from lightning_sparse.schedules import Constant
+from lightning_sparse.schedules import FEWEST, Constant
 from lightning_sparse.scores import LAMP
 from lightning_sparse.step import Strength
 from lightning_sparse.structure import Columns, Coupled
@@ -149,6 +149,8 @@ def tell_parts(options: Options, support: Support, strength: Strength, before: f
         f"at step {strength.step}: {first}lam (now {strength.lam:.3g}) brought {by_lam:.2%} of the weights to zero, {by_rank:.2%} were "
         f"removed by rank along the ramp ({support.score!r}), {share:.2%} in all"
     )
+    if strength.step < FEWEST:
+        parts += f". {strength.step} steps are few: a network recovers better from many small cuts in a longer run"
     if short:
         rank_zero_warn(f"{form} does not meet target_sparsity={target.target:g} {parts}. No more can be removed: give a smaller target")
     else:
@@ -255,7 +257,8 @@ def _report(file: str) -> str:
 
 def _use(peers: Sequence[SparsityCallback], zeros: float, module: nn.Module) -> str:
     """Return the call in Python that makes use of a share of zeros, and what it does; empty if there are too few."""
-    words = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}  # whose rows are no neurons
+    whole = (nn.Embedding, nn.RNNBase)  # whose rows cannot be removed
+    words = {id(weight) for layer in module.modules() if isinstance(layer, whole) for weight in layer.parameters(recurse=False)}
     weights = [weight.detach() for peer in peers for weight in peer.parameters.values() if id(weight) not in words]
     coupled = [peer for peer in peers if isinstance(peer.options.structure, (Columns, Coupled))]
     groups = [pair for peer in coupled for pair in peer.groups_left().values()]

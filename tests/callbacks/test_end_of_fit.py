@@ -107,6 +107,29 @@ def test_zero_rows_of_an_embedding_are_no_neurons_to_remove(caplog):
     assert line.endswith(f"; next: {COMPACT}")
 
 
+class Steps(nn.LSTM):
+    """Take each input as a sequence of four steps, and return the last output."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x.view(-1, 4, 2))[0][:, -1]
+
+
+def test_zero_rows_of_a_recurrent_layer_are_not_offered_to_shrink(caplog):
+    network = Toy(nn.Sequential(Steps(2, 16, batch_first=True), nn.Linear(16, 3)))
+    with caplog.at_level(logging.INFO):
+        trainer(MagnitudePruning(0.7, structure=structure.Rows(), select=["network.0.weight_hh_l0"]), epochs=2).fit(network, data())
+    assert int((network.network[0].weight_hh_l0 == 0).all(1).sum()) > 40
+    (line,) = lines(caplog)
+    assert line.endswith(f"; next: {COMPACT}")
+
+
+@pytest.mark.parametrize(("epochs", "says"), [(2, True), (16, False)])
+def test_a_target_that_is_met_in_a_few_steps_says_so(epochs, says, caplog):
+    with caplog.at_level(logging.INFO):
+        trainer(Sparsify(0.5), epochs=epochs).fit(Toy(), data())
+    assert ("steps are few" in caplog.text) == says
+
+
 def test_a_fast_dev_run_has_no_line(caplog):
     with caplog.at_level(logging.INFO):
         trainer(ReweightedPenalty(LOG_SUM, 0.5), fast_dev_run=True).fit(Toy(), data())
