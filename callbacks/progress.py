@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -144,11 +146,16 @@ def newly_trainable(weights: WeightStore, patterns: list[str] | None, trainer: T
 def example_inputs(trainer: Trainer, module: LightningModule) -> Any:
     """Return inputs of the module's forward: its ``example_input_array``, else those of the first training batch.
 
-    The loader is asked for one batch, with the random state restored afterwards.
+    The loader is asked for one batch, with the random state restored afterwards. Of a dict, entries that forward does not take, such as
+    labels, are left out.
     """
     given = module.example_input_array
     if given is None:
         with torch.random.fork_rng(devices=[]):
             batch = next(iter(trainer.fit_loop._data_source.dataloader()))
         given = batch[0] if isinstance(batch, (list, tuple)) else batch
+        if isinstance(given, Mapping):
+            takes = inspect.signature(module.forward).parameters
+            every = any(one.kind is one.VAR_KEYWORD for one in takes.values())
+            given = {key: value for key, value in given.items() if every or key in takes}
     return move_data_to_device(given, module.device)

@@ -246,6 +246,24 @@ def test_inputs_that_the_batch_does_not_tell_are_asked_for() -> None:
         trainer(callback).fit(module, vectors())
 
 
+class FromDict(Toy):
+    """A module that is trained on batches with more entries than its forward takes."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.loss(self(x=batch["x"]), batch["labels"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.network(x)
+        return out
+
+
+def test_of_a_dict_the_entries_that_forward_takes_are_its_inputs() -> None:
+    batches = [{"x": x, "labels": y} for x, y in vectors()]
+    callback = MagnitudePruning(0.3, structure=Heads(), select=["*.attention.*"])
+    trainer(callback, epochs=4).fit(FromDict(Encoder()), DataLoader(batches, batch_size=None))
+    assert callback.groups_left()
+
+
 class Attended(nn.Module):
     """An nn.MultiheadAttention on four parts of the input, between Linear layers."""
 
