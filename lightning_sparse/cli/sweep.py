@@ -39,9 +39,16 @@ def run(verb: str, words: list[str]) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(yaml.safe_dump(described, sort_keys=False, allow_unicode=True), encoding="utf-8")
     print(f"{args.output}, to optimise {described['metric']['name']}\n")
-    print("wandb login      # once; and the YAML needs a WandbLogger under trainer.logger")
+    print("wandb login      # once" + ("" if _logs(args.config, overrides) else "; and the YAML needs a WandbLogger under trainer.logger"))
     print(f"wandb sweep {args.output}      # prints the ID\nwandb agent ID")
     return 0
+
+
+def _logs(config: str, overrides: Sequence[str]) -> bool:
+    """Return True if the runs have a WandbLogger."""
+    trainer = recipes.content(recipes.find(config)).get("trainer")
+    own = trainer.get("logger") if isinstance(trainer, dict) else None
+    return "WandbLogger" in str(list(overrides) if any("trainer.logger" in word for word in overrides) else own)
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:

@@ -382,7 +382,7 @@ def test_files_of_a_command_become_absolute_and_recipes_stay(project):
 def test_a_sweep_file_gives_commands_that_the_program_accepts(project, capsys):
     words = ["sweep", "digits", "--search", "grid", "--lam", "1e-3", "3e-3", "--eps", "0.5", "--callbacks", "AdaptiveProx"]
     assert main([*words, "--metric", "val/accuracy", "--trainer.logger", "false"]) == 0
-    capsys.readouterr()
+    assert "the YAML needs a WandbLogger" in capsys.readouterr().out
     file = yaml.safe_load(Path("sweep.yaml").read_text())
     assert file["metric"] == {"name": "val/accuracy", "goal": "maximize"}
     assert file["parameters"]["sparsify.init_args.lam"] == {"values": [1e-3, 3e-3]}
@@ -399,6 +399,7 @@ def test_a_sweep_file_gives_commands_that_the_program_accepts(project, capsys):
 @pytest.mark.slow
 def test_a_sweep_has_log_uniform_strengths_and_uniform_shares(project, capsys):
     assert main(["sweep", "digits", "--lam", "1e-4", "1e-2", "--freeze", "0.2", "0.6", "--runs", "20", "--metric", "val/loss"]) == 0
+    assert "needs a WandbLogger" not in capsys.readouterr().out
     file = yaml.safe_load(Path("sweep.yaml").read_text())
     assert file["parameters"]["sparsify.init_args.lam"] == {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
     assert file["parameters"]["sparsify.init_args.freeze"]["distribution"] == "uniform"
