@@ -20,7 +20,10 @@ from performance.per_weight import ITEMS
 NAMES = ("step_cost", "peers", "time_to_quality", "time_to_quality_moved", "scaling", "start_end", "memory", "ways")
 # one network, measured by itself
 APART = {"step_cost_lenet": ("step_cost", "lenet"), "peers_lenet": ("peers", "lenet"), "peers_resnet18": ("peers", "resnet18")}
-FURTHER = {"step_cost_noise": "step_cost --nets resnet18 transformer --arms mask 'mask, compiled' 'mask local, a quarter'"}
+FURTHER = {
+    "step_cost_noise": "step_cost --nets resnet18 transformer --arms mask 'mask, compiled' 'mask local, a quarter'",
+    "step_cost_default": "step_cost --nets resnet18 transformer --rounds 5 --arms penalty 'mask local, a quarter' 'mask, default'",
+}
 TITLES = {name: job.name for name, job in JOBS.items()} | {
     "sizes": "By the number of weights",
     "slopes": "Nanoseconds per weight, from a million weights on",
