@@ -22,7 +22,10 @@ NAMES = ("step_cost", "peers", "time_to_quality", "time_to_quality_moved", "scal
 APART = {"step_cost_lenet": ("step_cost", "lenet"), "peers_lenet": ("peers", "lenet"), "peers_resnet18": ("peers", "resnet18")}
 FURTHER = {
     "step_cost_noise": "step_cost --nets resnet18 transformer --arms mask 'mask, compiled' 'mask local, a quarter'",
-    "step_cost_default": "step_cost --nets resnet18 transformer --rounds 5 --arms penalty 'mask local, a quarter' 'mask, default'",
+    "step_cost_lenet_default": "step_cost --nets lenet --threads 1 --tries 1 --arms penalty prox mask 'mask local' 'mask local, a quarter' "
+    "'mask, default' monitor",
+    "step_cost_default": "step_cost --nets resnet18 transformer --rounds 5 --threads 1 --tries 1 --arms penalty "
+    "'mask local, a quarter' 'mask, default'",
 }
 TITLES = {name: job.name for name, job in JOBS.items()} | {
     "sizes": "By the number of weights",
