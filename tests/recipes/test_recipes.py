@@ -167,7 +167,8 @@ def test_seeds_trains_once_for_each_and_tells_them_apart(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--trainer.max_epochs", "1", "--report.dense_twin", "false"]
-    caplog.set_level("INFO")
+    for logger in ("", "lightning.pytorch"):  # which another test may have silenced
+        caplog.set_level("INFO", logger)
     assert main(["seeds", "digits", "--seeds", "2", *words]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()[-5:]]
     assert [row[0] for row in table] == ["seed", "0", "1", "mean", "sd"]
