@@ -156,7 +156,8 @@ class CheckpointState:
         known = self.weights.parameters
         if set(state["taken"]) != set(known):
             odd = sorted(set(state["taken"]) ^ set(known))
-            before, now = (_structure(one) for one in (state.get("recipe"), recipe))
+            old = _with_later_arguments(state.get("recipe"), recipe)
+            before, now = (_as_text(one["init_args"].get("structure")) for one in ((old if _is_recipe(old) else recipe), recipe))
             if before != now:
                 raise ValueError(
                     f"the checkpoint's {self.options.form} was written with structure={before}, and this one has structure={now}. "
@@ -223,15 +224,6 @@ def check_other_selection(states: Mapping[str, Any], callback: SparsityCallback,
                 f"the state of {form} in the checkpoint was not used, because it was written with {differs}. {own_form} starts anew from "
                 "the loaded weights; to continue the ramp and the zeros, resume with the same selection"
             )
-
-
-def _structure(recipe: Any) -> str:
-    """Return the structure of a saved recipe as it is typed."""
-    found = recipe["init_args"].get("structure") if isinstance(recipe, dict) and isinstance(recipe.get("init_args"), dict) else None
-    if not isinstance(found, dict) or "class_path" not in found:
-        return "Element()"
-    arguments = ", ".join(f"{name}={value!r}" for name, value in (found.get("init_args") or {}).items())
-    return f"{str(found['class_path']).rpartition('.')[2]}({arguments})"
 
 
 def _selection(patterns: Any) -> str:

@@ -258,8 +258,8 @@ def _report(file: str) -> str:
 def _use(peers: Sequence[SparsityCallback], zeros: float, module: nn.Module) -> str:
     """Return the call in Python that makes use of a share of zeros, and what it does; empty if there are too few."""
     whole = (nn.Embedding, nn.RNNBase)  # whose rows cannot be removed
-    words = {id(weight) for layer in module.modules() if isinstance(layer, whole) for weight in layer.parameters(recurse=False)}
-    weights = [weight.detach() for peer in peers for weight in peer.parameters.values() if id(weight) not in words]
+    fixed = {id(weight) for layer in module.modules() if isinstance(layer, whole) for weight in layer.parameters(recurse=False)}
+    weights = [weight.detach() for peer in peers for weight in peer.parameters.values() if id(weight) not in fixed]
     coupled = [peer for peer in peers if isinstance(peer.options.structure, (Columns, Coupled))]
     groups = [pair for peer in coupled for pair in peer.groups_left().values()]
     if any(_kept(left, number) < number for left, number in [*groups, *map(_rows_left, weights)]):

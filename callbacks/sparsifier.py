@@ -233,7 +233,7 @@ class Sparsifier(SparsityCallback):
     def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Update after a real optimiser step (not a skipped one, not an accumulation batch)."""
         support, members = self.support, self.weights.members(optimizer)
-        if any(member[1].grad is not None for member in members):
+        if self.clock.idle is not None and any(member[1].grad is not None for member in members):
             self.clock.idle = None
         if support.frozen is None and self.method.requires_hook and not self.clock.is_prepared(optimizer):
             checks.refuse_unhooked(self.options.form, optimizer)

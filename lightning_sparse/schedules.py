@@ -234,6 +234,3 @@ def is_state(value: Any) -> bool:
     if not isinstance(value, dict) or not set(_NUMBERS) <= value.keys():
         return False
     return all(isinstance(number, float) and math.isfinite(number) for number in value.values()) and 0 <= value.get("first", 0.0) < 1
-
-
-# -- the strength in force -----------------------------------------------------------------------------------------------------

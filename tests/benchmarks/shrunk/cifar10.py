@@ -35,14 +35,13 @@ from lightning_sparse.shrinking import GroupScores, choose, remove, share_of
 from lightning_sparse.shrinking.report import count_multiply_adds
 from lightning_sparse.structure import Channels
 
-ARMS = ("dense", "scores", "Sparsify", "groups", "tp magnitude", "tp group norm")
 REGULARISER = 1e-4  # torch-pruning's default
 TARGETS = {0.5: 0.68, 0.3: 0.82}  # target_sparsity of the recipes by the share of the multiply-adds that it leaves
 BATCHES = 20  # whose gradients score the groups
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5], help="of the multiply-adds that stay (default: 0.5)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=10, help="of a whole arm (default: %(default)s)")
