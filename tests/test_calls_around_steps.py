@@ -1,4 +1,4 @@
-"""Functions called around an optimiser's steps: once per outer step, and removed completely."""
+"""Functions called around an optimiser's steps, once per outer step and removed completely; and lam in force."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from lightning_sparse import step as steps
 from lightning_sparse.conformance.optimizers import super_step, wrapped_step
+from lightning_sparse.schedules import Constant, LinearWarmup
 
 
 def weight() -> torch.nn.Parameter:
@@ -131,3 +132,16 @@ def test_an_optimiser_is_freed_after_its_hooks_are_removed():
         assert known() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("schedule", "half_way"), [(Constant(2.0), 2.0), (LinearWarmup(2.0, 1.0), 1.0)], ids=repr)
+def test_lam_in_force_is_the_schedules_times_the_factor_and_not_below_the_bound(schedule, half_way):
+    strength = steps.Strength(schedule)
+    strength.factor = 0.5
+    assert strength.lam == 1.0  # before a fit the final one
+    strength.step, strength.total = 5, 10
+    assert strength.lam == 0.5 * half_way
+    strength.least = 3.0
+    assert strength.lam == 1.5
+    strength.reset()
+    assert strength.lam == 2.0

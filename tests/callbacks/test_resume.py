@@ -93,6 +93,8 @@ def test_a_lower_target_says_what_happens_to_the_zeros_beyond_it(form, what, tmp
     with pytest.warns(UserWarning, match="If more than 0.3 of the weights are zero already, " + what):
         trainer(after, epochs=4).fit(module, data(), ckpt_path=path)
     assert (zeros_in(module.state_dict()) >= before) == (form is not Sparsify)
+    if form is not Sparsify:
+        assert after.lam == pytest.approx(before, abs=0.01)  # what is logged as the target
 
 
 def zeros_in(state):
