@@ -5,7 +5,7 @@ blocks. ``dense`` is the same training without a cut. ``scores`` cuts once, by F
 ``cifar10/resnet20_channels_*``: a ramp over the whole run, then shrink. ``groups`` trains with Sparsify for half of the epochs, cuts and
 trains the smaller network for the other half. ``tp magnitude`` cuts once by torch-pruning's norm of a group; ``tp group norm`` runs its
 GroupNormPruner: its regulariser for half of the epochs, then the cut, then the other half. The validation split has 5,000 images; the
-10,000 test images are used once at the end of a run. A run that ``--record`` holds is not repeated.
+10,000 test images are used once at the end of a run. A run that ``--record`` holds is not repeated, unless epochs or precision differ.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BATCHES = 20  # whose gradients score the groups
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.5], help="of the multiply-adds that stay (default: 0.5)")
+    parser.add_argument("--shares", nargs="+", type=float, choices=list(TARGETS), default=[0.5], help="of the multiply-adds (default: 0.5)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=10, help="of a whole arm (default: %(default)s)")
     parser.add_argument("--images", type=int, help="training images; without it 45,000")
@@ -181,7 +181,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
                 _run(study, arm, share if arm != "dense" else 1.0)
     yield "| arm | share asked | seed | multiply-adds | parameters | channels inside of the blocks | validation | test | minutes |"
     yield "|---|--:|--:|--:|--:|---|--:|--:|--:|"
-    found = sorted(args.record.glob("*/figures.json"))
+    found = sorted(args.record.glob(f"*-{args.epochs}-{args.precision}/figures.json"))
     figures = [json.loads(path.read_text(encoding="utf-8")) for path in found]
     for one in figures:
         shown = f"{one['multiply_adds']:.3f} | {one['parameters']:,} | {' '.join(map(str, one['widths']))}"
@@ -199,7 +199,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _run(study: Study, arm: str, share: float) -> None:
-    folder = study.args.record / f"{arm}-{share:g}-{study.seed}".replace(" ", "-")
+    folder = study.args.record / f"{arm}-{share:g}-{study.seed}-{study.args.epochs}-{study.args.precision}".replace(" ", "-")
     if (folder / "figures.json").is_file():
         return
     began, model = time.perf_counter(), study.given()
