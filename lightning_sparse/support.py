@@ -96,34 +96,32 @@ class Support:
 
     def eta(self, name: str, w: Tensor) -> Tensor:
         """Return the eta that the method uses for values ``w`` of a parameter."""
-        if self._groups is not None:
-            return self._of_groups(self._groups, name, w, self._eta, torch.inf)
-        terms = self.method.terms(name, w)
-        return torch.full_like(w, torch.inf) if terms is None else self._map([terms], self._eta)[0]
+        return self._of_weights(name, w, self._eta, torch.inf)
 
     def keep_probability(self, name: str, w: Tensor | None = None) -> Tensor:
         """Return alpha of each weight of a parameter, as the method uses it, or of other values ``w`` such as an average."""
-        w = self.weights.live(name) if w is None else w
-        if self._groups is not None:
-            return self._of_groups(self._groups, name, w.detach(), self._alpha, 1.0)
-        terms = self.method.terms(name, w.detach())
-        return torch.ones_like(w) if terms is None else self._map([terms], self._alpha)[0]
+        return self._of_weights(name, (self.weights.live(name) if w is None else w).detach(), self._alpha, 1.0)
 
     @property
     def _groups(self) -> Groups | None:
         """Return the groups that the formulas are of; None for single weights."""
         return self.groups if self.method.takes_groups else None
 
-    @torch.no_grad()
-    def _of_groups(self, groups: Groups, name: str, w: Tensor, function: Callable[..., Tensor], outside: float) -> Tensor:
-        """Return a function of the sizes of groups at each weight of a parameter; ``outside`` for weights that are in none."""
-        found = torch.full_like(w, outside)
-        for leader, part in groups.of(name):
-            terms = self.method.terms(leader, groups.size(leader, self._with({name: w})))
-            if terms is not None:
-                value = part.spread(self._map([terms], function)[0], w, outside).expand_as(w).to(w.dtype)
-                found = torch.minimum(found, value)
+    def _of_weights(self, name: str, w: Tensor, formula: Callable[..., Tensor], unknown: float) -> Tensor:
+        """Return a formula of each weight of a parameter, or of its group's size; ``unknown`` for weights that are in no group."""
+        if self._groups is None:
+            return self._of_terms(name, w, formula, unknown)
+        found = torch.full_like(w, unknown)
+        with torch.no_grad():
+            for leader, part in self._groups.of(name):
+                value = self._of_terms(leader, self._groups.size(leader, self._with({name: w})), formula, unknown)
+                found = torch.minimum(found, part.spread(value, w, unknown).expand_as(w).to(w.dtype))
         return found
+
+    def _of_terms(self, name: str, w: Tensor, formula: Callable[..., Tensor], unknown: float) -> Tensor:
+        """Return a formula of values ``w``, weights or sizes; ``unknown`` where the method has no terms for them yet."""
+        terms = self.method.terms(name, w)
+        return torch.full_like(w, unknown) if terms is None else self._map([terms], formula)[0]
 
     def _with(self, values: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
         """Return a lookup of these values, and of the live weights of other parameters."""
@@ -323,8 +321,7 @@ class Support:
         scores = {}
         for leader in groups.leaders_of(alive):
             size = elementwise.full_tensor(groups.size(leader, self.weights.live))
-            terms = self.method.terms(leader, size) if self.method.takes_groups else None
-            alpha = torch.ones_like(size) if terms is None else self._map([terms], self._alpha)[0]
+            alpha = self._of_terms(leader, size, self._alpha, 1.0) if self.method.takes_groups else torch.ones_like(size)
             share = groups.mean(leader, self._with({name: where.float() for name, where in alive.items()}))
             squares = elementwise.full_tensor(groups.mean(leader, self.squares.__getitem__)) if self.squares else None
             score = checked(self.score, Ranked(leader, alpha * size, share > 0, alpha, squares), self._scored)
