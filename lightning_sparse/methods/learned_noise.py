@@ -16,8 +16,7 @@ from lightning_sparse.gates import Gate
 from lightning_sparse.methods.base import Member, Method, Run, Scale, Step
 from lightning_sparse.methods.kl_weight import KlWeight
 from lightning_sparse.methods.learned_parameters import LearnedParameters
-from lightning_sparse.methods.mask import WHOLE_BECAUSE
-from lightning_sparse.methods.noisy_forwards import NoisyForwards
+from lightning_sparse.methods.noisy_forwards import WHOLE_BECAUSE, NoisyForwards
 from lightning_sparse.noise import LOUDEST, LOUDEST_UNDER_SGD, Additive, Multiplicative, normal_like
 from lightning_sparse.per_label import PerLabel
 from lightning_sparse.step import bound_uniform_steps, uniform_rate
@@ -111,12 +110,8 @@ class LearnedNoise(Method):
 
     def before_forward(self, batch: Any) -> None:
         if self.forwards.begin_batch():
-            self._draw()
+            self.forwards.draw()
         self.learned.arrange()
-
-    def _draw(self) -> None:
-        self.forwards.next_draw()
-        self.forwards.draw()
 
     def prepare_outputs(self, name: str) -> None:
         """Nothing: the noise on outputs is made of the learned parameters."""
@@ -144,7 +139,7 @@ class LearnedNoise(Method):
     def after_optimizer(self, step: Step) -> None:
         self.learned.after_optimizer(step)
         if self.run.manual:  # the next forward of this batch is noisy too
-            self._draw()
+            self.forwards.draw()
 
     def after_batch(self) -> None:
         self.forwards.end_batch()

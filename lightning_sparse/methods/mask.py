@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,15 +16,9 @@ from lightning_sparse.duality import Penalty
 from lightning_sparse.elementwise import Engine, scalar_div
 from lightning_sparse.methods.base import Member, Method, Run, Scale, Step
 from lightning_sparse.methods.noise_cost import NoiseCost
-from lightning_sparse.methods.noisy_forwards import NoisyForwards
+from lightning_sparse.methods.noisy_forwards import WHOLE_BECAUSE, NoisyForwards
 from lightning_sparse.noise import Noise, bounded_variance, kept, output_noise
 from lightning_sparse.weights import Attachment
-
-WHOLE_BECAUSE = (
-    "FSDP2 gathers the weights anew for each forward and backward and adds up their gradients before a mask of this process could "
-    "multiply them"
-)
-
 
 QUARTER = 0.25  # share of the samples with noise on outputs, where the noise is weak: as good as all, at less cost
 WEAK = 0.5  # the smallest keep probability of noise whose cost is of second order
@@ -75,11 +68,10 @@ class MaskFormula:
         realised = torch.minimum(curvature.clamp(min=lam / self.ceiling).reciprocal_(), widest).mul_(curvature)
         return realised.neg_().add_(1).clamp_(0, 1)
 
-    def eta_of_both(self, w: Any, curvature: Any, lam: Any, keep: Any) -> Tensor:
+    def eta_of_both(self, w: Tensor, curvature: Tensor, lam: Any, keep: Any) -> Tensor:
         """The eta of noise and penalty: 1 / eta is the mean of both, weighted with their shares of lam * Omega."""
         share = self.unrealised(w, curvature, lam, keep)
-        eta: Tensor = self.penalty.eta_hat(w) / (share + (1 - share) / curvature.clamp(min=lam / self.ceiling))
-        return eta
+        return self.penalty.eta_hat(w) / (share + (1 - share) / curvature.clamp(min=lam / self.ceiling))
 
     def add_remainder(self, grad: Tensor, w: Tensor, curvature: Tensor, lam: Any, keep: Any, strength: Any) -> None:
         """Add ``strength`` times the slope of what noise of strength ``lam`` falls short of the penalty.
@@ -175,12 +167,12 @@ class Mask(Method):
 
     def noise_keep_probability(self, name: str, w: Tensor) -> Tensor:
         """Return the keep probability that a weight's noise has in training."""
+        return self._of_noise(name, w, self.formula.keep_probability, 1.0)
+
+    def _of_noise(self, name: str, w: Tensor, formula: Callable[..., Tensor], without: float) -> Tensor:
+        """Return a formula of the noise on values ``w`` of a parameter; ``without`` before the first estimate of H."""
         terms, scalars = self.terms(name, w), (self.run.strength.lam, self.smallest_keep)
-        return (
-            torch.ones_like(w)
-            if terms is None
-            else self.run.engine.map([[one] for one in terms], self.formula.keep_probability, scalars)[0]
-        )
+        return torch.full_like(w, without) if terms is None else self.run.engine.map([[term] for term in terms], formula, scalars)[0]
 
     @property
     def oscillates(self) -> bool:
@@ -196,7 +188,6 @@ class Mask(Method):
         self._unhooked = False  # and said so
         self._is_added = False  # the remainder, to the gradients of the step that is due
         self._observed = False  # this batch, by the estimate of H
-        self._masked: dict[str, Tensor] = {}  # Var s of the weights that are multiplied by masks, in a batch whose cost is measured
         self._spread: dict[str, Tensor] = {}  # Var s of the weights of each layer whose outputs get noise in this batch
 
     def prepare(self) -> None:
@@ -206,31 +197,22 @@ class Mask(Method):
 
     def attach(self, module: nn.Module, wrappers: Iterable[Any] = ()) -> None:
         attachment: Any = self.run.weights.attachment
-        if self.curvature is not None and attachment is not None:
+        if self.curvature is not None:
             self.curvature.attach(module, attachment)
-        if self.adds_penalty and attachment is not None:
-            for name in self.run.weights.parameters:  # before the mask multiplies the gradient
-                attachment.on_gradient(name, partial(self._on_gradient, name))
+        if self.adds_penalty:
+            self.cost.attach(self.run.weights, attachment)
         self.forwards.attach(module)
-
-    @torch.no_grad()
-    def _on_gradient(self, name: str, grad: Tensor) -> None:
-        if self.cost.active and name in self._masked:
-            live = self.run.weights.live(name)
-            self.cost.add(self.run.weights.parameters[name].detach() - live, grad, self._masked[name] * live * live)
 
     def compile(self, engine: Engine, optimizers: Iterable[tuple[Optimizer, list[Member]]]) -> None:
         """For the variance of noise on outputs, and for masks on weights."""
-        known = self.run.weights.parameters.items()
-        values, local = (0.5,) * (1 if self.curvature is None else 2), self.forwards.layers
-        on_outputs, on_weights = ([p for name, p in known if (name in local) == there] for there in (True, False))
-        engine.compile_map(self.formula.variance, on_outputs, values, (0.5, 0.5), what=repr(self.penalty))
+        known, local, what = self.run.weights.parameters, self.forwards.layers, repr(self.penalty)
+        values = (0.5,) * (1 if self.curvature is None else 2)
+        on_outputs, on_weights = ([p for name, p in known.items() if (name in local) == there] for there in (True, False))
+        engine.compile_map(self.formula.variance, on_outputs, values, (0.5, 0.5), what)
         if self.adds_penalty:
-            weights = [p for _, p in known]
-            engine.compile_update_(self.formula.add_remainder, weights, (0.5,) * 3, (0.5, 0.5, 0.5), what=repr(self.penalty))
-            engine.compile_add_(self.penalty.gradient, weights, what=repr(self.penalty))
-        what = f"{self.penalty!r} with {self.noise!r}"
-        engine.compile_draw(self.formula.keep_probability, self.noise, on_weights, values, (0.5, 0.5), what=what)
+            engine.compile_update_(self.formula.add_remainder, known.values(), (0.5,) * 3, (0.5, 0.5, 0.5), what)
+            engine.compile_add_(self.penalty.gradient, known.values(), what)
+        engine.compile_draw(self.formula.keep_probability, self.noise, on_weights, values, (0.5, 0.5), f"{what} with {self.noise!r}")
 
     def before_forward(self, batch: Any) -> None:
         self._observed = False
@@ -242,40 +224,28 @@ class Mask(Method):
             self._draw()
 
     def _draw(self) -> None:
-        faded = self.smallest_keep >= 1
-        self.forwards.next_draw(noisy=not faded)
+        self.forwards.draw(noisy=self.smallest_keep < 1)
         if self.curvature is not None:
             self.curvature.generator = self.forwards.stream(-1)
-        self._masked = {}
-        if not faded:
-            self.forwards.draw()
-        if self.cost.active:
-            self.cost.cancel()  # a batch without backward
+        self.cost.cancel()  # of a batch without backward
         if self.adds_penalty and WEAK <= self.smallest_keep < 1 and self.curvature is not None and self.curvature.is_due:
             self._measure_cost()
 
     def _measure_cost(self) -> None:
         """Compare the noise of this batch with the estimate of H, unless a batch has several steps, or groups are masked."""
         lam, grouped = self.run.strength.lam, self.run.acting is not None and self.run.acting is not self
-        if self.run.manual or grouped or lam <= 0 or self.run.support.frozen is not None:
+        if self.run.manual or grouped or lam <= 0:
             return
-        noisy = []
-        for name in (name for name in self.run.weights.parameters if name in self.forwards.trained):  # in an order that is always the same
-            w = self.run.weights.live(name)
-            terms = self.terms(name, w)
-            if terms is not None and name not in self._spread:
-                self._masked[name] = self.formula.variance(*terms, lam, self.smallest_keep)
-            if terms is not None:
-                noisy.append((*terms, self._spread[name] if name in self._spread else self._masked[name]))
-        self.cost.begin(noisy)
+        trained, live = self.forwards.trained, self.run.weights.live
+        names = (name for name in self.run.weights.parameters if name in trained)  # in an order that is always the same
+        rows = {name: terms for name in names if (terms := self.terms(name, live(name))) is not None}
+        masked = {name: self.formula.variance(*rows[name], lam, self.smallest_keep) for name in rows if name not in self._spread}
+        spread = self._spread | masked
+        self.cost.begin([(*terms, spread[name]) for name, terms in rows.items()], masked)
 
     def prepare_outputs(self, name: str) -> None:
-        w, lam = self.run.weights.live(name), self.run.strength.lam
-        terms = self.terms(name, w) if lam > 0 else None
-        if terms is None:
-            self._spread[name] = torch.zeros_like(w)
-        else:
-            (self._spread[name],) = self.run.engine.map([[term] for term in terms], self.formula.variance, (lam, self.smallest_keep))
+        w, noisy = self.run.weights.live(name), self.run.strength.lam > 0
+        self._spread[name] = self._of_noise(name, w, self.formula.variance, 0.0) if noisy else torch.zeros_like(w)
 
     def draw_outputs(self, name: str, layer: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
         return output_noise(layer, x, self._spread[name], generator, self.share)
@@ -289,9 +259,8 @@ class Mask(Method):
         known, generator = list(rows), self.forwards.stream(-1, -1)
         # in a manual loop the graph of an earlier batch's masks may still wait for its backward: their memory is not reused
         how = {"separable": self.penalty.separable, "reuse": not self.run.manual}
-        drawn = self.run.engine.draw(
-            list(rows.values()), self.formula.keep_probability, self.noise, generator, (lam, self.smallest_keep), **how
-        )
+        scalars = lam, self.smallest_keep
+        drawn = self.run.engine.draw(list(rows.values()), self.formula.keep_probability, self.noise, generator, scalars, **how)
         for number, mask, product in drawn:
             attachment.multiply(known[number], mask, product)
 
@@ -341,10 +310,9 @@ class Mask(Method):
             self._draw()
 
     def after_batch(self) -> None:
-        if self.run.manual:  # a bare loss.backward() calls no hook
-            self._end_batch()
+        self._end_batch()  # because a step that returned no loss had no backward, and a bare loss.backward() calls no hook
+        if self.run.manual:
             self._estimate(more=False)
-        self._end_batch()  # a step that returned no loss had no backward
 
     def _end_batch(self) -> None:
         self.forwards.end_batch()
@@ -374,9 +342,9 @@ class Mask(Method):
             self.curvature.check_state(state["curvature"], parameters)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self.curvature is not None and "curvature" in state:
-            self.curvature.load_state_dict(state["curvature"], self.run.weights.parameters)
         self.forwards.load_state_dict(state)
         self.cost.load_state_dict(state)
         if self.curvature is not None:
+            if "curvature" in state:
+                self.curvature.load_state_dict(state["curvature"], self.run.weights.parameters)
             self.curvature.scale_by(self.cost.factor)

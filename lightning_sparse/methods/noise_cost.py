@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_sparse.grouped import GroupedWeights
 from lightning_sparse.state import entry, is_factor
+from lightning_sparse.weights import Attachment, WeightStore
 
 FIRST = 8  # batches before the first verdict; the next ones come after twice as many each time
 RIGHT = 2.0  # H is left as it is up to a factor of that
@@ -43,16 +46,32 @@ class NoiseCost:
         self._batches: list[Tensor] = []  # since the last correction: twice the cost, measured and estimated; variance
         self._parts: list[Tensor] = []  # of this batch: measured, and its variance
         self._expected = torch.zeros(())
+        self._masked: dict[str, Tensor] = {}  # Var s of the weights that masks multiply in this batch, by name
+
+    def attach(self, weights: WeightStore | GroupedWeights, attachment: Attachment) -> None:
+        """Observe the gradients of weights, before a mask multiplies them."""
+        for name in weights.parameters:
+            attachment.on_gradient(name, partial(self._on_gradient, weights, name))
 
     # -- a batch -----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(self, noisy: list[tuple[Tensor, ...]]) -> None:
-        """Measure this batch, in which weights have noise: each parameter's w, H and Var s."""
+    def begin(self, noisy: list[tuple[Tensor, ...]], masked: Mapping[str, Tensor] | None = None) -> None:
+        """Measure this batch, in which weights have noise: each parameter's w, H and Var s.
+
+        ``masked`` is Var s, by name, of the weights that masks multiply. The noise on outputs is observed as it is added.
+        """
+        self._masked = dict(masked or {})
         estimated = [(w * w * curvature * variance).sum(dtype=torch.float32) for w, curvature, variance in noisy]
         self.active, self._parts = bool(estimated), []
         if estimated:
             self._expected = torch.stack([part.to(estimated[0].device) for part in estimated]).sum()
+
+    @torch.no_grad()
+    def _on_gradient(self, weights: WeightStore | GroupedWeights, name: str, grad: Tensor) -> None:
+        if self.active and name in self._masked:
+            live = weights.live(name)
+            self.add(weights.parameters[name].detach() - live, grad, self._masked[name] * live * live)
 
     def observe(self, noisy: Tensor, noise: Tensor) -> None:
         """Observe a tensor of the network that ``noise`` was added to."""
@@ -69,7 +88,7 @@ class NoiseCost:
 
     def cancel(self) -> None:
         """Leave this batch out."""
-        self.active, self._parts = False, []
+        self.active, self._parts, self._masked = False, [], {}
 
     @torch.no_grad()
     def end(self, scale: float, mean: Callable[[Tensor], Tensor] | None) -> str:

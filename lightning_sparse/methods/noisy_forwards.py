@@ -16,6 +16,11 @@ from lightning_sparse.noise import generator_for
 from lightning_sparse.state import are_names, entry, is_count
 from lightning_sparse.weights import Attachment
 
+WHOLE_BECAUSE = (
+    "FSDP2 gathers the weights anew for each forward and backward and adds up their gradients before a mask of this process could "
+    "multiply them"
+)
+
 
 class Source(Protocol):
     """Draws the noise."""
@@ -86,19 +91,19 @@ class NoisyForwards:
         return True
 
     @torch.no_grad()
-    def draw(self) -> None:
-        """Draw new noise: on the weights at once, on the outputs of layers at each of their forwards."""
+    def draw(self, noisy: bool = True) -> None:
+        """Draw new noise: on the weights at once, on the outputs of layers at each of their forwards.
+
+        Without ``noisy`` there is none, but the random streams of the next draw are in use.
+        """
+        self.draws, self._calls, self.noise_active = self.draws + 1, {}, noisy
         weights = self.run.weights
-        if weights.attachment is None or not weights.parameters:
+        if not noisy or weights.attachment is None or not weights.parameters:
             return
         for name in self.layers:
             if name in self.trained:
                 self.source.prepare_outputs(name)
         self.source.draw_weights([n for n in weights.parameters if n in self.trained and n not in self.layers], weights.attachment)
-
-    def next_draw(self, noisy: bool = True) -> None:
-        """Use the random streams of another draw from here on; without ``noisy`` the outputs of layers get none."""
-        self.draws, self._calls, self.noise_active = self.draws + 1, {}, noisy
 
     def stream(self, index: int, call: int = 0) -> torch.Generator:
         """Return the generator of one parameter (and call of its layer) in this batch, equal in a recomputed forward."""
