@@ -196,10 +196,6 @@ class GroupedWeights:
         """Return the sizes of the live weights' groups."""
         return self.groups.size(leader, self.real.live)
 
-    def all_live(self) -> dict[str, Tensor]:
-        """Return the sizes of all groups."""
-        return {leader: self.live(leader) for leader in self._sizes}
-
     def gradients(self) -> list[Tensor]:
         """Return the gradients of the weights."""
         return self.real.gradients()
@@ -221,15 +217,12 @@ class GroupedWeights:
     @torch.no_grad()
     def before_optimizer(self, method: Any, step: Any) -> None:
         """Call the method's ``before_optimizer`` on sizes, and add what it adds to their gradients to those of the weights."""
-        inner, pairs = self._step(step), {leader: self._trained(leader) for leader in self._sizes}
-        for leader, size, _ in inner.members:
-            size.data.copy_(self.live(leader))
-            size.grad = torch.zeros_like(size) if pairs[leader] else None
+        inner = self._step(step)
         method.before_optimizer(inner)
         for leader, size, _ in inner.members:
             if size.grad is not None and bool(elementwise.local_part(size.grad).any()):
                 pull = elementwise.map_shards(ratio, size.grad, size)
-                for part, parameter in pairs[leader]:
+                for part, parameter in self._trained(leader):
                     w = self.real.live(part.name)
                     grad, own, spread = map(elementwise.local_part, (parameter.grad, w, part.spread(pull, w, 0.0)))
                     grad.addcmul_(own.to(grad.dtype), spread.to(grad.dtype))
@@ -238,12 +231,8 @@ class GroupedWeights:
     @torch.no_grad()
     def after_optimizer(self, method: Any, step: Any) -> None:
         """Call the method's ``after_optimizer`` on sizes, and multiply the weights by the ratio of what it makes of them."""
-        inner, before = self._step(step), {}
-        for leader, size, _ in inner.members:
-            trained = self._trained(leader)
-            before[leader] = self.live(leader)
-            size.data.copy_(before[leader])
-            size.grad = torch.zeros_like(size) if trained else None
+        inner = self._step(step)
+        before = {leader: size.detach().clone() for leader, size, _ in inner.members}
         method.after_optimizer(inner)
         for leader, size, _ in inner.members:
             if not torch.equal(*map(elementwise.local_part, (size.detach(), before[leader]))):
@@ -254,7 +243,12 @@ class GroupedWeights:
             size.grad = None
 
     def _step(self, step: Any) -> Any:
-        return replace(step, members=self.members(step.optimizer), live=self.live, sizes=GroupStepSizes(step.sizes, self))
+        """Return the step on sizes: those of the live weights, with a gradient of zeros where the weights have one."""
+        members = self.members(step.optimizer)
+        for leader, size, _ in members:
+            size.data.copy_(self.live(leader))
+            size.grad = torch.zeros_like(size) if self._trained(leader) else None
+        return replace(step, members=members, live=self.live, sizes=GroupStepSizes(step.sizes, self))
 
 
 def mean_rate(
