@@ -66,12 +66,8 @@ class Curvature(metaclass=Constructed):
     ) -> None:
         self.decay = _checks.between("decay", decay, 0, 1, closed="l")
         self.every, self.samples = _checks.whole("every", every, 1), _checks.whole("samples", samples, 1)
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        self.reduction: Reduction = reduction
-        if labels is not None and not callable(labels):
-            labels = _checks.whole("labels", labels, 1)
-        self.labels = labels
+        self.reduction = cast(Reduction, _checks.one_of("reduction", reduction, ("mean", "sum")))
+        self.labels = labels if labels is None or callable(labels) else _checks.whole("labels", labels, 1)
         self.reset()
 
     def settings(self) -> dict[str, Any]:
@@ -91,14 +87,14 @@ class Curvature(metaclass=Constructed):
         self._calls: dict[str, int] = {}  # of each layer in the batch that is being recorded
         self._done: set[str] = set()  # what an earlier backward of this batch gave an estimate for
         self._active = False
-        self._due, self._step = False, -1  # this batch's update is of all weights
+        self.is_due, self._step = False, -1  # this batch's update is of all weights
         self._met: set[str] = set()  # weights that the update of this step has an estimate for
         self._missed: set[str] = set()  # those that the last one had none for: the next batch that uses them makes up for it
         self._scale, self._batch = 1.0, 1
         self._count: LabelCount | None = None  # of a batch that was seen whole
         self._graphs: dict[int, Tensor] = {}  # by number of rows: the sample of each row, where samples are graphs
         self._doubt = ""
-        self._doubt_told = self._fault_told = False
+        self._told: set[str] = set()  # kinds of warnings
         self.fault = ""  # why H is not what it should be, once that was found
         self.generator: torch.Generator | None = None
         self._groups: GroupCurvature | None = None  # of weights that are masked together
@@ -114,17 +110,12 @@ class Curvature(metaclass=Constructed):
 
     def begin(self, step: int, batch: int = 1, scale: float = 1.0) -> None:
         """Before a batch: record it if ``step`` is due. ``scale`` is what the loss was multiplied by before backward."""
-        self._due, self._batch, self._scale = step % self.every == 0, max(batch, 1), scale
-        self._active = self._due or bool(self._missed)
+        self.is_due, self._batch, self._scale = step % self.every == 0, max(batch, 1), scale
+        self._active = self.is_due or bool(self._missed)
         if step != self._step:
             self._step, self._met = step, set()
         self._count, self._graphs = None, {}  # ``batch`` is all that is known
         self._done.clear()
-
-    @property
-    def is_due(self) -> bool:
-        """This batch's update is of all weights."""
-        return self._due
 
     def observe_batch(self, batch: Any) -> None:
         """After :meth:`begin`: the batch itself, which tells how many labels it has where the loss does not."""
@@ -140,22 +131,18 @@ class Curvature(metaclass=Constructed):
 
     def new_warnings(self) -> list[str]:
         """Return what the user should know of the estimate and was not told before."""
-        name, found = type(self).__name__, []
-        if self._doubt and not self._doubt_told:
-            self._doubt_told = True
-            found.append(
-                f"{name} cannot read from the loss how many labels it averages over; {self._doubt}. If that is wrong, masks are "
-                f"as much too strong: give the labels a sample, such as curvature={name}(labels=128), or a function of the batch that "
-                "counts them; in manual optimisation call self.manual_backward(loss)"
-            )
-        if self.fault and not self._fault_told:
-            self._fault_told = True
-            found.append(
-                f"{name} draws gradients for this loss, but {self.fault}. H then comes from the "
-                "training gradients, which vanish with the residual of a squared loss, and noise is stronger than it should be: use "
-                "ReweightedPenalty, or a network without compiled parts and reentrant checkpoints"
-            )
-        return found
+        name = type(self).__name__
+        texts = {
+            "doubt": f"{name} cannot read from the loss how many labels it averages over; {self._doubt}. If that is wrong, masks are "
+            f"as much too strong: give the labels a sample, such as curvature={name}(labels=128), or a function of the batch that "
+            "counts them; in manual optimisation call self.manual_backward(loss)",
+            "fault": f"{name} draws gradients for this loss, but {self.fault}. H then comes from the "
+            "training gradients, which vanish with the residual of a squared loss, and noise is stronger than it should be: use "
+            "ReweightedPenalty, or a network without compiled parts and reentrant checkpoints",
+        }
+        new = {kind for kind, why in (("doubt", self._doubt), ("fault", self.fault)) if why} - self._told
+        self._told |= new
+        return [texts[kind] for kind in sorted(new)]
 
     def label_count(self) -> float:
         """The labels that this batch's loss averages over."""
@@ -192,7 +179,7 @@ class Curvature(metaclass=Constructed):
         if active and not more:
             self._met |= self._done
             self._missed -= self._done
-            if self._due and parameters:
+            if self.is_due and parameters:
                 self._missed = {name for name, p in parameters.items() if p.requires_grad and name not in self._met}
         self._pending.clear()
         self._calls.clear()
@@ -203,13 +190,11 @@ class Curvature(metaclass=Constructed):
         """What was recorded, now that backward has told how many labels there are."""
         for name, squares in () if self._groups is None else self._groups.settled().items():
             self._add_squares(name, *squares)
-        if not any(isinstance(part, _Squares) for part in self._pending.values()):
-            return dict(self._pending)  # type: ignore[arg-type]
-        count, settled = self.label_count(), {}
-        for name, part in self._pending.items():
-            value = part.value * (count * part.rows / part.used) / self._scale**2 if isinstance(part, _Squares) else part
-            settled[name] = value
-        return settled
+        count = self.label_count() if any(isinstance(part, _Squares) for part in self._pending.values()) else 1.0
+        return {
+            name: part.value * (count * part.rows / part.used) / self._scale**2 if isinstance(part, _Squares) else part
+            for name, part in self._pending.items()
+        }
 
     def _agreed(self, recorded: Mapping[str, Tensor], reduce: Reduce, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The mean over the ranks that recorded something, name by name in an order that all ranks share."""
@@ -250,7 +235,7 @@ class Curvature(metaclass=Constructed):
 
     def _wants(self, name: str) -> bool:
         """This batch's gradient of a weight is to be recorded."""
-        return self._active and name not in self._done and (self._due or name in self._missed)
+        return self._active and name not in self._done and (self.is_due or name in self._missed)
 
     def _add(self, name: str, value: Tensor) -> None:
         """``value`` is H_jj of this batch, times the square of what the loss was multiplied by."""
@@ -264,15 +249,6 @@ class Curvature(metaclass=Constructed):
             if used:  # a layer that got no rows tells nothing
                 self._pending[name] = _Squares(value, rows, used)
             self._calls[name] = self._calls.get(name, 0) + 1
-
-    def _attach_fallback(self, attachment: Attachment) -> None:
-        for name in attachment.parameters if self._groups is None else ():  # groups record their own
-            attachment.on_gradient(name, partial(self._on_gradient, name))
-
-    def _on_gradient(self, name: str, grad: Tensor) -> None:
-        if self._wants(name) and self._calls.get(name, 0) != 1:  # one call was read at the layer, before this gradient came
-            self._pending.pop(name, None)
-            self._add_squares(name, grad.detach() ** 2)
 
 
 def calibrated(eta: Tensor, curvature: Tensor, lam: float | Tensor, ceiling: float) -> Tensor:
@@ -301,7 +277,8 @@ class EmpiricalFisher(Curvature):
         for name, layer in self._observed(module, attachment).items():
             attachment.on_forward(layer, partial(self._on_forward, name))
         self._parameters.update(attachment.parameters if self._groups is None else self._groups.parameters)
-        self._attach_fallback(attachment)
+        for name in attachment.parameters if self._groups is None else ():  # groups record their own
+            attachment.on_gradient(name, partial(self._on_gradient, name))
 
     def reset(self) -> None:
         super().reset()
@@ -351,11 +328,13 @@ class EmpiricalFisher(Curvature):
         return not (self._is_drawn and self._groups is not None) and super()._wants(name)
 
     def _on_gradient(self, name: str, grad: Tensor) -> None:
-        if not self._is_drawn:
-            super()._on_gradient(name, grad)
+        if not self._is_drawn and self._wants(name) and self._calls.get(name, 0) != 1:  # one call was read at the layer, before this
+            self._pending.pop(name, None)
+            self._add_squares(name, grad.detach() ** 2)
 
     def _on_output_gradient(self, name: str, layer: nn.Module, x: Tensor, grad: Tensor) -> None:
-        if self._is_sequence_first(layer, x):
+        # (T, B, ...) of a batch of B samples, told by the length of the batch's own first tensor, unless T = B
+        if isinstance(layer, nn.Linear) and x.dim() > 2 and len(x) != self._batch == x.shape[1]:
             x, grad = x.transpose(0, 1), grad.transpose(0, 1)
         if x.dim() < (2 if isinstance(layer, nn.Linear) else cast(nn.Parameter, layer.weight).dim()):  # one sample, not in a batch
             x, grad = x[None], grad[None]
@@ -369,7 +348,3 @@ class EmpiricalFisher(Curvature):
 
     def _wants_layer(self, name: str) -> bool:
         return self._wants(name) if self._groups is None else self._groups.wants_layer(name)
-
-    def _is_sequence_first(self, layer: nn.Module, x: Tensor) -> bool:
-        """(T, B, ...) of a batch of B samples: seen by the length of the batch's own first tensor, unless T = B."""
-        return isinstance(layer, nn.Linear) and x.dim() > 2 and len(x) != self._batch == x.shape[1]

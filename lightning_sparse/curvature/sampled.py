@@ -50,14 +50,11 @@ class SampledFisher(EmpiricalFisher):
         self._drawn: float = 1  # labels in the loss that they were drawn for
 
     def attach(self, module: nn.Module, attachment: Attachment) -> None:
-        known = self._observed(module, attachment)
         modules = dict(module.named_modules())
         if self.output not in modules:
             raise ValueError(f"curvature output {self.output!r} is no module of the model{_checks.closest(self.output, modules)}")
-        for name, layer in known.items():
-            attachment.on_forward(layer, partial(self._on_forward, name))
+        super().attach(module, attachment)
         attachment.on_forward(modules[self.output], lambda layer, inputs, output: self._on_prediction(output))
-        self._attach_fallback(attachment)
 
     def _on_forward(self, name: str, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         if self._wants_layer(name) and output.requires_grad and layer.weight.requires_grad:
