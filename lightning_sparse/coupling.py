@@ -77,7 +77,7 @@ def groups(
     Raises ImportError without torch-pruning, ValueError for a module that cannot be called or traced, and for quantised or
     parametrised weights.
     """
-    _refuse_unfit(module)
+    surgery.refuse_uncuttable(module)
     model, inputs = prepare(module, example_inputs, allow_branches)
     _check_named(named, model)
     axes = [[members] for members in _by_axis(named).values()]
@@ -116,10 +116,9 @@ def _recurrent(model: nn.Module) -> str:
 def kept(module: nn.Module, removed: Iterable[Group]) -> tuple[dict[str, dict[int, list[int]]], dict[str, int]]:
     """Return what stays when groups are removed: indices {tensor: {dim: kept}}, and attributes {dotted name: value}."""
     known = surgery.tensors(module)
-    gone = indices(removed)
     stays = {
         name: {dim: [i for i in range(known[name].shape[dim]) if i not in taken] for dim, taken in dims.items()}
-        for name, dims in gone.items()
+        for name, dims in indices(removed).items()
     }
     sizes: dict[str, int] = {}
     for group in removed:
@@ -151,23 +150,6 @@ def _keys(group: Group) -> Iterator[tuple[str, int, int]]:
 
 def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _refuse_unfit(module: nn.Module) -> None:
-    """Raise ValueError for weights that cannot be cut: quantised, parametrised, lazy or under torch.nn.utils.prune."""
-    for name, part in module.named_modules():
-        where = f"{name or 'the module'} ({type(part).__module__}.{type(part).__name__})"
-        if ".quantized" in type(part).__module__ or ".quantization" in type(part).__module__:
-            raise ValueError(f"{where} is quantised and cannot be cut: shrink the network first, then quantise it")
-        if hasattr(part, "parametrizations"):
-            raise ValueError(f"{where} computes its weight: call torch.nn.utils.parametrize.remove_parametrizations first")
-        if masked := [leaf for leaf in vars(part).get("_buffers", {}) if leaf.endswith("_mask") and hasattr(part, f"{leaf[:-5]}_orig")]:
-            raise ValueError(f"{where} is under torch.nn.utils.prune: call torch.nn.utils.prune.remove(module, {masked[0][:-5]!r}) first")
-    for name, parameter in module.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            raise ValueError(f"{name} has no shape yet: call the module once on the example inputs")
-        if not (parameter.is_floating_point() or parameter.is_complex()) or parameter.is_quantized:
-            raise ValueError(f"{name} is {parameter.dtype} (quantised weights cannot be cut): shrink the network before it is quantised")
 
 
 class _Watch(TorchDispatchMode):
@@ -304,11 +286,10 @@ def _proved(proof: _Proof, axes: list[list[list[Group]]]) -> list[Group]:
         for i, why in zip(left, proof.reasons([axes[i][choice] for i in left]), strict=True):
             if i not in done or not why:
                 done[i] = [replace(group, reason=why) for group in axes[i][choice]]
-    good: list[Group] = []
     exact = [i for i in done if done[i][0].exact]
-    if not proof.compare([group for i in exact for group in _half(done[i])]):
-        return [group for members in done.values() for group in members]
-    for i in exact:  # axes that are exact alone and not together: keep the first ones
+    good: list[Group] = []
+    fails = proof.compare([group for i in exact for group in _half(done[i])])
+    for i in exact if fails else ():  # axes that are exact alone and not together: keep the first ones
         if why := proof.compare([*good, *_half(done[i])]):
             done[i] = [replace(group, reason=f"together with other axes {why}") for group in done[i]]
         else:

@@ -32,6 +32,23 @@ def duplicate(module: nn.Module, share: bool = False) -> Any:
             vars(part)[name] = value
 
 
+def refuse_uncuttable(module: nn.Module) -> None:
+    """Raise ValueError for weights that cannot be cut: quantised, parametrised, lazy or under torch.nn.utils.prune."""
+    for name, part in module.named_modules():
+        where = f"{name or 'the module'} ({type(part).__module__}.{type(part).__name__})"
+        if ".quantized" in type(part).__module__ or ".quantization" in type(part).__module__:
+            raise ValueError(f"{where} is quantised and cannot be cut: shrink the network first, then quantise it")
+        if hasattr(part, "parametrizations"):
+            raise ValueError(f"{where} computes its weight: call torch.nn.utils.parametrize.remove_parametrizations first")
+        if masked := [leaf for leaf in vars(part).get("_buffers", {}) if leaf.endswith("_mask") and hasattr(part, f"{leaf[:-5]}_orig")]:
+            raise ValueError(f"{where} is under torch.nn.utils.prune: call torch.nn.utils.prune.remove(module, {masked[0][:-5]!r}) first")
+    for name, parameter in module.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(f"{name} has no shape yet: call the module once on the example inputs")
+        if not (parameter.is_floating_point() or parameter.is_complex()) or parameter.is_quantized:
+            raise ValueError(f"{name} is {parameter.dtype} (quantised weights cannot be cut): shrink the network before it is quantised")
+
+
 def tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name, tied ones under each of their names."""
     return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
