@@ -71,8 +71,3 @@ class AdaptiveMask(Sparsifier):
 
     def _make_method(self, penalty: Penalty) -> Mask:
         return Mask(penalty, self.noise, self.curvature, self.ceiling, self.alpha_min, self.remainder)
-
-    @property
-    def _bypassed(self) -> set[str]:
-        """Names of the weights that get the noise themselves, because the forward of their layer is not called."""
-        return self.method.forwards.bypassed

@@ -7,6 +7,7 @@ from typing import Any
 from torch.nn import Parameter
 
 from lightning_sparse import methods
+from lightning_sparse.callbacks.form import forwarded
 from lightning_sparse.callbacks.sparsifier import Sparsifier
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.schedules import Schedule
@@ -27,7 +28,7 @@ class EtaTrick(Sparsifier):
     """
 
     method_type, own_arguments = methods.EtaTrick, ("learned_lr", "keep_start")
-    method: methods.EtaTrick
+    learned: dict[str, Parameter] = forwarded("method.learned.values", "The log eta of each weight, by parameter name.")
 
     def __init__(
         self,
@@ -43,8 +44,3 @@ class EtaTrick(Sparsifier):
 
     def _make_method(self, penalty: Penalty) -> methods.EtaTrick:
         return methods.EtaTrick(penalty, self.strength.schedule.lam, self.learned_lr, self.keep_start, self.strength.target is not None)
-
-    @property
-    def learned(self) -> dict[str, Parameter]:
-        """Return the log eta of each weight, by parameter name."""
-        return self.method.learned.values

@@ -36,7 +36,7 @@ from lightning_sparse.support import Support
 from lightning_sparse.weights import Attachment, WeightStore
 
 
-def _forwarded(path: str, doc: str) -> Any:
+def forwarded(path: str, doc: str) -> Any:
     """Return a read-only property for an attribute of a collaborator."""
     return property(attrgetter(path), doc=doc)
 
@@ -88,6 +88,7 @@ class SparsityCallback(AnyCallback, metaclass=Constructed):
     _forms: ClassVar[dict[str, type[SparsityCallback]]] = {}  # this package's callbacks by name, for conversion
     sample: ClassVar[dict[str, str]] = {"penalty": "penalties.LogSum(eps=2.0)", "lam": "1e-3"}  # a call, for errors
     own_arguments: ClassVar[tuple[str, ...]] = ()  # attributes that hold the arguments beyond the shared ones
+    fills: ClassVar[tuple[str, ...]] = ()  # shared arguments that a class sets itself
 
     def __init__(
         self,
@@ -151,20 +152,20 @@ class SparsityCallback(AnyCallback, metaclass=Constructed):
     threshold: float | None = _option("threshold", "The magnitude up to which weights are zero.")
     gap_samples: int = _option("gap_samples", "Masks drawn for the duality gap.")
     keep_zeros: bool = _option("keep_zeros", "Whether weights that are zero at the start stay zero.")
-    target_sparsity: float | None = _forwarded("options.target_sparsity", "The share of zeros to reach.")
+    target_sparsity: float | None = forwarded("options.target_sparsity", "The share of zeros to reach.")
     finish: str = _option("finish", "What to do if training ends before the target is met.")
     score: Score | None = _option("score", "The score that ranks weights to remove.")
     least_kept: float = _option("least_kept", "The share of each parameter's weights that ranking keeps.")
-    structure: Structure = _forwarded("options.structure", "Which weights are zero together.")
-    compile: bool = _forwarded("options.compile", "Whether kernels are compiled.")
-    penalty: Penalty = _forwarded("method.penalty", "The penalty whose eta_hat is used.")
-    schedule: Schedule = _forwarded("strength.schedule", "The schedule of lam.")
-    lam: float = _forwarded("strength.lam", "The strength in force; before a fit the schedule's final value.")
-    step: int = _forwarded("strength.step", "The callback's own optimiser steps so far.")
-    total: float = _forwarded("strength.total", "The run's optimiser steps; inf where unknown.")
-    frozen: bool = _forwarded("support.is_frozen", "Whether the support no longer changes.")
-    ascent: TargetSparsity | None = _forwarded("strength.target", "The search for lam towards a target; None without a target.")
-    attachment: Attachment | None = _forwarded("weights.attachment", "The hooks on the module during a fit.")
+    structure: Structure = forwarded("options.structure", "Which weights are zero together.")
+    compile: bool = forwarded("options.compile", "Whether kernels are compiled.")
+    penalty: Penalty = forwarded("method.penalty", "The penalty whose eta_hat is used.")
+    schedule: Schedule = forwarded("strength.schedule", "The schedule of lam.")
+    lam: float = forwarded("strength.lam", "The strength in force; before a fit the schedule's final value.")
+    step: int = forwarded("strength.step", "The callback's own optimiser steps so far.")
+    total: float = forwarded("strength.total", "The run's optimiser steps; inf where unknown.")
+    frozen: bool = forwarded("support.is_frozen", "Whether the support no longer changes.")
+    ascent: TargetSparsity | None = forwarded("strength.target", "The search for lam towards a target; None without a target.")
+    attachment: Attachment | None = forwarded("weights.attachment", "The hooks on the module during a fit.")
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -233,7 +234,8 @@ class SparsityCallback(AnyCallback, metaclass=Constructed):
 
     def settings(self) -> dict[str, Any]:
         """Return all arguments, from which the callback can be created again."""
-        return self._shared() | self._compile_setting(type(self)) | self.own_settings()
+        every = self._shared() | self._compile_setting(type(self)) | self.own_settings()
+        return {name: value for name, value in every.items() if name not in self.fills}
 
     def __repr__(self) -> str:
         settings = self.settings()

@@ -8,6 +8,7 @@ from typing import Any
 from torch.nn import Parameter
 
 from lightning_sparse import methods, penalties
+from lightning_sparse.callbacks.form import forwarded
 from lightning_sparse.callbacks.options import start_of
 from lightning_sparse.callbacks.sparsifier import Sparsifier
 from lightning_sparse.duality import Penalty
@@ -37,8 +38,8 @@ class HardConcrete(Sparsifier):
     """
 
     method_type, own_arguments = methods.HardConcrete, ("beta", "gamma", "zeta", "learned_lr", "log_start")
-    fills = ("penalty",)  # arguments of the base that this class sets itself
-    method: methods.HardConcrete
+    fills = ("penalty",)
+    learned: dict[str, Parameter] = forwarded("method.learned.values", "The log alpha of each weight, by parameter name.")
 
     def __init__(
         self,
@@ -58,11 +59,3 @@ class HardConcrete(Sparsifier):
 
     def _make_method(self, penalty: Penalty) -> methods.HardConcrete:
         return methods.HardConcrete(penalty, Gate(self.beta, self.gamma, self.zeta), self.learned_lr, self.log_start)
-
-    def settings(self) -> dict[str, Any]:
-        return {name: value for name, value in super().settings().items() if name != "penalty"}
-
-    @property
-    def learned(self) -> dict[str, Parameter]:
-        """Return the log alpha of each weight, by parameter name."""
-        return self.method.learned.values

@@ -27,7 +27,7 @@ class Sparsify(Sparsifier):
     """
 
     method_type, own_arguments, sample = Proximal, (), {"target_sparsity": "0.9"}
-    fills = ("penalty", "lam")  # arguments of the base that are not this class's
+    fills = ("penalty", "lam")
     instead = {"lam": "use ReweightedPenalty or AdaptiveProx for a strength"}  # for errors
 
     def __init__(self, target_sparsity: float, **options: Any) -> None:
@@ -38,9 +38,6 @@ class Sparsify(Sparsifier):
 
     def _make_method(self, penalty: Penalty) -> Proximal:
         return Proximal(penalty, exact=True, bounded=True)  # because first gradients may be tiny
-
-    def settings(self) -> dict[str, Any]:
-        return {name: value for name, value in super().settings().items() if name not in self.fills}
 
     def _shared(self) -> dict[str, Any]:
         return super()._shared() | {"lam": None}  # because it is found

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch.nn import Parameter
 
 from lightning_sparse import methods, penalties
-from lightning_sparse.callbacks.form import SparsityCallback
+from lightning_sparse.callbacks.form import SparsityCallback, forwarded
 from lightning_sparse.callbacks.sparsifier import Sparsifier
 from lightning_sparse.duality import Penalty
 from lightning_sparse.per_label import PerLabel
@@ -49,8 +49,9 @@ class VariationalDropout(Sparsifier):
     """
 
     method_type, own_arguments = methods.VariationalDropout, ("prior", "noise", "learned_lr", "log_start")
-    fills = ("penalty", "lam")  # arguments of the base that are not this class's
+    fills = ("penalty", "lam")
     method: methods.VariationalDropout
+    learned: dict[str, Parameter] = forwarded("method.learned.values", "The log eta, or log sigma, of each weight, by parameter name.")
 
     def __init__(
         self,
@@ -76,8 +77,7 @@ class VariationalDropout(Sparsifier):
         return super()._shared() | {"penalty": self.method.penalty}  # that of the weight that was found
 
     def settings(self) -> dict[str, Any]:
-        shared = {name: value for name, value in super().settings().items() if name not in ("penalty", "lam")}
-        return {"kl_weight": None if self._finds_weight else self.schedule, **shared}
+        return {"kl_weight": None if self._finds_weight else self.schedule, **super().settings()}
 
     def _convert(self, name: str, changes: dict[str, Any]) -> SparsityCallback:
         if self.method.per_label is not None and self.method.per_label.is_open and "lam" not in changes:
@@ -86,8 +86,3 @@ class VariationalDropout(Sparsifier):
                 "give lam=, or kl_weight: 1 / the number of labels in the training set"
             )
         return super()._convert(name, changes)
-
-    @property
-    def learned(self) -> dict[str, Parameter]:
-        """The log eta, or log sigma, of each weight, by parameter name."""
-        return self.method.learned.values

@@ -150,11 +150,6 @@ class NoisyForwards:
             self.run.weights.attachment.disable_forward_hooks()
         self._calls, self.noise_active = {}, False
 
-    @property
-    def bypassed(self) -> set[str]:
-        """Names of the weights that get the noise themselves, because the forward of their layer is not called."""
-        return self._bypassed
-
     # -- state -----------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
