@@ -49,7 +49,7 @@ class BestAfterTarget(AnyCallback, metaclass=Constructed):
         peers = peers_of(trainer)
         if not peers:
             raise ValueError("BestAfterTarget needs a sparsity callback, but the Trainer has none; add one")
-        if self.target_sparsity is None and all(best.target_of(peer) is None for peer in peers):
+        if self.target_sparsity is None and all(peer.target_sparsity is None for peer in peers):
             names = ", ".join(type(peer).__name__ for peer in peers)
             raise ValueError(f"{names} has no target sparsity to wait for; give one, for example BestAfterTarget(target_sparsity=0.9)")
 

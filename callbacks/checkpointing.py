@@ -12,18 +12,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_sparse import _checks, elementwise, schedules, step_sizes
-from lightning_sparse.callbacks.form import SparsityCallback, peers_of
+from lightning_sparse.callbacks.form import peers_of
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.progress import choose, fits, saved_values
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.callbacks.weight_averaging import Averages
 from lightning_sparse.methods.base import Method
-from lightning_sparse.optimizer import ClipFactor
 from lightning_sparse.state import are_masks, are_tensors, entry, is_count, is_factor, is_flag, is_share, is_whole, short
 from lightning_sparse.step import Clock
-from lightning_sparse.step_sizes import StepSizes
 from lightning_sparse.support import Support
-from lightning_sparse.weights import WeightStore
 
 LATER = ("score", "least_kept", "structure")  # arguments that states of earlier releases do not name
 VERSION = 1  # version of the state; files of 0.1 have none
@@ -36,18 +33,9 @@ class CheckpointState:
     A file holds thresholded weights; the state holds their live values at the zeros (``taken``), so that a resumed run is exact.
     """
 
-    def __init__(
-        self,
-        options: Options,
-        method: Method,
-        weights: WeightStore,
-        support: Support,
-        clock: Clock,
-        clipping: ClipFactor,
-        sizes: StepSizes,
-    ) -> None:
-        self.options, self.method, self.weights, self.support = options, method, weights, support
-        self.clock, self.strength, self.clipping, self.sizes = clock, clock.strength, clipping, sizes
+    def __init__(self, options: Options, method: Method, support: Support, clock: Clock) -> None:
+        self.options, self.method, self.support, self.clock = options, method, support, clock
+        self.weights, self.strength, self.clipping, self.sizes = support.weights, support.strength, support.clipping, support.sizes
         self.restored: dict[str, Any] | None = None  # from a file, or from the last fit
         self.applied = False  # it was restored
         self.planned: float | None = None  # the run's length when it was saved
@@ -189,14 +177,20 @@ def callbacks_of(checkpoint: Mapping[str, Any]) -> dict[Any, Any]:
     return states
 
 
-def own_state(checkpoint: Mapping[str, Any], key: str, patterns: list[str] | None, trainer: Trainer, module: LightningModule) -> Any:
-    """Return the state under ``key``, else that of another sparsity callback for the same parameters; empty if there is none."""
+def own_state(checkpoint: Mapping[str, Any], key: str, options: Options, trainer: Trainer, module: LightningModule) -> Any:
+    """Return the state under ``key``, else that of another sparsity callback for the same parameters; empty if there is none.
+
+    Of another selection's states it is said that they are not used.
+    """
     states = callbacks_of(checkpoint)
-    others = (state for state in states.values() if fits(patterns, trainer, module, state))
-    return states[key] if key in states else next(others, {})
+    others = (state for state in states.values() if fits(options.select, trainer, module, state))
+    found = states[key] if key in states else next(others, {})
+    if not found:
+        _report_other_selection(states, options, trainer, module)
+    return found
 
 
-def check_other_selection(states: Mapping[str, Any], callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> None:
+def _report_other_selection(states: Mapping[str, Any], options: Options, trainer: Trainer, module: LightningModule) -> None:
     """Report, for a fit resumed by a callback that has no state in the file, a state of another selection that it does not continue.
 
     Raises ValueError for a state of the callback's class: its ramp, its zeros and the values below them would be lost. Warns once of one of
@@ -209,17 +203,16 @@ def check_other_selection(states: Mapping[str, Any], callback: SparsityCallback,
             continue
         if not saved_values(state) or not _is_recipe(recipe := state.get("recipe")) or not isinstance(recipe["init_args"], dict):
             continue
-        form, own_form = recipe["class_path"], callback.options.form
-        before, now = (_selection(select) for select in (recipe["init_args"].get("select"), callback.options.select))
-        odd = sorted(set(saved_values(state)) ^ set(choose(callback.options.select, trainer, module)))
-        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-        differs = f"{before}, and {own_form} has {now}: they differ in {odd[:5]}{more}"
+        form, own_form = recipe["class_path"], options.form
+        before, now = (_selection(select) for select in (recipe["init_args"].get("select"), options.select))
+        odd = sorted(set(saved_values(state)) ^ set(choose(options.select, trainer, module)))
+        differs = f"{before}, and {own_form} has {now}: they differ in {odd[:5]}{_checks.more(odd)}"
         if form == own_form and before != now and odd:
             raise ValueError(
                 f"the checkpoint's {form} was written with {differs}. Resume with the same selection; to train another one, load the "
                 "weights into the module and fit it without ckpt_path"
             )
-        if form != own_form and callback is next((peer for peer in peers if not states.get(peer.state_key)), None):
+        if form != own_form and options is next((peer.options for peer in peers if not states.get(peer.state_key)), None):
             rank_zero_warn(
                 f"the state of {form} in the checkpoint was not used, because it was written with {differs}. {own_form} starts anew from "
                 "the loaded weights; to continue the ramp and the zeros, resume with the same selection"

@@ -11,15 +11,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_sparse import counts, coverage, duality, reach
+from lightning_sparse import _checks, counts, coverage, duality, reach
 from lightning_sparse.callbacks.compatibility import is_a, overrides
 from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.options import Options
-from lightning_sparse.callbacks.progress import choose
+from lightning_sparse.callbacks.progress import choose, unfreezes
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
+from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.methods.base import Method
 from lightning_sparse.schedules import NEAR
 from lightning_sparse.select import left_out, owners
@@ -34,14 +34,8 @@ MANY = 0.2  # share of zeros at the start from which it is logged that they are 
 # -- refused settings ------------------------------------------------------------------------------------------------------
 
 
-def check_setup(callback: SparsityCallback, trainer: Trainer) -> None:
-    """Refuse runs and settings that are not supported, before parameters are chosen."""
-    check_run(callback.options, callback.method, trainer)
-    check_reachable(callback.options, callback.method, callback.strength, callback.given)
-
-
-def check_run(options: Options, method: Method, trainer: Trainer) -> None:
-    """Refuse strategies that split parameters, and a duality gap where no loss is known."""
+def check_setup(options: Options, method: Method, strength: Strength, given: Penalty | MaskRule, trainer: Trainer) -> None:
+    """Refuse runs and settings that are not supported, before parameters are chosen: strategies, a duality gap without a loss."""
     form, strategy = options.form, trainer.strategy
     other = type(strategy).__name__
     if is_a(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
@@ -66,22 +60,22 @@ def check_run(options: Options, method: Method, trainer: Trainer) -> None:
         )
     if options.gap_samples and trainer.lightning_module is not None and not trainer.lightning_module.automatic_optimization:
         raise ValueError("gap_samples needs a training_step that returns its loss; manual optimisation has none: set gap_samples=0")
+    check_reachable(options, method, strength, given)
 
 
-def check_fit(callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> bool:
+def check_fit(options: Options, method: Method, weights: WeightStore, trainer: Trainer, module: LightningModule) -> bool:
     """Check parameters, optimisers and the method before training; return True if the method has warned of an optimiser."""
-    options, method, weights = callback.options, callback.method, callback.weights
     check_optimizers(options, weights, trainer.optimizers, module)
-    check_overlap(callback, trainer)
+    check_overlap(weights, trainer)
     warn_skipped(options, module)
-    warn_coverage(callback, trainer, module)
+    warn_coverage(options, weights, trainer, module)
     doubts = [method.check(optimizer, weights.members(optimizer)) for optimizer in trainer.optimizers]
     for doubt in filter(None, doubts):
         rank_zero_warn(doubt)
     return any(doubts)
 
 
-def check_reachable(options: Options, method: Method, strength: Strength, given: Any) -> None:
+def check_reachable(options: Options, method: Method, strength: Strength, given: Penalty | MaskRule) -> None:
     """Refuse a keep probability that never falls below ``tol``, unless a magnitude threshold is given."""
     near = method.penalty.eta_hat(torch.linspace(0, 1, 101, dtype=torch.float64))[0]
     alpha = float(duality.keep_probability(near, strength.schedule.lam))
@@ -99,13 +93,13 @@ def check_optimizers(options: Options, weights: WeightStore, optimizers: Iterabl
     updated = {name for optimizer in optimizers for name, *_ in weights.members(optimizer)}
     missing = [name for name, parameter in weights.parameters.items() if parameter.requires_grad and name not in updated]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         whole = dict.fromkeys(_below(name, missing, weights.parameters) for name in missing)
         left = [name for name in whole if name in weights.parameters]
         patterns = [pattern for pattern in whole if pattern not in left] + _patterns(left, module)
-        cure = f"exclude them with select={[*(options.select or []), *('!' + pattern for pattern in patterns)]}, or "
+        cure = f"exclude them with select={_excluding(options, patterns)}, or "
         rest = "" if len(missing) == len(weights.parameters) else cure
-        raise ValueError(f"no optimiser updates the selected {missing[:5]}{more}; {rest}add them to an optimiser in configure_optimizers")
+        names = f"{missing[:5]}{_checks.more(missing)}"
+        raise ValueError(f"no optimiser updates the selected {names}; {rest}add them to an optimiser in configure_optimizers")
 
 
 def _below(name: str, missing: list[str], selected: Iterable[str]) -> str:
@@ -125,32 +119,36 @@ def check_optimizer(form: str, kind: type[Any] | None) -> None:
         raise ValueError(f"{form} cannot work with LBFGS, which calls the closure several times a step; use a first-order optimiser")
 
 
-def check_overlap(callback: SparsityCallback, trainer: Trainer) -> None:
-    """Refuse two sparsity callbacks that select the same weight."""
-    for other in peers_of(trainer):
-        taken = {id(p) for p in other.parameters.values()} if other is not callback else set()
-        names = sorted(name for name, parameter in callback.parameters.items() if id(parameter) in taken)  # includes tied parameters
+def check_overlap(weights: WeightStore, trainer: Trainer) -> None:
+    """Refuse a weight that another sparsity callback has selected."""
+    for other in _others(weights, trainer):
+        taken = {id(parameter) for parameter in other.parameters.values()}
+        names = sorted(name for name, parameter in weights.parameters.items() if id(parameter) in taken)  # includes tied parameters
         if names:
             raise ValueError(f"two sparsity callbacks select {names[:5]}; give each callback its own weights with select=[...]")
 
 
-def check_target(callback: SparsityCallback, trainer: Trainer) -> None:
+def _others(weights: WeightStore, trainer: Trainer) -> list[SparsityCallback]:
+    """Return the run's sparsity callbacks but the one with these weights."""
+    return [peer for peer in peers_of(trainer) if peer.weights is not weights]
+
+
+def check_target(options: Options, support: Support, strength: Strength, trainer: Trainer) -> None:
     """Refuse a target below the share of zeros that keep_zeros=True keeps."""
-    search = callback.strength.target
-    if search is None or not callback.keep_zeros or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    search = strength.target
+    if search is None or not options.keep_zeros or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    if (zeros := callback.share_of_zeros()) > search.target + NEAR:
+    if (zeros := support.share_of_zeros()) > search.target + NEAR:
         raise ValueError(
             f"target_sparsity={search.target:g} is out of reach: {zeros:.2%} of the selected weights are zero already and "
             "keep_zeros=True keeps them at zero; raise the target, or set keep_zeros=False"
         )
 
 
-def check_reach(callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> None:
+def check_reach(options: Options, support: Support, trainer: Trainer, module: LightningModule) -> None:
     """Refuse a target above the share of the selected weights that the groups of a structure can make zero."""
-    options, support, target = callback.options, callback.support, callback.options.target_sparsity
-    grows = any(is_a(one, "BaseFinetuning") for one in trainer.callbacks)  # type: ignore[attr-defined] # because it unfreezes more
-    found = None if target is None or support.is_frozen or grows else reach.of(support)
+    target = options.target_sparsity
+    found = None if target is None or support.is_frozen or unfreezes(trainer) else reach.of(support)
     if target is None or found is None or found.suffices(target):
         return
     stays = f", and least_kept={options.least_kept:g} of them" if options.least_kept else ""
@@ -179,9 +177,9 @@ def _percent(share: float) -> str:
     return f"{math.floor(1000 * share) / 10:g} %"
 
 
-def check_closures(form: str, module: LightningModule, optimizer: Optimizer, count: int) -> None:
+def check_closures(form: str, module: LightningModule, optimizer: Optimizer) -> None:
     """Refuse an optimiser that evaluates its closure more than once a step: penalty and masks are defined for one evaluation."""
-    if count > 1 and module.automatic_optimization and len(module.trainer.optimizers) == 1:
+    if module.automatic_optimization and len(module.trainer.optimizers) == 1:
         raise RuntimeError(
             f"{type(optimizer).__name__} evaluates the loss several times a step, which {form} does not support; "
             "use an optimiser that calls its closure once"
@@ -215,18 +213,19 @@ def warn_skipped(options: Options, module: LightningModule) -> None:
     if reasons := left_out(module, options.select):
         first, reason = next(iter(reasons.items()))
         more = f" ({len(reasons) - 1} more weights are left out)" if len(reasons) > 1 else ""
-        excluded = [*(options.select or []), *("!" + name for name in list(reasons)[:5])]
+        excluded = _excluding(options, list(reasons)[:5])
         rank_zero_warn(f"{options.form} leaves {first!r} out: it {reason}, or exclude it with select={excluded}{more}")
 
 
-def warn_coverage(callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> None:
-    """Report the weights that a sparsity callback's selection skips, and warn if it covers only a small share of the module."""
-    who, patterns = f"{callback.options.form} selects", callback.options.select
-    found = coverage.measure(module, callback.parameters, patterns, _other_parameters(callback, trainer, module))
+def warn_coverage(options: Options, weights: WeightStore, trainer: Trainer, module: LightningModule) -> None:
+    """Report the weights that a selection skips, and warn if it covers only a small share of the module."""
+    who, patterns = f"{options.form} selects", options.select
+    chosen = [peer.parameters or choose(peer.options.select, trainer, module) for peer in _others(weights, trainer)]
+    found = coverage.measure(module, weights.parameters, patterns, [parameter for own in chosen for parameter in own.values()])
     _report_skipped(found, who, patterns, module)
     if coverage.is_general(patterns):
         _warn(coverage.tied_message(found, who, patterns))
-    if not any(is_a(one, "BaseFinetuning") for one in trainer.callbacks):  # type: ignore[attr-defined] # because it unfreezes more
+    if not unfreezes(trainer):
         _warn(coverage.frozen_message(found, who, patterns))
 
 
@@ -244,49 +243,39 @@ class ZeroStart:
         self.names: list[str] = []  # all zero at the start, and not held there
 
     def check(self, names: Iterable[str], module: LightningModule) -> None:
-        """Check parameters that start to be trained."""
+        """Check parameters that start to be trained; zeros that are held may have one weight beside them, which ranking keeps."""
         held = {name: self.support.held[name] for name in names if name in self.support.held}
         live = {name: self.support.weights.live(name) for name in names}
-        self.names += _warn_all_zero(self.options, held, live, module)
-        _tell_many_zeros(self.options, held, live)
+        dead = _all_zero(held, but=1)
+        if dead:
+            form = self.options.form
+            why = "keep_zeros=True keeps" if self.options.keep_zeros else f"{form} prunes them before the first step and keeps"
+            rank_zero_warn(
+                f"all weights of {_listed(dead, module)} are zero at the start, and {why} them there: they never learn. If they should "
+                f"learn (a zero-initialised head, LoRA's B), exclude them with select={_without(self.options, dead, module)} or "
+                "initialise them with other values"
+            )
+        self.names += [name for name in _all_zero(live) if name not in dead]
+        self._tell_many(held, live)
+
+    def _tell_many(self, held: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+        """Log that many weights start at zero and are trained again; parameters that are all zero, as LoRA's B, do not count."""
+        found = counts.count_zeros({name: w for name, w in live.items() if w.dim() > 1})
+        kept = counts.count_zeros({name: mask for name, mask in held.items() if name in found})
+        again = sum(zeros - kept.get(name, (0, 0))[0] for name, (zeros, size) in found.items() if zeros < size)
+        share = again / max(sum(size for _, size in found.values()), 1)
+        if share >= MANY and not self.options.keep_zeros:
+            text = f"{share:.1%} of the selected weights are zero at the start and are trained again"
+            rank_zero_info(f"{self.options.form}: {text}; keep_zeros=True keeps them")
 
     def check_end(self, module: LightningModule) -> None:
         """Check them again when training has ended."""
-        _warn_still_zero(self.options, {name: self.support.weights.parameters[name] for name in self.names}, module)
-
-
-def _warn_all_zero(options: Options, held: Mapping[str, Tensor], live: Mapping[str, Tensor], module: LightningModule) -> list[str]:
-    """Warn of parameters that are all zero and ``held`` there, up to one weight; return those all zero in ``live`` but not held."""
-    dead = _all_zero(held, but=1)
-    if dead:
-        why = "keep_zeros=True keeps" if options.keep_zeros else f"{options.form} prunes them before the first step and keeps"
-        rank_zero_warn(
-            f"all weights of {_listed(dead, module)} are zero at the start, and {why} them there: they never learn. If they should learn "
-            f"(a zero-initialised head, LoRA's B), exclude them with select={_without(options, dead, module)} or initialise them with "
-            "other values"
-        )
-    return [name for name in _all_zero(live) if name not in dead]
-
-
-def _tell_many_zeros(options: Options, held: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
-    """Log that many weights start at zero and are trained again; parameters that are all zero, as LoRA's B, do not count."""
-    found = counts.count_zeros({name: w for name, w in live.items() if w.dim() > 1})
-    kept = counts.count_zeros({name: mask for name, mask in held.items() if name in found})
-    again = sum(zeros - kept.get(name, (0, 0))[0] for name, (zeros, size) in found.items() if zeros < size)
-    share = again / max(sum(size for _, size in found.values()), 1)
-    if share >= MANY and not options.keep_zeros:
-        text = f"{share:.1%} of the selected weights are zero at the start and are trained again"
-        rank_zero_info(f"{options.form}: {text}; keep_zeros=True keeps them")
-
-
-def _warn_still_zero(options: Options, began_at_zero: Mapping[str, Tensor], module: LightningModule) -> None:
-    """Warn, when training ends, of parameters that were all zero at its start and are so again, up to one weight, which ranking keeps."""
-    if dead := _all_zero(began_at_zero, but=1):
-        rank_zero_warn(
-            f"all weights of {_listed(dead, module)} were zero at the start and are zero at the end: {options.form} may have "
-            "removed them before they could learn. If they should learn (a zero-initialised head, LoRA's B), exclude them with "
-            f"select={_without(options, dead, module)}"
-        )
+        if dead := _all_zero({name: self.support.weights.parameters[name] for name in self.names}, but=1):
+            rank_zero_warn(
+                f"all weights of {_listed(dead, module)} were zero at the start and are zero at the end: {self.options.form} may have "
+                "removed them before they could learn. If they should learn (a zero-initialised head, LoRA's B), exclude them with "
+                f"select={_without(self.options, dead, module)}"
+            )
 
 
 def _all_zero(weights: Mapping[str, Tensor], but: int = 0) -> list[str]:
@@ -301,17 +290,21 @@ def _patterns(names: Iterable[str], module: LightningModule) -> list[str]:
 
 def _listed(names: Iterable[str], module: LightningModule) -> str:
     patterns = _patterns(names, module)
-    more = f" and {len(patterns) - coverage.LISTED} more" if len(patterns) > coverage.LISTED else ""
-    return ", ".join(map(repr, patterns[: coverage.LISTED])) + more
+    return ", ".join(map(repr, patterns[: coverage.LISTED])) + _checks.more(patterns, coverage.LISTED)
 
 
 def _without(options: Options, names: Iterable[str], module: LightningModule) -> list[str]:
-    return [*(options.select or []), *("!" + pattern for pattern in _patterns(names, module))]
+    return _excluding(options, _patterns(names, module))
 
 
-def warn_unknown_step_sizes(options: Options, doubt: Doubt | None, adds_gradients: bool) -> None:
-    """Warn, once on rank 0, that the step size of an optimiser, and so the effect of lam, is unknown; do nothing without a ``doubt``."""
-    if doubt is None or options.target_sparsity is not None:
+def _excluding(options: Options, patterns: Iterable[str]) -> list[str]:
+    """Return a ``select`` that leaves out what these patterns match."""
+    return [*(options.select or []), *("!" + pattern for pattern in patterns)]
+
+
+def warn_unknown_step_sizes(options: Options, doubt: Doubt, adds_gradients: bool) -> None:
+    """Warn, once on rank 0, that the step size of an optimiser, and so the effect of lam, is unknown."""
+    if options.target_sparsity is not None:
         return
     if doubt.is_measured:
         remedy = "raise lam, give target_sparsity in its place, or give the optimiser a learning rate"
@@ -323,12 +316,6 @@ def warn_unknown_step_sizes(options: Options, doubt: Doubt | None, adds_gradient
             "optimiser"
         )
     rank_zero_warn(f"{doubt.reason}. At the same lam {options.form} may find fewer zeros than with Adam: {remedy}")
-
-
-def _other_parameters(callback: SparsityCallback, trainer: Trainer, module: LightningModule) -> list[Parameter]:
-    """Return the parameters of the run's other sparsity callbacks."""
-    others = [peer for peer in peers_of(trainer) if peer is not callback]
-    return [p for peer in others for p in (peer.parameters or choose(peer.options.select, trainer, module)).values()]
 
 
 def _report_skipped(found: coverage.Coverage, who: str, patterns: list[str] | None, module: LightningModule) -> None:

@@ -23,6 +23,11 @@ def is_a(given: object, *names: str) -> bool:
     return any(base.__name__ in names and _package(base) in PACKAGES for base in type(given).__mro__)
 
 
+def those_of(trainer: Any, *names: str) -> list[Any]:
+    """Return the run's callbacks that are instances of Lightning classes with these names."""
+    return [callback for callback in trainer.callbacks if is_a(callback, *names)]
+
+
 def overrides(hook: str, module: object) -> bool:
     """Return True if a LightningModule of either package has its own ``hook``, on its class or on the instance."""
     own = next(base for base in type(module).__mro__ if base.__name__ == "LightningModule" and _package(base) in PACKAGES)

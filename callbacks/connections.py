@@ -27,14 +27,16 @@ class Connections:
     Args:
         run: the run of the method; its support's weights are hooked.
         method: attached with them.
+        compiled: compile the method's kernels.
     """
 
-    def __init__(self, run: Run, method: Method) -> None:
-        self.run, self.method, self.weights = run, method, run.support.weights
+    def __init__(self, run: Run, method: Method, compiled: bool) -> None:
+        self.run, self.method, self.compiled, self.weights = run, method, compiled, run.support.weights
         self.averages: weight_averaging.Averages | None = None
         self.measured: set[int] = set()  # optimisers whose step sizes are measured, by id
         self.with_modes: list[Any] = []  # optimisers that hold other weights in evaluation
         self._handles: list[steps.Handle] = []
+        self.trainable: tuple[int, ...] = ()  # changes when parameters become trainable
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Tell the run its processes, its seed and how the module is optimised."""
@@ -43,9 +45,7 @@ class Connections:
         self.run.total = partial(consistency.sum_over_ranks, trainer)
         self.run.manual = not module.automatic_optimization
 
-    def attach(
-        self, trainer: Trainer, module: LightningModule, filed: Callable[[str], Tensor], begin: AtStep, end: AtStep, compiled: bool
-    ) -> None:
+    def attach(self, trainer: Trainer, module: LightningModule, filed: Callable[[str], Tensor], begin: AtStep, end: AtStep) -> None:
         """Attach to the module, its averages and its optimisers, in the place of what was attached before.
 
         Args:
@@ -54,7 +54,6 @@ class Connections:
             filed: returns what a file written now holds of a parameter.
             begin: called when an optimiser's step begins.
             end: called when it has ended.
-            compiled: compile the method's kernels.
         """
         self.detach_all()
         weights, support = self.weights, self.run.support
@@ -64,11 +63,12 @@ class Connections:
         self._handles = [steps.around(one, begin, end) for one in weights.optimizers]
         wrappers: Any = module.optimizers(use_pl_optimizer=True)  # Lightning's wrappers, which also clear gradients
         self.method.attach(module, wrappers if isinstance(wrappers, list) else [wrappers])
-        if compiled:
+        if self.compiled:
             self.method.compile(self.run.engine, [(optimizer, weights.members(optimizer)) for optimizer in trainer.optimizers])
         self.with_modes = [*weight_averaging.with_modes(weights.optimizers)]
         measures = support.needs_step_sizes or self.method.needs_step_sizes
         self.measured = {id(one) for one in weights.optimizers if measures and not is_always_read(one)}
+        self.trainable = weights.trainable(trainer.optimizers)
 
     def couple(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the groups of a structure that spans several parameters."""
@@ -101,12 +101,8 @@ class Connections:
         self.release()
         self.weights.close()
 
-    def detach_averages(self) -> None:
-        """Detach from the averages. Not called after an exception, because a file written then holds the average."""
+    def detach_all(self) -> None:
+        """Remove all hooks; not after an exception, because a file written then holds the average."""
+        self.detach()
         if self.averages is not None:
             self.averages.detach()
-
-    def detach_all(self) -> None:
-        """Detach from the module, the optimisers and the averages."""
-        self.detach()
-        self.detach_averages()

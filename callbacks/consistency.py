@@ -21,15 +21,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse import elementwise
+from lightning_sparse import _checks, elementwise
 from lightning_sparse._digest import digest
 from lightning_sparse.callbacks import compatibility
 from lightning_sparse.callbacks.options import Options
-from lightning_sparse.step import Strength
+from lightning_sparse.step import Steps
 from lightning_sparse.support import Support
 from lightning_sparse.weights import WeightStore
 
-_GRADIENT_HOOKS = ("on_before_optimizer_step", "configure_gradient_clipping")  # called after the callbacks' hooks
 _UNCHANGED = "the weights are those before this batch"
 
 
@@ -38,23 +37,24 @@ class Watch:
 
     Args:
         options: the callback's, for its messages.
-        weights: the selected weights.
-        strength: the current lam and step.
+        steps: the run's optimiser steps; it is told of the GradScaler.
         settings: returns the callback's arguments; messages name those that could be lowered.
     """
 
-    def __init__(self, options: Options, weights: WeightStore, strength: Strength, settings: Callable[[], Mapping[str, Any]]) -> None:
-        self.options, self.weights, self.strength, self.settings = options, weights, strength, settings
-        self.own_hooks: frozenset[str] = frozenset()  # the module's hooks between a backward and its step
-        self.scaler: Any | None = None  # the enabled GradScaler, which skips steps whose gradients are not finite
+    def __init__(self, options: Options, steps: Steps, settings: Callable[[], Mapping[str, Any]]) -> None:
+        self.options, self.steps, self.settings = options, steps, settings
+        self.weights, self.strength = steps.weights, steps.strength
+        self.clips = False  # the module clips gradients itself
         self.compared = False  # the ranks' numbers of batches
         self.checks_gradients = True  # not if a GradScaler skips bad steps or the module may repair them
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Look up the module's hooks and the GradScaler once at the start of a fit, because that takes long."""
-        self.own_hooks = frozenset(hook for hook in _GRADIENT_HOOKS if compatibility.overrides(hook, module))
-        self.scaler = _scaler_of(trainer)
-        self.checks_gradients = not self.own_hooks and self.scaler is None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.steps.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.clips = compatibility.overrides("configure_gradient_clipping", module)
+        repairs = self.clips or compatibility.overrides("on_before_optimizer_step", module)  # hooks between a backward and its step
+        self.checks_gradients = not repairs and self.steps.scaler is None
 
     def check_loss(self, trainer: Trainer, loss: Tensor) -> None:
         """Raise FloatingPointError for a loss that is not finite, before its gradient is computed.
@@ -63,9 +63,8 @@ class Watch:
         ranks, none of which may be left waiting, the averaged gradients show the bad loss; if those are not checked, the ranks
         decide together.
         """
-        fits = _is_number if self.scaler is not None else math.isfinite
         values = [loss.item()] if loss.numel() == 1 else loss.detach().flatten().tolist()  # item() reads a scalar without another operation
-        bad = not all(map(fits, values))
+        bad = any(map(math.isnan, values)) if self.steps.scaler is not None else not all(map(math.isfinite, values))
         if trainer.world_size > 1:
             bad = not self.checks_gradients and trainer.strategy.reduce_boolean_decision(bad, all=False)
         if bad:
@@ -87,9 +86,20 @@ class Watch:
             )
 
     def compare_batches(self, trainer: Trainer) -> None:
-        """Compare the ranks' numbers of batches; every rank calls it once."""
+        """Raise RuntimeError, before training, if the ranks have different numbers of batches, because DDP would wait forever.
+
+        Every rank calls it once.
+        """
         self.compared = True
-        check_batches(trainer)
+        known = trainer.num_training_batches if isinstance(trainer.num_training_batches, int) else -1  # inf: a loader without a length
+        counts = _gathered(trainer, [known])[:, 0].tolist()
+        if len(set(counts)) > 1:
+            listed = ", ".join(f"rank {rank}: {count if count >= 0 else 'unknown'}" for rank, count in enumerate(counts[:8]))
+            raise RuntimeError(
+                f"the ranks have different numbers of training batches ({listed}): those with more would wait for the others' gradients "
+                f"forever. Let Lightning's own sampler split the data (use_distributed_sampler=True), use drop_last=True, or set "
+                f"limit_train_batches={max(min(counts), 1)}"
+            )
 
     def check_start(self) -> None:
         """Raise ValueError if selected weights are not finite before the first step."""
@@ -113,19 +123,10 @@ class Watch:
         return f"Check the data, lower {lowered.rstrip(',')}, or clip gradients"
 
 
-def _is_number(value: float) -> bool:
-    return not math.isnan(value)
-
-
 def _listed(found: Mapping[str, tuple[int, int]]) -> str:
     first = [f"{name!r} holds {nan} NaN and {inf} infinite values" for name, (nan, inf) in list(found.items())[:3]]
-    return ", ".join(first) + (f" and {len(found) - 3} more parameters hold such values" if len(found) > 3 else "")
-
-
-def _scaler_of(trainer: Trainer) -> Any | None:
-    """Return the enabled GradScaler; None if there is none."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler if scaler is not None and scaler.is_enabled() else None
+    more = _checks.more(found, 3)
+    return ", ".join(first) + (f"{more} parameters hold such values" if more else "")
 
 
 # -- processes -------------------------------------------------------------------------------------------------------------
@@ -140,20 +141,6 @@ def check_same_settings(trainer: Trainer, recipe: Mapping[str, Any], weights: We
         raise RuntimeError(
             f"{recipe['class_path']} differs on {differing} from rank 0: its arguments, or the names and shapes of the selected weights "
             f"({', '.join(list(weights.parameters)[:3])}, ...) are not the same; build the same model and callback in every process"
-        )
-
-
-def check_batches(trainer: Trainer) -> None:
-    """Raise RuntimeError, before training, if the ranks have different numbers of batches, because DDP would wait forever."""
-    batches = trainer.num_training_batches
-    known = batches if isinstance(batches, int) else -1  # inf: a loader without a length
-    counts = _gathered(trainer, [known])[:, 0].tolist()
-    if len(set(counts)) > 1:
-        listed = ", ".join(f"rank {rank}: {count if count >= 0 else 'unknown'}" for rank, count in enumerate(counts[:8]))
-        raise RuntimeError(
-            f"the ranks have different numbers of training batches ({listed}): those with more would wait for the others' gradients "
-            f"forever. Let Lightning's own sampler split the data (use_distributed_sampler=True), use drop_last=True, or set "
-            f"limit_train_batches={max(min(counts), 1)}"
         )
 
 
@@ -210,5 +197,4 @@ def _gathered(trainer: Trainer, numbers: list[int | Tensor]) -> Tensor:
 def _differing_ranks(numbers: Tensor) -> str:
     """Name the ranks whose number differs from rank 0's; empty if there are none."""
     ranks = (numbers != numbers[0]).nonzero()[:, 0].tolist()
-    more = f" and {len(ranks) - 5} more" if len(ranks) > 5 else ""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:5]))}{more}" if ranks else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:5]))}{_checks.more(ranks)}" if ranks else ""

@@ -15,7 +15,7 @@ from lightning_sparse.callbacks import endings, logging
 from lightning_sparse.callbacks.evaluation import Swaps
 from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
-from lightning_sparse.callbacks.weight_averaging import Averages, Snapshot, evaluate, hooks_of
+from lightning_sparse.callbacks.weight_averaging import Averages, Snapshot, hooks_of, with_modes
 from lightning_sparse.select import owners
 from lightning_sparse.support import Support
 from lightning_sparse.weights import WeightStore
@@ -116,7 +116,8 @@ class EndOfFit:
 
     def end_training(self, trainer: Trainer, averages: Averages | None, idle: int | None) -> None:
         """Meet the target if that is wanted, or warn, and make the zeros true; ``idle``: batches, if no optimiser has stepped."""
-        evaluate(self.callback.weights.optimizers)
+        for optimizer in with_modes(self.callback.weights.optimizers):
+            optimizer.eval()  # because a later eval() must change nothing
         if idle:
             endings.warn_untrained(self.callback.options, idle)
         self._meet_target(trainer)
@@ -153,7 +154,8 @@ class EndOfFit:
         if averages is not None:
             averages.prune()
         self.record()
-        endings.say_what_next(self.callback, trainer)
+        if peers_of(trainer)[-1:] == [self.callback] and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            endings.say_what_next(trainer)
 
     def tear_down(self, trainer: Trainer) -> None:
         """Handle what the hooks on_fit_end of others did to the weights."""

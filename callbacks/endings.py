@@ -191,11 +191,9 @@ def warn_collapsed(options: Options, support: Support, strength: Strength, setti
 # -- after training --------------------------------------------------------------------------------------------------------
 
 
-def say_what_next(callback: SparsityCallback, trainer: Trainer) -> None:
+def say_what_next(trainer: Trainer) -> None:
     """Log one line for all sparsity callbacks: the share of zeros, the checkpoint, and how to use the zeros."""
     peers = peers_of(trainer)
-    if not peers or callback is not peers[-1] or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
     found = counts.count_zeros({name: weight for peer in peers for name, weight in peer.parameters.items()})
     zeros, size = counts.share(found), sum(number for _, number in found.values())
     file, holds = _file(trainer, peers, zeros)
@@ -218,7 +216,7 @@ def _file(trainer: Trainer, peers: Sequence[SparsityCallback], zeros: float) -> 
     if full:
         return full[0], ""
     kind = "best" if getattr(keeper, "monitor", None) else "latest"
-    waits = any(best.target_of(peer) is not None for peer in peers) and kind == "best" and not best.is_guarded(trainer)
+    waits = any(peer.target_sparsity is not None for peer in peers) and kind == "best" and not best.is_guarded(trainer)
     wait = "; add BestAfterTarget() to the callbacks, which counts scores only once the target is met" if waits else ""
     holds = f"the {kind} checkpoint {files[0]} was saved before that and holds {shares[files[0]]:.2%}"
     return files[0], f"; {holds}; trainer.save_checkpoint(path) saves this network{wait}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sparse.callbacks.weight_averaging import Snapshot, hooks_of
-from lightning_sparse.weights import Attachment, WeightStore
+from lightning_sparse.weights import WeightStore
 
 _STARTS = ("on_validation_start", "on_validation_epoch_start")
 _WITHIN = ("on_validation_batch_start", "on_validation_batch_end", *_STARTS, "on_validation_epoch_end", "on_validation_end")
@@ -37,9 +37,19 @@ class Evaluation:
             attachment.show()
 
     def end_batches(self, trainer: Trainer, module: LightningModule) -> None:
-        """Restore the live weights after the last batch, because others exchange theirs back."""
+        """Restore the live weights after the last batch, because others exchange theirs back.
+
+        Raises RuntimeError if others changed the thresholded weights, because then the live ones could not be restored.
+        """
         if (attachment := self.weights.attachment) is not None:
-            check_undone(self.form, attachment, trainer, module)
+            if names := attachment.changed_by_others():
+                users = hooks_of(trainer, _WITHIN) or [f"{type(module).__name__}.validation_step"]
+                raise RuntimeError(
+                    f"{names[:3]} changed during validation while {self.form} evaluated the thresholded weights, so that the live "
+                    f"weights would be lost. Possible causes: {', '.join(users)}. Exchange weights (or call an optimiser's eval()) in "
+                    "on_validation_start or on_validation_epoch_start, and back in on_validation_epoch_end or on_validation_end; or do "
+                    "both inside one hook"
+                )
             attachment.restore()  # exchanged weights are restored unchanged
             attachment.show_in_forwards(module)
 
@@ -65,15 +75,3 @@ class Swaps:
         """Compare at the first batch, before weights are thresholded: the user's hooks have exchanged them by then."""
         self.seen |= self._before is not None and self._before.differs()
         self._before = None
-
-
-def check_undone(form: str, attachment: Attachment, trainer: Trainer, module: LightningModule) -> None:
-    """Raise RuntimeError if another changed the thresholded weights, because the live weights could not be restored."""
-    if names := attachment.changed_by_others():
-        users = hooks_of(trainer, _WITHIN) or [f"{type(module).__name__}.validation_step"]
-        raise RuntimeError(
-            f"{names[:3]} changed during validation while {form} evaluated the thresholded weights, so that the live "
-            f"weights would be lost. Possible causes: {', '.join(users)}. Exchange weights (or call an optimiser's eval()) in "
-            "on_validation_start or on_validation_epoch_start, and back in on_validation_epoch_end or on_validation_end; or do both "
-            "inside one hook"
-        )

@@ -16,6 +16,8 @@ from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.layers import quiet
 from lightning_sparse.methods.mask import Mask
 from lightning_sparse.noise import Gaussian
+from lightning_sparse.step import Strength
+from lightning_sparse.support import Support
 
 TOTAL = "sparsity/total"
 GROUPS = "sparsity/groups"
@@ -66,7 +68,8 @@ def of_run(callback: SparsityCallback, trainer: Trainer, final: bool = False) ->
     shown = {key: value for key, value in values.items() if key in own or key.startswith(f"{GROUPS}/")}
     if callback is not peers[-1 if final else 0]:
         return shown
-    asked = {} if (share := _asked(peers)) is None else {"sparsity/target": share}
+    share = joint_share(peers, [peer.asked for peer in peers])
+    asked = {} if share is None else {"sparsity/target": share}
     return shown | _totals(peers, final) | {"sparsity/lam": peers[0].strength.lam} | asked
 
 
@@ -80,35 +83,34 @@ def total(peers: Iterable[SparsityCallback], weights_only: bool = False, pruned:
 
 def _totals(peers: list[SparsityCallback], pruned: bool) -> dict[str, float]:
     """Return the totals of several callbacks on disjoint parameters."""
-    left = {name: pair for peer in peers for name, pair in peer.support.groups_left(_with_zeros(peer, pruned)[1]).items()}
-    groups = counts.group_figures(left)
+    shown = [(peer.support, _with_zeros(peer, pruned)[1]) for peer in peers]
+    groups = counts.group_figures({name: pair for support, w in shown for name, pair in support.groups_left(w).items()})
     return {name: groups[name] for name in groups if name == GROUPS} | {
         TOTAL: total(peers, pruned=pruned),
         "sparsity/keep_probability": counts.mean(peer.support.keep_probability(name) for peer in peers for name in peer.parameters),
-        "sparsity/penalty": sum(figures(peer, pruned)["sparsity/penalty"] for peer in peers),
+        "sparsity/penalty": sum(support.penalty_value(w) for support, w in shown),
     }
 
 
-def _asked(peers: list[SparsityCallback]) -> float | None:
-    """Return the share of zeros that the targets ask for now of several callbacks' weights together; None if one has no target."""
+def joint_share(peers: list[SparsityCallback], shares: list[float | None]) -> float | None:
+    """Return the share of all weights of several callbacks that ``shares`` of each one's are; None if one is None, or without weights."""
     sizes = [sum(weight.numel() for weight in counts.distinct(peer.parameters).values()) for peer in peers]
-    shares = [peer.asked for peer in peers]
-    if any(share is None for share in shares) or not sum(sizes):
+    if None in shares or not sum(sizes):
         return None
     return sum((share or 0.0) * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
 
 
-def duality_gap(callback: SparsityCallback, module: LightningModule, batch: tuple[Any, int] | None, samples: int) -> float:
+def duality_gap(support: Support, module: LightningModule, batch: tuple[Any, int] | None, samples: int) -> float:
     """Return E_s L(s w) - L(w) - (lam / 2) sum w^2 / eta_hat(w) on ``batch``, in evaluation mode."""
-    lam, penalty = callback.strength.lam, callback.method.penalty
+    method, lam, penalty = support.method, support.strength.lam, support.method.penalty
     if batch is None or lam == 0 or not penalty.separable:
         return 0.0
-    weights, method = callback.weights.all_live(), callback.method
+    weights = support.weights.all_live()
     if isinstance(method, Mask):
         keep = {name: method.noise_keep_probability(name, w) for name, w in weights.items()}
     else:
-        keep = {name: callback.support.keep_probability(name).clamp(min=_SMALLEST_KEEP) for name in weights}
-    generator = torch.Generator(module.device).manual_seed(callback.strength.step)
+        keep = {name: support.keep_probability(name).clamp(min=_SMALLEST_KEEP) for name in weights}
+    generator = torch.Generator(module.device).manual_seed(support.strength.step)
     with quiet(module):
         loss = masked_loss.loss_of_weights(module, batch)
         return masked_loss.duality_gap(loss, weights, penalty, lam, Gaussian(), samples, generator, keep)
@@ -117,56 +119,56 @@ def duality_gap(callback: SparsityCallback, module: LightningModule, batch: tupl
 # -- when ------------------------------------------------------------------------------------------------------------------
 
 
-def start(trainer: Trainer) -> bool:
-    """Write the recipe, or a list of several callbacks' recipes, to the W&B run's config; return True if there is a W&B logger."""
+def start(trainer: Trainer, pictures: wandb_run.Pictures) -> None:
+    """Write the recipe, or a list of several callbacks' recipes, to the W&B run's config; pictures are wanted if there is a W&B logger."""
     recipes = [peer.recipe() for peer in peers_of(trainer)]
     wandb_run.log_recipe(trainer.loggers, recipes if len(recipes) > 1 else recipes[0])
-    return bool(wandb_run.wandb_loggers(trainer.loggers))
+    pictures.wanted = bool(wandb_run.wandb_loggers(trainer.loggers))
 
 
 def epoch(callback: SparsityCallback, trainer: Trainer, module: LightningModule, batch: tuple[Any, int] | None) -> None:
     """Log, at a training epoch's end, the figures to every logger and the total to the progress bar."""
     values = of_run(callback, trainer)
     if callback.options.gap_samples:
-        values["sparsity/duality_gap"] = duality_gap(callback, module, batch, callback.options.gap_samples)
+        values["sparsity/duality_gap"] = duality_gap(callback.support, module, batch, callback.options.gap_samples)
     log(trainer, module, values, {f"sparsity/{name}" for name in callback.parameters})
     if callback.pictures.due_at_epoch_end(callback.strength.step, callback.strength.total):
-        _log_pictures(callback, trainer)
+        _log_pictures(callback.pictures, trainer)
 
 
-def batch(callback: SparsityCallback, trainer: Trainer, index: int) -> None:
+def batch(pictures: wandb_run.Pictures, strength: Strength, trainer: Trainer, index: int) -> None:
     """Log, after a training batch, histograms in the middle of a long epoch."""
     left = (trainer.num_training_batches - index - 1) / trainer.accumulate_grad_batches
-    if callback.pictures.due_in_epoch(callback.strength.step, callback.strength.total, left):
-        _log_pictures(callback, trainer)
+    if pictures.due_in_epoch(strength.step, strength.total, left):
+        _log_pictures(pictures, trainer)
 
 
 def finish(callback: SparsityCallback, trainer: Trainer) -> None:
     """Log, after training, the figures of the true zeros to every logger and to the W&B run's summary."""
     values = of_run(callback, trainer, final=True)
     log_now(trainer, values)
-    _log_pictures(callback, trainer, final=True)
+    _log_pictures(callback.pictures, trainer, final=True)
     wandb_run.log_summary(trainer.loggers, values)
 
 
-def interrupted(callback: SparsityCallback, trainer: Trainer) -> None:
+def interrupted(pictures: wandb_run.Pictures, trainer: Trainer) -> None:
     """Log, after an exception, the tables with the rows so far."""
     try:
-        wandb_run.log_tables(trainer.loggers, trainer.global_step, callback.pictures.tables)
+        wandb_run.log_tables(trainer.loggers, trainer.global_step, pictures.tables)
     except Exception as error:  # because a closed run accepts nothing, and the first exception must stay visible
         rank_zero_warn(f"the table {wandb_run.LAYERS} could not be logged: {type(error).__name__}: {error}")
 
 
-def _log_pictures(callback: SparsityCallback, trainer: Trainer, final: bool = False) -> None:
+def _log_pictures(pictures: wandb_run.Pictures, trainer: Trainer, final: bool = False) -> None:
     """Log the histograms and table rows of all sparsity callbacks: the first one logs, at the end the last one."""
     peers = peers_of(trainer)
-    if not wandb_run.wandb_loggers(trainer.loggers) or callback is not peers[-1 if final else 0]:
+    if not wandb_run.wandb_loggers(trainer.loggers) or pictures is not peers[-1 if final else 0].pictures:
         return
     keep = {name: peer.support.keep_probability(name) for peer in peers for name in peer.parameters}
     weights = {name: w for peer in peers for name, w in _with_zeros(peer, pruned=False)[1].items()}
     wandb_run.log_histograms(trainer.loggers, trainer.global_step, keep, weights)
     tables = peers[0].pictures.tables
-    if final or callback.pictures.adds_rows:
+    if final or pictures.adds_rows:
         tables[wandb_run.LAYERS].add(trainer.global_step, wandb_run.layer_rows(trainer.global_step, keep, weights))
         tables[wandb_run.GROUPS].add(trainer.global_step, _group_rows(trainer.global_step, peers, weights))
     if final:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import move_data_to_device
 from torch.nn import Parameter
 
-from lightning_sparse.callbacks.compatibility import is_a
+from lightning_sparse.callbacks.compatibility import those_of
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.weight_averaging import extra_epochs
 from lightning_sparse.schedules import Constant
@@ -101,10 +101,10 @@ def drift_of(trainer: Trainer, done: int) -> int:
 
 def _steps_of(trainer: Trainer, batches: float, epochs: int) -> int:
     """Return the optimiser steps of this many epochs of this many batches."""
-    schedule = next((one for one in trainer.callbacks if is_a(one, "GradientAccumulationScheduler")), None)  # type: ignore[attr-defined]
-    if schedule is None:
+    schedules = those_of(trainer, "GradientAccumulationScheduler")
+    if not schedules:
         return math.ceil(batches / trainer.accumulate_grad_batches) * epochs
-    return sum(math.ceil(batches / schedule.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return sum(math.ceil(batches / schedules[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------------
@@ -116,12 +116,16 @@ def choose(patterns: list[str] | None, trainer: Trainer, module: LightningModule
     With a finetuning callback, matching parameters that are frozen may become trainable later; without one they are refused, see
     :func:`lightning_sparse.select.select`. A run that is resumed from ``state`` starts with the parameters of that state.
     """
-    thaws = any(is_a(one, "BaseFinetuning") for one in trainer.callbacks)  # type: ignore[attr-defined]
-    chosen = select(module, patterns, trainable=not thaws)
+    chosen = select(module, patterns, trainable=not unfreezes(trainer))
     now = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
     before = saved_values(state)
     known = now if before.keys() <= now.keys() else select(module, patterns, trainable=False)
     return {name: known[name] for name in before if name in known} | now  # in the order in which they became trainable
+
+
+def unfreezes(trainer: Trainer) -> bool:
+    """Return True if a finetuning callback may make more parameters trainable during the run."""
+    return bool(those_of(trainer, "BaseFinetuning"))
 
 
 def saved_values(state: Any) -> dict[str, Any]:

@@ -68,7 +68,8 @@ class SparseCheckpoint(AnyModelCheckpoint, metaclass=Constructed):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        peers, whole = peers_of(trainer), best.joint_target(peers_of(trainer))
+        peers = peers_of(trainer)
+        whole = logging.joint_share(peers, [peer.target_sparsity for peer in peers])
         if whole is None or whole >= self.target - best.rounding(peers) or not self.save_top_k or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         names = " and ".join(dict.fromkeys(type(peer).__name__ for peer in peers))

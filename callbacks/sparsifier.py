@@ -38,9 +38,9 @@ from torch.optim import Optimizer
 
 from lightning_sparse import archive, elementwise
 from lightning_sparse.callbacks import best, checks, consistency, end_of_fit, endings, evaluation, logging, progress, weight_averaging
-from lightning_sparse.callbacks.checkpointing import CheckpointState, callbacks_of, check_other_selection, own_state
+from lightning_sparse.callbacks.checkpointing import CheckpointState, callbacks_of, own_state
 from lightning_sparse.callbacks.connections import Connections
-from lightning_sparse.callbacks.form import SparsityCallback
+from lightning_sparse.callbacks.form import SparsityCallback, forwarded
 from lightning_sparse.callbacks.user_warnings import rank_zero_note, rank_zero_warn
 from lightning_sparse.methods.base import Run
 from lightning_sparse.step import Clock, Steps, is_idle, is_skipped
@@ -58,23 +58,17 @@ class Sparsifier(SparsityCallback):
         self.method.reset(self.run)
         self.search = TargetSearch(self.support)
         self.clock = Clock(self.strength)
-        self.saved = CheckpointState(self.options, self.method, self.weights, self.support, self.clock, self.clipping, self.sizes)
+        self.saved = CheckpointState(self.options, self.method, self.support, self.clock)
         self.steps = Steps(self.weights, self.strength, self.engine, self.sizes, self.clipping)
-        self.watch = consistency.Watch(self.options, self.weights, self.strength, self.settings)
-        self.connections = Connections(self.run, self.method)
+        self.watch = consistency.Watch(self.options, self.steps, self.settings)
+        self.connections = Connections(self.run, self.method, self.options.compile)
         self.evaluation = evaluation.Evaluation(self.options.form, self.weights)
         self.end_of_fit = end_of_fit.EndOfFit(self, self.evaluation.swaps, self._freeze, self.unreached)
         self.began_at_zero = checks.ZeroStart(self.options, self.support)
         self._moments = self.method.moments()  # those of a step at which the method acts
-        self._trainable: tuple[int, ...] = ()  # changes when parameters become trainable
-        self._doubted = False  # the method has warned of an optimiser
-        self._logs_histograms = False  # to W&B
         self._batch: tuple[Any, int] | None = None  # last training batch, for the duality gap
 
-    @property
-    def averages(self) -> weight_averaging.Averages | None:
-        """Return the averages of the weights during and after a fit."""
-        return self.connections.averages
+    averages: weight_averaging.Averages | None = forwarded("connections.averages", "The averages of the weights during and after a fit.")
 
     def evaluated(self, name: str) -> Tensor:
         return self.weights.live(name) if self.averages is None else self.averages.evaluated(name)
@@ -98,40 +92,36 @@ class Sparsifier(SparsityCallback):
             self._reset()
             self.saved.restored, self.end_of_fit.fit = again, end_of_fit.Fit(trainer, pl_module)
             weight_averaging.move_to_front(self, trainer)
-            checks.check_setup(self, trainer)
+            checks.check_setup(self.options, self.method, self.strength, self.given, trainer)
             if not checks.is_built_later(pl_module):
                 self.weights.parameters = progress.choose(self.options.select, trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.connections.begin(trainer, pl_module)
-        self.clock.manual = self.run.manual
         self.method.prepare()
         self.weights.parameters = progress.choose(self.options.select, trainer, pl_module, self.saved.restored)
         self.connections.couple(trainer, pl_module)
-        self._doubted = checks.check_fit(self, trainer, pl_module)
+        self._doubted = checks.check_fit(self.options, self.method, self.weights, trainer, pl_module)  # so no other warning of it
         consistency.check_same_settings(trainer, self.recipe(), self.weights)
         self.watch.prepare(trainer, pl_module)
-        self.steps.scaler = self.watch.scaler
         self._attach(trainer, pl_module)
         if self.options.keep_zeros:
             self.support.keep_zeros(self.weights.parameters)
         if self.saved.restored is not None:
             self.saved.restore(self.recipe(), self.averages)
-        checks.check_reach(self, trainer, pl_module)
-        self._logs_histograms = logging.start(trainer)
+        checks.check_reach(self.options, self.support, trainer, pl_module)
+        logging.start(trainer, self.pictures)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the module, its averages and its optimisers; called again when parameters become trainable."""
-        end = partial(self._end_step, trainer)
-        self.connections.attach(trainer, pl_module, self.end_of_fit.filed, self._begin_step, end, self.options.compile)
-        self._trainable = self.weights.trainable(trainer.optimizers)
+        self.connections.attach(trainer, pl_module, self.end_of_fit.filed, self._begin_step, partial(self._end_step, trainer))
 
     def _add_new_parameters(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Include parameters that became trainable during the run."""
         new = progress.newly_trainable(self.weights, self.options.select, trainer, pl_module)
-        if new or self.weights.trainable(trainer.optimizers) != self._trainable:
+        if new or self.weights.trainable(trainer.optimizers) != self.connections.trainable:
             self.weights.parameters |= new
-            checks.check_overlap(self, trainer)
+            checks.check_overlap(self.weights, trainer)
             self._attach(trainer, pl_module)
             if self.options.keep_zeros:
                 self.support.keep_zeros(new)
@@ -147,7 +137,7 @@ class Sparsifier(SparsityCallback):
         self.watch.compare_batches(trainer)
         self.watch.check_start()
         self._measure(trainer)
-        first = self.clock.begin(progress.steps_done(trainer, self.clock.manual))
+        first = self.clock.begin(progress.steps_done(trainer, self.run.manual))
         self.method.begin()
         endings.warn_new_length(self.options, self.support, self.strength, self.saved.planned)
         self.saved.planned = None
@@ -160,20 +150,20 @@ class Sparsifier(SparsityCallback):
     def _measure(self, trainer: Trainer) -> None:
         self.clock.measure(progress.total_steps(trainer, self.clock.drift, self.options, self.strength))
         self.run.batches = progress.batches_of_epoch(trainer, self.clock.whole)
-        checks.check_target(self, trainer)
+        checks.check_target(self.options, self.support, self.strength, trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.averages is not None and self.averages.copy_before_batch_norm(trainer):  # because this epoch only updates batch norm
             self.support.freeze_zeros()
-        if self.clock.begin_epoch(progress.drift_of(trainer, progress.steps_done(trainer, self.clock.manual))):
+        if self.clock.begin_epoch(progress.drift_of(trainer, progress.steps_done(trainer, self.run.manual))):
             self._measure(trainer)
 
     # -- a step --------------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.connections.with_modes:
-            weight_averaging.train(self.connections.with_modes)
-        if batch_idx == 0 or self.weights.trainable(trainer.optimizers) != self._trainable:
+        for optimizer in self.connections.with_modes:
+            optimizer.train()  # before noise is added to the weights, so that a later train() changes nothing
+        if batch_idx == 0 or self.weights.trainable(trainer.optimizers) != self.connections.trainable:
             self._add_new_parameters(trainer, pl_module)
         self._batch = (batch, batch_idx)
         self.clock.begin_batch(trainer.global_step)
@@ -188,15 +178,15 @@ class Sparsifier(SparsityCallback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if "after_backward" in self._moments:
-            overflowed = None if self.watch.scaler is None else partial(consistency.on_any_rank, trainer)
+            overflowed = None if self.steps.scaler is None else partial(consistency.on_any_rank, trainer)
             self.method.after_backward(self._scale_of(trainer), overflowed)
 
     def _scale_of(self, trainer: Trainer) -> Callable[[], float]:
-        return partial(self.steps.loss_scale, 1 if self.clock.manual else trainer.accumulate_grad_batches)
+        return partial(self.steps.loss_scale, 1 if self.run.manual else trainer.accumulate_grad_batches)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if (evaluations := self.clock.prepare(optimizer)) > 1:
-            checks.check_closures(self.options.form, pl_module, optimizer, evaluations)
+        if self.clock.prepare(optimizer) > 1:
+            checks.check_closures(self.options.form, pl_module, optimizer)
         step = self.steps.of(optimizer)
         grads = [parameter.grad for _, parameter, _ in step.members if parameter.grad is not None]
         if grads:  # because an own step may clear them
@@ -212,14 +202,13 @@ class Sparsifier(SparsityCallback):
                 self.run.acting.before_optimizer(step)
             if id(optimizer) in self.connections.measured:
                 self.sizes.before(optimizer, ((p, group, self.weights.live(name)) for name, p, group in step.members))
-        clips = bool(trainer.gradient_clip_val or "configure_gradient_clipping" in self.watch.own_hooks)
-        if clips and not self.clock.manual:  # Lightning clips after this hook; a manual loop clips before it
+        if not self.run.manual and (trainer.gradient_clip_val or self.watch.clips):  # because Lightning clips after this hook
             self.clipping.before_clipping(parameter.grad for _, parameter, _ in step.members)
 
     def _begin_step(self, optimizer: Optimizer) -> None:
         """Prepare for an optimiser's step; in automatic optimisation its forward and backward follow."""
         self.clock.begin_step(optimizer)
-        if self.clock.manual and not is_skipped(optimizer):  # after a skipped step the noise stays for the next forward
+        if self.run.manual and not is_skipped(optimizer):  # after a skipped step the noise stays for the next forward
             self.weights.restore()
 
     def _end_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
@@ -227,10 +216,10 @@ class Sparsifier(SparsityCallback):
         listed = self in trainer.callbacks  # type: ignore[attr-defined] # False in a tuner's trial run, which is undone
         skipped = is_skipped(optimizer)
         if listed and not skipped and (self.clock.is_prepared(optimizer) or not is_idle(optimizer)):
-            self._after_step(trainer, optimizer)
+            self._after_step(optimizer)
         self.clock.end_step(optimizer, stepped=not skipped)
 
-    def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         """Update after a real optimiser step (not a skipped one, not an accumulation batch)."""
         support, members = self.support, self.weights.members(optimizer)
         if self.clock.idle is not None and any(member[1].grad is not None for member in members):
@@ -242,13 +231,13 @@ class Sparsifier(SparsityCallback):
         if support.frozen is None:
             if id(optimizer) in self.connections.measured:
                 doubt = self.sizes.after(optimizer, (member[1:] for member in members))
-                if not self._doubted:
+                if doubt is not None and not self._doubted:
                     checks.warn_unknown_step_sizes(self.options, doubt, self.method.adds_gradients)
             if "after_optimizer" in self._moments:
                 self.run.acting.after_optimizer(self.steps.of(optimizer))
         if support.frozen is not None or support.held or support.cut:
             support.hold_(optimizer)
-        if not self.clock.manual and not self.clock.counted:
+        if not self.run.manual and not self.clock.counted:
             self._count_step()
 
     def _count_step(self) -> None:
@@ -276,10 +265,10 @@ class Sparsifier(SparsityCallback):
         self.clock.end_batch()
         if "after_batch" in self._moments:
             self.method.after_batch()
-        for _ in range(progress.missing_batches(trainer, self.clock) if self.clock.manual else self.clock.missing(trainer.global_step)):
+        for _ in range(progress.missing_batches(trainer, self.clock) if self.run.manual else self.clock.missing(trainer.global_step)):
             self._count_step()
-        if self._logs_histograms:
-            logging.batch(self, trainer, batch_idx)
+        if self.pictures.wanted:
+            logging.batch(self.pictures, self.strength, trainer, batch_idx)
 
     # -- validation and epochs -------------------------------------------------------------------------------------------------
 
@@ -331,7 +320,7 @@ class Sparsifier(SparsityCallback):
         (self.connections.release if checks.saves_on_exception(trainer) else self.connections.detach)()
         self._batch = None
         self.end_of_fit.record_failure()
-        logging.interrupted(self, trainer)
+        logging.interrupted(self.pictures, trainer)
 
     # -- files -----------------------------------------------------------------------------------------------------------------
 
@@ -346,9 +335,7 @@ class Sparsifier(SparsityCallback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         consistency.on_rank_zero(trainer, partial(archive.check, trainer.ckpt_path))
-        own = own_state(checkpoint, self.state_key, self.options.select, trainer, pl_module)
-        if not own:
-            check_other_selection(callbacks_of(checkpoint), self, trainer, pl_module)
+        own = own_state(checkpoint, self.state_key, self.options, trainer, pl_module)
         if self.attachment is None:
             self.weights.parameters = progress.choose(self.options.select, trainer, pl_module, own)
         if self.state_key not in callbacks_of(checkpoint):  # continue from another callback's state of the same parameters

@@ -125,14 +125,11 @@ class SparsityMonitor(AnyCallback, metaclass=Constructed):
         self._log(trainer, pl_module, self.figures(pl_module))
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._choose(module)
+        self._names = [counts.weight_in_use(module, name)[0] for name in countable(module, self.select)]
         self._groups = self._find_groups(trainer, module)
         if not self._warned and not peers_of(trainer):  # because a sparsity callback reports them itself
             checks.warn_counted(type(self).__name__, self.select, module, self._names)
         self._warned = True
-
-    def _choose(self, module: LightningModule) -> None:
-        self._names = [counts.weight_in_use(module, name)[0] for name in countable(module, self.select)]
 
     def _find_groups(self, trainer: Trainer, module: LightningModule) -> Groups:
         """Return the groups to report: none if a sparsity callback reports its own."""

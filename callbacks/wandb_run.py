@@ -54,6 +54,7 @@ class Pictures:
     """
 
     def __init__(self) -> None:
+        self.wanted = False  # there is a W&B logger
         self.count = 0
         self.tables = {name: Rows() for name in COLUMNS}
         self._last, self._start = 0, 0  # steps of the last histograms and of the epoch's start

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse import elementwise
 from lightning_sparse._digest import digest
-from lightning_sparse.callbacks.compatibility import PACKAGES, is_a
+from lightning_sparse.callbacks.compatibility import PACKAGES, those_of
 from lightning_sparse.callbacks.form import SparsityCallback
 from lightning_sparse.support import Support
 from lightning_sparse.weights import Attachment, WeightStore
@@ -30,13 +30,12 @@ _SWAPPING, _KEEPING = "WeightAveraging", "StochasticWeightAveraging"
 
 def averaging(trainer: Trainer) -> list[Any]:
     """Return the callbacks that keep an average of the weights."""
-    return [one for one in trainer.callbacks if is_a(one, _SWAPPING) or is_a(one, _KEEPING)]  # type: ignore[attr-defined]
+    return those_of(trainer, _SWAPPING, _KEEPING)
 
 
 def swapping(trainer: Trainer) -> Any | None:
     """Return the WeightAveraging callback that has an average; None if there is none."""
-    found = (one for one in trainer.callbacks if is_a(one, _SWAPPING))  # type: ignore[attr-defined]
-    return next((one for one in found if one._average_model is not None), None)
+    return next((one for one in those_of(trainer, _SWAPPING) if one._average_model is not None), None)
 
 
 def saved_module(trainer: Trainer, module: LightningModule, weights_only: bool = False) -> nn.Module:
@@ -61,7 +60,7 @@ class Averages:
     def __init__(self, weights: WeightStore, support: Support, trainer: Trainer) -> None:
         ema = swapping(trainer)
         self.weights, self.support = weights, support
-        self._swa = [one for one in trainer.callbacks if is_a(one, _KEEPING)]  # type: ignore[attr-defined]
+        self._swa = those_of(trainer, _KEEPING)
         self._ema: nn.Module | None = None if ema is None else ema._average_model.module
         self.saved: dict[str, nn.Parameter] = {} if self._ema is None else self._of(self._ema)  # averages that files hold
         self._view = None if self._ema is None else Attachment(self._ema, self.saved, self.thresholded)
@@ -126,8 +125,7 @@ class Averages:
 
 def extra_epochs(trainer: Trainer) -> int:
     """Return the epochs that StochasticWeightAveraging adds to a run with batch norm, to update its statistics."""
-    swa = (one for one in trainer.callbacks if is_a(one, _KEEPING))  # type: ignore[attr-defined]
-    return sum(bool(one._model_contains_batch_norm) and one._max_epochs != -1 for one in swa)
+    return sum(bool(one._model_contains_batch_norm) and one._max_epochs != -1 for one in those_of(trainer, _KEEPING))
 
 
 def _copies_average(swa: Any, trainer: Trainer) -> bool:
@@ -185,15 +183,3 @@ def with_modes(optimizers: Iterable[Optimizer]) -> Iterator[Any]:
         known = hasattr(optimizer, "train_mode") or all("train_mode" in group for group in optimizer.param_groups)
         if known and callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
             yield optimizer
-
-
-def train(optimizers: Iterable[Optimizer]) -> None:
-    """Switch optimisers to training before noise is added to the weights, so that a later train() changes nothing."""
-    for optimizer in with_modes(optimizers):
-        optimizer.train()
-
-
-def evaluate(optimizers: Iterable[Optimizer]) -> None:
-    """Switch optimisers to evaluation before zeros are made true, so that a later eval() changes nothing."""
-    for optimizer in with_modes(optimizers):
-        optimizer.eval()

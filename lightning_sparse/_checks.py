@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 
 from lightning_sparse._plain import plain
 
@@ -82,6 +82,11 @@ def shown(value: object, *kinds: type) -> str:
     parameters = inspect.signature(value).parameters.values()
     needed = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
     return f"the class {value.__name__}; did you mean {value.__name__}({', '.join(f'{name}=...' for name in needed)})?"
+
+
+def more(found: Sized, shown: int = 5) -> str:
+    """Return ``" and 3 more"`` for a message that names only the first ``shown`` of what was ``found``; empty if it names all."""
+    return f" and {len(found) - shown} more" if len(found) > shown else ""
 
 
 def closest(word: str, known: Iterable[str], count: int = 3) -> str:

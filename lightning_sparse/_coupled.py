@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import Parameter
 
-from lightning_sparse import coupling
+from lightning_sparse import _checks, coupling
 from lightning_sparse._groups import Group
 from lightning_sparse._parts import Part
 from lightning_sparse.grouped import Groups
@@ -111,8 +111,7 @@ def _why_none(structure: Coupled, reasons: Mapping[str, str], others: Mapping[st
     listed = "".join(f"; {axis}: {reason}" for axis, reason in list(reasons.items())[:5])
     if others:
         names = [*others.values()]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return f"{listed}. None of the selected weights produces groups; these would: {names[:5]}{more}. Add them to select"
+        return f"{listed}. None of the selected weights produces groups; these would: {names[:5]}{_checks.more(names)}. Add them to select"
     if structure.heads and any(reason.startswith(coupling.FAILS) for reason in reasons.values()):
         return listed  # with its cure
     if structure.heads and not listed:

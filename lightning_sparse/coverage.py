@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_sparse import _roles
+from lightning_sparse import _checks, _roles
 from lightning_sparse.select import OWNERS, matrices, skipped_matrices
 
 SMALL = 0.01  # share of the matrices that changes sparsity/total by less than one per cent
@@ -76,12 +76,12 @@ def skipped_message(found: Coverage, who: str, patterns: Sequence[str] | None, n
     if not found.passed:
         return ""
     groups = grouped({name: kind for name, (kind, _) in found.passed.items()}, names)
-    shown = [f"{pattern!r} ({kind}{f', {count} matrices' if count > 1 else ''})" for pattern, (kind, count) in groups.items()]
-    more = f" and {len(shown) - LISTED} more" if len(shown) > LISTED else ""
+    every = [f"{pattern!r} ({kind}{f', {count} matrices' if count > 1 else ''})" for pattern, (kind, count) in groups.items()]
+    shown = ", ".join(every[:LISTED]) + _checks.more(every, LISTED)
     total, patterns = len(found.selected) + len(found.passed), list(patterns or ())
     return (
         f"{who} {len(found.selected)} of {total} weight matrices, {found.share:.1%} of the parameters: by default not those of layers "
-        f"other than torch's own, here {', '.join(shown[:LISTED])}{more} with {found.passed_share:.1%} of the parameters, which "
+        f"other than torch's own, here {shown} with {found.passed_share:.1%} of the parameters, which "
         f"sparsity/total does not count. Add them with select={['*', *patterns]}, or exclude them without this message with "
         f"select={[*patterns, *('!' + pattern for pattern in list(groups)[:LISTED])]}"
     )

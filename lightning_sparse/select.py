@@ -161,8 +161,7 @@ class _Selection:
 
     def _remedy(self) -> str:
         if self.own:
-            more = f" and {len(self.own) - 5} more" if len(self.own) > 5 else ""
-            return f"other layers have the matrices {list(self.own)[:5]}{more}: select=['*'] selects them"
+            return f"other layers have the matrices {list(self.own)[:5]}{_checks.more(self.own)}: select=['*'] selects them"
         return "name parameters with select=[...]"
 
     def _match(self, pattern: str) -> dict[str, nn.Parameter]:

@@ -176,7 +176,6 @@ class Clock:
 
     def __init__(self, strength: Strength) -> None:
         self.strength = strength
-        self.manual = False  # in manual optimisation batches are counted
         self.begun = False  # training has started
         self.idle: int | None = None  # batches of this fit before the first optimiser step; None once there was one
         self.offset, self.whole = 0, math.inf  # steps before this callback's first, and those of the whole run
