@@ -52,21 +52,20 @@ def is_guarded(trainer: Trainer) -> bool:
     return any(_is_ours(one, "BestAfterTarget") for one in trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def warn_early_best(callback: SparsityCallback, trainer: Trainer) -> None:
+def warn_early_best(options: Options, trainer: Trainer) -> None:
     """Warn once, before training, of callbacks that may choose an epoch, or stop the run, before the target is met."""
-    target = callback.target_sparsity
+    target, others = options.target_sparsity, checkpoints(trainer)
     first = next((peer for peer in peers_of(trainer) if peer.target_sparsity is not None), None)
-    if target is None or first is not callback or is_guarded(trainer) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if target is None or first is None or first.options is not options or is_guarded(trainer) or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    others = checkpoints(trainer)
-    if not (others or stoppers(trainer)) or is_met([callback], target):
+    if not (others or stoppers(trainer)) or is_met([first], target):
         return
-    _warn_of_stop(callback.options, target, trainer)
+    _warn_of_stop(options, target, trainer)
     if not others:
         return
-    zeros = logging.total([callback])
+    zeros = logging.total([first])
     rank_zero_warn(
-        f"{type(others[0]).__name__}(monitor={others[0].monitor!r}) compares all epochs, also those in which {callback.options.form} has "
+        f"{type(others[0]).__name__}(monitor={others[0].monitor!r}) compares all epochs, also those in which {options.form} has "
         f"not yet reached its target of {target:.4g} (now {zeros:.4g} of the weights are zero): its best file may hold "
         "fewer zeros. Add BestAfterTarget() to the callbacks, which counts scores only once the target is met, or use "
         f"SparseCheckpoint(target_sparsity={target:g}, monitor={others[0].monitor!r}) in its place"

@@ -52,18 +52,16 @@ class CheckpointState:
         """
         live, support, ascent = self.weights.live, self.support, self.strength.target
         taken = {name: elementwise.gather_where(live(name), filed(name) == 0) for name in self.weights.parameters}
-        averaged = {} if averages is None else averages.pruned_values()
-        sizes = self.sizes.state_dict(self.weights.parameters)
         optional = {
             "held": _whole(support.held),
             "cut": _whole(support.cut),
             "squares": _whole(support.squares),
-            "step_sizes": sizes,
+            "step_sizes": self.sizes.state_dict(self.weights.parameters),
             "ascent": {} if ascent is None else ascent.state_dict(),
             "drift": self.clock.drift,
             "asked": self.strength.asked if frozen else None,
             "total": float(self.strength.total) if math.isfinite(self.strength.total) else None,
-            "averaged": averaged,
+            "averaged": {} if averages is None else averages.pruned_values(),
         }
         clock = {"step": self.strength.step, "offset": self.clock.offset, "begun": self.clock.begun, "clipped": self.clipping.mean}
         always = {"version": VERSION, "recipe": recipe, "frozen": frozen, "taken": taken}

@@ -42,15 +42,10 @@ class MagnitudePruning(Sparsifier):
         every: optimiser steps from one pruning to the next, >= 1; fewer than 5 prunings in the ramp give a warning.
         scope: ``global`` ranks all selected weights together (and may leave few in one layer), ``layer`` ranks within each parameter.
         start: the share of zeros at the ramp's beginning, in [0, sparsity).
-        select: glob patterns on parameter names, a leading ``!`` excludes; by default every weight matrix of torch's own layers.
-            Wildcards also match those of other layers (GPT-2's Conv1D, 3-D experts); embeddings and norms need their full name.
         freeze: as in the other callbacks; without it the support does not change after the ramp either.
         keep_zeros: weights that are zero when the fit starts stay zero, and count as pruned.
         target_sparsity: the share of zeros at the end, by the name used in the other callbacks.
-        finish: what to do if training ends before the ramp. "keep" leaves the zeros as they are and warns; "prune" prunes to the
-            target.
         score: ranks the weights, the lowest first: Magnitude(), LAMP(), Fisher() and others of lightning_sparse.scores, or your own.
-        least_kept: share of each parameter's weights, in [0, 1 - target_sparsity], that pruning keeps; 0 keeps one weight.
         structure: which weights are zero together, see lightning_sparse.structure. Groups are ranked by the root mean square of their
             weights; the share counts weights.
 

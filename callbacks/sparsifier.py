@@ -145,7 +145,7 @@ class Sparsifier(SparsityCallback):
             self.strength.target.began = endings.share_at_start(self.support)
         self._advance()
         self.began_at_zero.check(self.weights.parameters if first else (), pl_module)
-        best.warn_early_best(self, trainer)
+        best.warn_early_best(self.options, trainer)
 
     def _measure(self, trainer: Trainer) -> None:
         self.clock.measure(progress.total_steps(trainer, self.clock.drift, self.options, self.strength))
