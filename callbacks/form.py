@@ -224,9 +224,8 @@ class SparsityCallback(AnyCallback, metaclass=Constructed):
     # -- conversion ----------------------------------------------------------------------------------------------------------
 
     def _shared(self) -> dict[str, Any]:
-        when = ("freeze", "target_sparsity", "finish", "score", "least_kept", "structure")
-        names = ("select", "tol", "threshold", "gap_samples", "keep_zeros", *when)
-        return {"penalty": self.given, "lam": self.schedule} | {name: getattr(self, name) for name in names}
+        options = {name: value for name, value in vars(self.options).items() if name not in ("form", "compile")}
+        return {"penalty": self.given, "lam": self.schedule} | options
 
     def own_settings(self) -> dict[str, Any]:
         """Return the arguments that this callback has beyond the shared ones."""

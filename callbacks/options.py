@@ -26,18 +26,21 @@ FINE_TUNED = 0.25  # default share of a run to a target sparsity that is trained
 
 @dataclass(frozen=True)
 class Options:
-    """Stores the arguments of a sparsity callback, except penalty, strength and its own arguments; ``form`` is its class name."""
+    """Stores the arguments of a sparsity callback, except penalty, strength and its own arguments; ``form`` is its class name.
+
+    Descriptions of a callback list them in this order.
+    """
 
     form: str
+    compile: bool = False
     select: list[str] | None = None
     tol: float = 0.05
-    freeze: float = 0.0
     threshold: float | None = None
     gap_samples: int = 0
     keep_zeros: bool = False
+    freeze: float = 0.0
     target_sparsity: float | None = None
     finish: str = "keep"
-    compile: bool = False
     score: Score | None = None
     least_kept: float = 0.0
     structure: Structure = Element()  # noqa: RUF009 - frozen
