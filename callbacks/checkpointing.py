@@ -92,7 +92,7 @@ class CheckpointState:
             if name in _REQUIRED or name in state:
                 entry(state, name, holds, wanted)
         known = self.weights.parameters
-        for kind in ("held", "cut", "squares"):
+        for kind in ("held", "cut", "squares") if self.support.structure.elementwise else ("held", "cut"):
             for name, held in state.get(kind, {}).items():
                 if name in known and held.shape != known[name].shape:
                     raise ValueError(f"{kind!r} of {name!r} is {short(held)}, the weight has shape {tuple(known[name].shape)}")
@@ -117,8 +117,7 @@ class CheckpointState:
         self.applied, part = True, self.weights.part
         self.support.held |= {name: part(name, held) for name, held in state.get("held", {}).items() if name in self.support.held}
         self.support.cut = {name: part(name, where) for name, where in state.get("cut", {}).items() if name in self.weights.parameters}
-        squares = state.get("squares", {})
-        self.support.squares = {name: part(name, mean) for name, mean in squares.items() if name in self.weights.parameters}
+        self.support.restore_squares(state.get("squares", {}))
         self.strength.step, self.clock.begun, self.clock.drift = state["step"], state.get("begun", True), state.get("drift", 0)
         self.planned = state.get("total")
         self.clock.begin_at(state["offset"])
@@ -298,6 +297,9 @@ def _with_later_arguments(old: Any, new: Mapping[str, Any]) -> Any:
     if not isinstance(old, dict) or not isinstance(old.get("init_args"), dict):
         return old
     later = {name: new["init_args"][name] for name in LATER if name in new["init_args"] and name not in old["init_args"]}
+    structure = old["init_args"].get("structure")
+    if isinstance(structure, dict) and structure.get("class_path") == "Channels":
+        later["structure"] = structure | {"init_args": {"cost": "weights"} | structure.get("init_args", {})}
     return old | {"init_args": old["init_args"] | later}
 
 

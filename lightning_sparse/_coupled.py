@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import Parameter
 
-from lightning_sparse import _checks, coupling
+from lightning_sparse import _checks, coupling, surgery
 from lightning_sparse._groups import Group
 from lightning_sparse._parts import Part
 from lightning_sparse.grouped import Groups
@@ -96,7 +97,26 @@ def find(structure: Coupled, module: nn.Module, selected: Iterable[str], example
         why = _why_none(structure, left_out | outputs | uncut, others, bool(elsewhere))
         raise ValueError(f"{structure!r} finds no groups that can be removed exactly in {type(module).__name__}{why}")
     names = {part.name for listed in (parts, along) for of in listed.values() for part in of}
-    return Found(Groups(parts, along, True, elsewhere), {name: known[name] for name in known if name in names}, left_out)
+    costs = _multiply_adds(module, example_inputs) if structure.cost == "multiply_adds" else None
+    return Found(Groups(parts, along, True, elsewhere, costs), {name: known[name] for name in known if name in names}, left_out)
+
+
+def _multiply_adds(module: nn.Module, example_inputs: Any) -> dict[str, float]:
+    """Return for each weight of a convolution or Linear layer the number of multiply-adds that it takes part in in one call."""
+    layers = {part: f"{name}.weight" for name, part in module.named_modules() if isinstance(part, (nn.Linear, _ConvNd))}
+    found = dict.fromkeys(layers.values(), 0.0)
+
+    def count(layer: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        at, weight = (given[0], layer.weight) if isinstance(layer, _ConvTransposeNd) else (out, layer.weight)
+        found[layers[layer]] += at.numel() / weight.shape[0]  # because each value of that channel is one use of each of its weights
+
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        surgery.outputs(module, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _why_none(structure: Coupled, reasons: Mapping[str, str], others: Mapping[str, str], elsewhere: bool) -> str:

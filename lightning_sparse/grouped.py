@@ -35,6 +35,7 @@ class Groups:
         along: further weights that are zero where the group is, by leader; no part of its size r_g or of its number of weights d_g.
         keeps_one: the largest group of a leader is never zero.
         elsewhere: parameters with weights in removable groups of another kind, which are not among these.
+        costs: what a weight of a parameter costs, such as the multiply-adds of one call that it takes part in; None for 1 of each.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class Groups:
         along: Mapping[str, list[Part]] | None = None,
         keeps_one: bool = False,
         elsewhere: Iterable[str] = (),
+        costs: Mapping[str, float] | None = None,
     ) -> None:
         self.parts, self.along, self.keeps_one, self.elsewhere = dict(parts), dict(along or {}), keeps_one, frozenset(elsewhere)
+        self.costs = None if costs is None else dict(costs)
         self._counts: dict[tuple[str, bool], Tensor] = {}  # weights in each group, by leader and whether they are split
 
     def of(self, name: str) -> list[tuple[str, Part]]:
@@ -79,6 +82,18 @@ class Groups:
     def mean(self, leader: str, values: Values) -> Tensor:
         """Return the mean of ``values`` over each group."""
         return self.total(leader, values, lambda value, _: value) / self.count(leader, values)
+
+    def slope(self, leader: str, values: Values, grads: Callable[[str], Tensor | None]) -> Tensor:
+        """Return the slope of the loss in each group's size, sum_j w_j g_j / r_g, from the gradients; 0 for a group of size 0."""
+        parts = [(part, values(part.name), grads(part.name)) for part in self.parts[leader]]
+        sums = [part.pool(wide(w) * (torch.zeros_like(w) if grad is None else wide(grad))) for part, w, grad in parts]
+        along = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+        return elementwise.map_shards(ratio, along, self.size(leader, values))
+
+    def cost(self, leader: str, alive: Values) -> Tensor:
+        """Return what the weights that are zero with each group, and are ``alive``, cost."""
+        parts = [(part, 1.0 if self.costs is None else self.costs.get(part.name, 0.0)) for part in self.members(leader)]
+        return torch.stack([part.pool(wide(alive(part.name))) * cost for part, cost in parts]).sum(0)
 
     def size(self, leader: str, values: Values) -> Tensor:
         """Return the root mean square of each group's weights."""

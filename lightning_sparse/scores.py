@@ -33,14 +33,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Ranked:
-    """What is known of one parameter's weights when they are ranked. All tensors have the parameter's shape.
+    """What is known of one parameter's weights, or of its groups, when they are ranked. All tensors have the same shape.
 
     Args:
-        name: the parameter's name.
-        w: the weights, as the method uses them: alpha times the live weights.
+        name: the parameter's name, or that of the groups.
+        w: the weights, as the method uses them: alpha times the live weights; of groups their sizes.
         alive: False where a weight is zero already. Its score does not matter, because it goes first.
         alpha: the keep probabilities of the method; 1 for pruning.
-        squares: running mean of the squared gradients of the loss; None unless the score ``needs_squares``.
+        squares: running mean of the squared gradients of the loss in w; None unless the score ``needs_squares``.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Score(metaclass=Constructed):
     """Ranks weights over all parameters: those of the lowest score are removed first."""
 
     needs_squares: ClassVar[bool] = False  # ranks by Ranked.squares, which are measured in every optimiser step
+    is_loss: ClassVar[bool] = False  # estimates a rise in loss: groups are ranked by the score for each weight that goes with them
 
     def __repr__(self) -> str:
         return typed(self)
@@ -146,8 +147,10 @@ class RelativeMagnitude(Score):
 class Fisher(Score):
     """Scores w^2 H, with H the running mean of the squared gradients: the rise in loss (optimal brain damage, times 2 and batch size).
 
-    H costs one number a weight. It is measured at the gradients of the loss, before penalties are added and gradients clipped.
-    Source: LeCun, Denker, Solla, NeurIPS 1989. Raises ValueError unless 0 <= decay < 1.
+    H costs one number a weight. It is measured at the gradients of the loss, before penalties are added and gradients clipped. The
+    score of a group is F_g = E (sum_j w_j g_j)^2, which is r_g^2 H with H of the gradient in its size r_g, divided by the weights that go
+    with it (``structure.Channels(cost="multiply_adds")``: by their multiply-adds).
+    Sources: LeCun, Denker, Solla, NeurIPS 1989; of groups Molchanov et al., arXiv 1906.10771. Raises ValueError unless 0 <= decay < 1.
 
     Args:
         decay: the weight of the past in the running mean, for each optimiser step.
@@ -155,6 +158,7 @@ class Fisher(Score):
 
     decay: float = 0.99
     needs_squares: ClassVar[bool] = True
+    is_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.between("decay", self.decay, 0, 1, closed="l")

@@ -194,6 +194,7 @@ class Coupled(Structure):
     """Base of structures whose groups have weights in several tensors: they are found on a trace of the network."""
 
     heads: ClassVar[bool] = False  # heads of attention, not channels
+    cost: ClassVar[str] = "weights"  # what the removal of a group saves, by which scores that are a rise in loss are divided
 
     def pool(self, x: Tensor) -> Tensor:
         raise TypeError(f"the groups of {self!r} have weights in several tensors; a run finds them (lightning_sparse.coupling)")
@@ -211,8 +212,18 @@ class Channels(Coupled):
     scale-free, else the rows and biases that produce it. Everything else of the group is zero with it and counts neither in r_g nor in
     d_g, so that the penalty d_g omega(r_g) has the scalar gradient, prox and mask at the same lam. Groups that are not proved to be
     removable are left out, and one of each axis stays. The network is traced once by torch-pruning (extra ``shrink``), on the
-    LightningModule's ``example_input_array`` or the first training batch.
+    LightningModule's ``example_input_array`` or the first training batch. Raises ValueError for another ``cost``.
+
+    Args:
+        cost: what a channel is ranked by beside its score, where the score is a rise in loss (``scores.Fisher()``): the channels of the
+            lowest score for each of the ``"weights"`` or ``"multiply_adds"`` that go with them are removed first. Weights make the
+            network small, multiply-adds make it fast. ``target_sparsity`` is a share of the weights with either.
     """
+
+    cost: str = "weights"  # type: ignore[misc] # an option here, fixed for Heads
+
+    def __post_init__(self) -> None:
+        _checks.one_of("cost", self.cost, ("weights", "multiply_adds"))
 
 
 @dataclass(frozen=True, repr=False)
