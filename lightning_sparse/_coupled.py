@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,14 +104,14 @@ def find(structure: Coupled, module: nn.Module, selected: Iterable[str], example
 
 def _multiply_adds(module: nn.Module, example_inputs: Any) -> dict[str, float]:
     """Return for each weight of a convolution or Linear layer the number of multiply-adds that it takes part in in one call."""
-    layers = {part: f"{name}.weight" for name, part in module.named_modules() if isinstance(part, (nn.Linear, _ConvNd))}
-    found = dict.fromkeys(layers.values(), 0.0)
+    layers = {f"{name}.weight": part for name, part in module.named_modules() if isinstance(part, (nn.Linear, _ConvNd))}
+    found = dict.fromkeys(layers, 0.0)
 
-    def count(layer: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-        at, weight = (given[0], layer.weight) if isinstance(layer, _ConvTransposeNd) else (out, layer.weight)
-        found[layers[layer]] += at.numel() / weight.shape[0]  # because each value of that channel is one use of each of its weights
+    def count(name: str, layer: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        at = given[0] if isinstance(layer, _ConvTransposeNd) else out
+        found[name] += at.numel() / len(layers[name].weight)  # because each value of a channel is one use of each of its weights
 
-    handles = [layer.register_forward_hook(count) for layer in layers]
+    handles = [layer.register_forward_hook(partial(count, name)) for name, layer in layers.items()]
     try:
         surgery.outputs(module, example_inputs)
     finally:
