@@ -55,7 +55,7 @@ class CheckpointState:
         optional = {
             "held": _whole(support.held),
             "cut": _whole(support.cut),
-            "squares": _whole(support.squares),
+            "squares": _whole(support.squares.means),
             "step_sizes": self.sizes.state_dict(self.weights.parameters),
             "ascent": {} if ascent is None else ascent.state_dict(),
             "drift": self.clock.drift,
@@ -117,7 +117,7 @@ class CheckpointState:
         self.applied, part = True, self.weights.part
         self.support.held |= {name: part(name, held) for name, held in state.get("held", {}).items() if name in self.support.held}
         self.support.cut = {name: part(name, where) for name, where in state.get("cut", {}).items() if name in self.weights.parameters}
-        self.support.restore_squares(state.get("squares", {}))
+        self.support.squares.restore(state.get("squares", {}), self.support.groups)
         self.strength.step, self.clock.begun, self.clock.drift = state["step"], state.get("begun", True), state.get("drift", 0)
         self.planned = state.get("total")
         self.clock.begin_at(state["offset"])

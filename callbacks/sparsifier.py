@@ -193,11 +193,11 @@ class Sparsifier(SparsityCallback):
             self.clock.idle = None
         if self.watch.checks_gradients and not elementwise.are_finite(grads):
             self.watch.check_gradients(trainer, optimizer)
-        if self.support.score.needs_squares:
-            self.support.measure_squares(optimizer, step.grad_scale)
         if self.strength.target is not None and self.search.is_due(self.options.freeze, ahead=1):
             self.search.measure_gradients(optimizer, step.grad_scale)
         if self.support.frozen is None:
+            if self.support.score.needs_squares:
+                self.support.squares.update(optimizer, self.support.groups, step.grad_scale)
             if "before_optimizer" in self._moments:
                 self.run.acting.before_optimizer(step)
             if id(optimizer) in self.connections.measured:

@@ -83,17 +83,10 @@ class Groups:
         """Return the mean of ``values`` over each group."""
         return self.total(leader, values, lambda value, _: value) / self.count(leader, values)
 
-    def slope(self, leader: str, values: Values, grads: Callable[[str], Tensor | None]) -> Tensor:
-        """Return the slope of the loss in each group's size, sum_j w_j g_j / r_g, from the gradients; 0 for a group of size 0."""
-        parts = [(part, values(part.name), grads(part.name)) for part in self.parts[leader]]
-        sums = [part.pool(wide(w) * (torch.zeros_like(w) if grad is None else wide(grad))) for part, w, grad in parts]
-        along = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
-        return elementwise.map_shards(ratio, along, self.size(leader, values))
-
     def cost(self, leader: str, alive: Values) -> Tensor:
-        """Return what the weights that are zero with each group, and are ``alive``, cost."""
-        parts = [(part, 1.0 if self.costs is None else self.costs.get(part.name, 0.0)) for part in self.members(leader)]
-        return torch.stack([part.pool(wide(alive(part.name))) * cost for part, cost in parts]).sum(0)
+        """Return what the ``alive`` weights that are zero with each group cost."""
+        costs = {part: 1.0 if self.costs is None else self.costs.get(part.name, 0.0) for part in self.members(leader)}
+        return torch.stack([part.pool(wide(alive(part.name))) * cost for part, cost in costs.items()]).sum(0)
 
     def size(self, leader: str, values: Values) -> Tensor:
         """Return the root mean square of each group's weights."""

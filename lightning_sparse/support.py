@@ -14,6 +14,7 @@ from lightning_sparse import counts, elementwise
 from lightning_sparse import optimizer as steps
 from lightning_sparse.duality import Penalty
 from lightning_sparse.elementwise import Engine
+from lightning_sparse.gradient_squares import GradientSquares
 from lightning_sparse.grouped import Groups, mean_rate
 from lightning_sparse.optimizer import ClipFactor
 from lightning_sparse.scores import LAMP, Ranked, Score, checked, keep_highest
@@ -74,7 +75,7 @@ class Support:
         self.weights, self.method, self.strength, self.engine = weights, method, strength, engine
         self.sizes, self.clipping, self.tol, self.threshold = sizes, clipping, tol, threshold
         self.score, self.least, self.structure = score, least, structure
-        self.squares: dict[str, Tensor] = {}  # means of squared gradients, by parameter or leader; empty unless the score needs them
+        self.squares = GradientSquares(score, weights)
         self._scored: set[str] = set()  # parameters or groups whose scores have been checked
         self.groups: Groups | None = None  # in a run, of a structure that groups weights
         # masks of the weights that may be non-zero, by name:
@@ -327,7 +328,7 @@ class Support:
             size = elementwise.full_tensor(groups.size(leader, self.weights.live))
             alpha = self._of_terms(leader, size, self._alpha, 1.0) if self.method.takes_groups else torch.ones_like(size)
             share = groups.mean(leader, left)
-            score = checked(self.score, Ranked(leader, alpha * size, share > 0, alpha, self._squares(leader)), self._scored)
+            score = checked(self.score, Ranked(leader, alpha * size, share > 0, alpha, self.squares.of(leader)), self._scored)
             if self.score.is_loss:
                 score = score / groups.cost(leader, left).clamp(min=1.0)
             scores[leader] = score.masked_fill(share == 0, -1.0)
@@ -335,38 +336,4 @@ class Support:
 
     def _ranked(self, name: str, alive: Tensor) -> Ranked:
         alpha, w = (elementwise.full_tensor(part) for part in (self.keep_probability(name), self.weights.live(name)))
-        return Ranked(name, alpha * w, alive, alpha, self._squares(name))
-
-    def _squares(self, name: str) -> Tensor | None:
-        return elementwise.full_tensor(self.squares[name]) if name in self.squares else None
-
-    def restore_squares(self, squares: Mapping[str, Tensor]) -> None:
-        """Continue the means of a file; those of other groups start anew."""
-        known = (
-            self.weights.parameters if self.groups is None else {one: self.groups.size(one, self.weights.live) for one in self.groups.parts}
-        )
-        found = {name: like for name, like in known.items() if name in squares and squares[name].shape == like.shape}
-        self.squares = {
-            name: elementwise.shard_like(elementwise.cut_like(squares[name].to(like.device), like), like) for name, like in found.items()
-        }
-
-    @torch.no_grad()
-    def measure_squares(self, optimizer: Optimizer, scale: float = 1.0) -> None:
-        """Update the running means of squared gradients before a step of ``optimizer``, if the score needs them.
-
-        Of groups it is the gradient in their sizes. The gradients are ``scale`` times those of the loss. The means start at 0, which
-        does not change the ranking.
-        """
-        if not self.score.needs_squares or self.frozen is not None:
-            return
-        grads = {name: parameter.grad for name, parameter, _ in self.weights.members(optimizer) if parameter.grad is not None}
-        if self.groups is not None:
-            led = [leader for leader, (first, *_) in self.groups.parts.items() if first.name in grads]
-            grads = {leader: self.groups.slope(leader, self.weights.live, grads.get) for leader in led}
-        decay = getattr(self.score, "decay", 0.99)
-        for name, grad in grads.items():
-            if name not in self.squares:
-                like = self.weights.live(name) if self.groups is None else grad
-                self.squares[name] = torch.zeros_like(like)
-            mean, own = (elementwise.local_part(part) for part in (self.squares[name], grad))
-            mean.mul_(decay).addcmul_(own.to(mean), own.to(mean), value=(1 - decay) / scale**2)
+        return Ranked(name, alpha * w, alive, alpha, self.squares.of(name))

@@ -166,7 +166,9 @@ def test_the_squares_are_those_of_the_loss_and_resume_exactly(tmp_path: str) -> 
     trainer(whole, Save(), epochs=5).fit(module, data())
     trainer(again, epochs=5).fit(resumed, data(), ckpt_path=f"{tmp_path}/half.ckpt")
     assert all(torch.equal(w, weights(resumed)[name]) for name, w in weights(module).items())
-    assert all(torch.equal(mean, again.support.squares[name]) and mean.max() > 0 for name, mean in whole.support.squares.items())
+    assert all(
+        torch.equal(mean, again.support.squares.means[name]) and mean.max() > 0 for name, mean in whole.support.squares.means.items()
+    )
 
 
 def test_least_kept_holds_in_each_layer_and_an_impossible_one_is_refused() -> None:

@@ -55,7 +55,7 @@ def test_the_score_from_batch_norms_is_that_from_the_columns_that_read_the_chann
     trainer(callback, columns, Sizes(), epochs=1, max_steps=1).fit(module, images())
     found, compared = columns.found.values(), 0
     for leader, size in sizes.items():
-        own = size**2 * callback.support.squares[leader] / 0.5  # the mean starts at 0 and has seen half of the first square
+        own = size**2 * callback.support.squares.means[leader] / 0.5  # the mean starts at 0 and has seen half of the first square
         other = [value for name, value in found.items() if name.rpartition("[")[0] == leader]
         if len(other) == len(own):
             torch.testing.assert_close(own, torch.tensor(other, dtype=own.dtype), rtol=1e-3, atol=1e-9)
@@ -127,7 +127,7 @@ def test_the_squares_of_groups_resume_exactly_and_a_file_of_single_weights_start
     trainer(whole, Save(path), epochs=4).fit(module, images())
     trainer(again, epochs=4).fit(resumed, images(), ckpt_path=path)
     assert all(torch.equal(w, weights(resumed)[name]) for name, w in weights(module).items())
-    assert whole.support.squares.keys() == whole.support.groups.parts.keys() == again.support.squares.keys()
+    assert whole.support.squares.means.keys() == whole.support.groups.parts.keys() == again.support.squares.means.keys()
 
     file = torch.load(path, weights_only=False)
     (state,) = (state for state in file["callbacks"].values() if isinstance(state, dict) and "squares" in state)
