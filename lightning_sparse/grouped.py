@@ -347,11 +347,3 @@ def groups_within(structure: Structure, parameters: Mapping[str, Tensor]) -> Gro
         structure.check(name, parameter)
         check_whole(structure, name, parameter)
     return Groups({name: [part_of(structure, name)] for name in parameters})
-
-
-class OnGroups:
-    """A method that works on the sizes of groups in an optimiser's step."""
-
-    def __init__(self, weights: GroupedWeights, method: Any) -> None:
-        self.before_optimizer = partial(weights.before_optimizer, method)
-        self.after_optimizer = partial(weights.after_optimizer, method)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_sparse import duality, proximal
 from lightning_sparse.duality import Penalty
 from lightning_sparse.elementwise import Engine
-from lightning_sparse.grouped import GroupedWeights, OnGroups, groups_within
+from lightning_sparse.grouped import GroupedWeights, groups_within
 from lightning_sparse.optimizer import ClipFactor
 from lightning_sparse.step import Scale, Step, Strength
 from lightning_sparse.step_sizes import StepSizes
@@ -30,6 +31,14 @@ __all__ = ["Member", "Method", "Run", "Scale", "Step"]
 Reduce = Callable[[Tensor], Tensor]
 # of a step, in order
 MOMENTS = ("before_forward", "before_backward", "after_backward", "before_optimizer", "after_optimizer", "progress", "after_batch")
+
+
+class OnGroups:
+    """A method that works on the sizes of groups in an optimiser's step."""
+
+    def __init__(self, weights: GroupedWeights, method: Any) -> None:
+        self.before_optimizer = partial(weights.before_optimizer, method)
+        self.after_optimizer = partial(weights.after_optimizer, method)
 
 
 @dataclass
