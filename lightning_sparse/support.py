@@ -328,7 +328,7 @@ class Support:
             size = elementwise.full_tensor(groups.size(leader, self.weights.live))
             alpha = self._of_terms(leader, size, self._alpha, 1.0) if self.method.takes_groups else torch.ones_like(size)
             share = groups.mean(leader, left)
-            score = checked(self.score, Ranked(leader, alpha * size, share > 0, alpha, self.squares.of(leader)), self._scored)
+            score = checked(self.score, Ranked(leader, alpha * size, share > 0, alpha, self._squares(leader)), self._scored)
             if self.score.is_loss:
                 score = score / groups.cost(leader, left).clamp(min=1.0)
             scores[leader] = score.masked_fill(share == 0, -1.0)
@@ -336,4 +336,7 @@ class Support:
 
     def _ranked(self, name: str, alive: Tensor) -> Ranked:
         alpha, w = (elementwise.full_tensor(part) for part in (self.keep_probability(name), self.weights.live(name)))
-        return Ranked(name, alpha * w, alive, alpha, self.squares.of(name))
+        return Ranked(name, alpha * w, alive, alpha, self._squares(name))
+
+    def _squares(self, name: str) -> Tensor | None:
+        return self.squares.of(name) if self.score.needs_squares else None
