@@ -8,15 +8,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sparse import _checks
-from lightning_sparse._construction import Constructed, typed
+from lightning_sparse._construction import typed
 from lightning_sparse.callbacks import best, logging
-from lightning_sparse.callbacks.compatibility import AnyCallback
+from lightning_sparse.callbacks.compatibility import AnyCallback, CallbackClass
 from lightning_sparse.callbacks.form import peers_of
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.callbacks.weight_averaging import move_to_front
 
 
-class BestAfterTarget(AnyCallback, metaclass=Constructed):
+class BestAfterTarget(AnyCallback, metaclass=CallbackClass):
     """Counts the scores of every ModelCheckpoint and EarlyStopping in the Trainer only once the target sparsity is met.
 
     For programs that keep, restore or stop at their best epoch by callbacks of their own. Before the target is met, each score

@@ -160,8 +160,8 @@ def check_reach(options: Options, support: Support, trainer: Trainer, module: Li
         ways.append(f"exclude them with select={_without(options, found.outside, module)}{rest}")
     if found.elsewhere:
         ways.append(f"add a callback with structure={'Channels()' if options.structure == Heads() else 'Heads()'} for them")
-    if (most := math.floor(100 * found.share) / 100) > 0:
-        ways.append(f"give at most {most:g}")
+    most = math.floor(100 * found.share) / 100
+    ways.append(f"give at most {most:g}" if most > 0 else "use a structure with smaller groups")
     raise ValueError(
         f"target_sparsity={target:g} cannot be reached: {options.structure!r} can make at most {_percent(found.share)} of the "
         f"{found.size:,} selected weights zero; {why}. {_either(ways)}"

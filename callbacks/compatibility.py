@@ -15,6 +15,8 @@ from typing import Any
 from lightning.pytorch import callbacks
 from lightning_utilities.core.overrides import is_overridden
 
+from lightning_sparse._construction import Constructed
+
 PACKAGES = ("lightning", "pytorch_lightning")
 
 
@@ -36,6 +38,18 @@ def overrides(hook: str, module: object) -> bool:
 
 def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
+
+
+class NoInstance(TypeError, AttributeError):
+    """A class is used where an instance is needed. An AttributeError too, so that tools that list a class's attributes pass over it."""
+
+
+class CallbackClass(Constructed):
+    """Metaclass of the callbacks: names the class in the error if it is given to a Trainer in the place of an instance."""
+
+    @property
+    def state_key(self) -> str:  # which a Trainer reads of each callback before it calls a hook
+        raise NoInstance(f"the Trainer's callbacks hold the class {self.__name__}: create an instance, {self.__name__}(...)")
 
 
 class _AddsBases:

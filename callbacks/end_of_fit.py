@@ -148,6 +148,7 @@ class EndOfFit:
     def end_fit(self, trainer: Trainer, averages: Averages | None) -> None:
         """Handle what the hooks on_train_end of others did to the weights."""
         if self.ending is None:  # a run resumed at its end has no on_train_end
+            endings.warn_no_training(self.callback.options, self.callback.support, trainer)
             self.callback.prune()
         else:
             self.ending.handle_changed_weights(self.callback, trainer, "on_train_end", self.swaps)

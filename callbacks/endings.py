@@ -109,6 +109,18 @@ def warn_untrained(options: Options, batches: int) -> None:
     )
 
 
+def warn_no_training(options: Options, support: Support, trainer: Trainer) -> None:
+    """Warn of a fit that was resumed at or beyond its end, if its zeros are not those of the target."""
+    target = options.target_sparsity
+    share = None if target is None else reach.missing(support, target)
+    if share is not None:
+        rank_zero_warn(
+            f"{options.form}: this fit trained no step, because the checkpoint is of epoch {trainer.current_epoch} and step "
+            f"{trainer.global_step}, and max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}. {share:.2%} of the selected "
+            f"weights are zero, target_sparsity is {target:g}. Give the Trainer a larger max_epochs or max_steps"
+        )
+
+
 def warn_new_length(options: Options, support: Support, strength: Strength, planned: float | None) -> None:
     """Warn if a resumed run has another number of steps than was planned when its state was written."""
     if planned is None or planned == strength.total or not math.isfinite(strength.total):

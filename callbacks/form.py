@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_sparse._construction import Constructed, typed
-from lightning_sparse.callbacks.compatibility import AnyCallback
+from lightning_sparse._construction import typed
+from lightning_sparse.callbacks.compatibility import AnyCallback, CallbackClass
 from lightning_sparse.callbacks.options import (
     FINE_TUNED,
     Finish,
@@ -52,7 +52,7 @@ def _option(name: str, doc: str) -> Any:
     return property(attrgetter(f"options.{name}"), set_option, doc=doc)
 
 
-class SparsityCallback(AnyCallback, metaclass=Constructed):
+class SparsityCallback(AnyCallback, metaclass=CallbackClass):
     """Base of the sparsity callbacks, without the Lightning hooks; other callbacks recognise sparsity callbacks by it.
 
     Args:

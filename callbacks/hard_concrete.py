@@ -38,6 +38,7 @@ class HardConcrete(Sparsifier):
     """
 
     method_type, own_arguments = methods.HardConcrete, ("beta", "gamma", "zeta", "learned_lr", "log_start")
+    instead = {"penalty": "its penalty follows from beta, gamma and zeta"}  # for errors
     fills = ("penalty",)
     learned: dict[str, Parameter] = forwarded("method.learned.values", "The log alpha of each weight, by parameter name.")
 

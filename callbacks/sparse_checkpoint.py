@@ -8,9 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sparse import _checks, counts
-from lightning_sparse._construction import Constructed, typed
+from lightning_sparse._construction import typed
 from lightning_sparse.callbacks import best, logging
-from lightning_sparse.callbacks.compatibility import AnyModelCheckpoint
+from lightning_sparse.callbacks.compatibility import AnyModelCheckpoint, CallbackClass
 from lightning_sparse.callbacks.form import peers_of
 from lightning_sparse.callbacks.options import only_one
 from lightning_sparse.callbacks.sparsity_monitor import SparsityMonitor
@@ -19,7 +19,7 @@ from lightning_sparse.callbacks.weight_averaging import saved_module
 from lightning_sparse.select import select
 
 
-class SparseCheckpoint(AnyModelCheckpoint, metaclass=Constructed):
+class SparseCheckpoint(AnyModelCheckpoint, metaclass=CallbackClass):
     """ModelCheckpoint that saves a best file (the top k) only while the share ``target_sparsity`` of its weights is zero, to the weight.
 
     The share is counted for every file. With sparsity callbacks in the Trainer it is their ``sparsity/total``, after the

@@ -31,6 +31,8 @@ class Sparsify(Sparsifier):
     instead = {"lam": "use ReweightedPenalty or AdaptiveProx for a strength"}  # for errors
 
     def __init__(self, target_sparsity: float, **options: Any) -> None:
+        if target_sparsity is None:
+            raise TypeError("Sparsify needs target_sparsity, the share of zeros to reach, such as 0.9; got None")
         for name in self.fills:
             if name in options:
                 raise TypeError(f"unexpected keyword argument {name!r}")

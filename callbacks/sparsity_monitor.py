@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sparse import _checks, counts
-from lightning_sparse._construction import Constructed, typed
+from lightning_sparse._construction import typed
 from lightning_sparse.callbacks import checks, logging, progress, wandb_run
-from lightning_sparse.callbacks.compatibility import AnyCallback
+from lightning_sparse.callbacks.compatibility import AnyCallback, CallbackClass
 from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.options import structure_of
 from lightning_sparse.callbacks.weight_averaging import averaging
@@ -21,7 +21,7 @@ from lightning_sparse.select import countable
 from lightning_sparse.structure import Coupled, Element, Structure
 
 
-class SparsityMonitor(AnyCallback, metaclass=Constructed):
+class SparsityMonitor(AnyCallback, metaclass=CallbackClass):
     """Logs ``sparsity/total`` and ``sparsity/<parameter name>``, the share of exact zeros in [0, 1], tied weights once.
 
     For a dense model, a loaded sparse one, or one pruned by other means. List it after Lightning's ModelPruning, whose

@@ -50,6 +50,7 @@ class VariationalDropout(Sparsifier):
 
     method_type, own_arguments = methods.VariationalDropout, ("prior", "noise", "learned_lr", "log_start")
     fills = ("penalty", "lam")
+    instead = {"penalty": "its penalty follows from prior", "lam": "its strength is kl_weight"}  # for errors
     method: methods.VariationalDropout
     learned: dict[str, Parameter] = forwarded("method.learned.values", "The log eta, or log sigma, of each weight, by parameter name.")
 

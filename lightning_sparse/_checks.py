@@ -15,8 +15,16 @@ def number(name: str, value: object) -> float:
     """Return ``value``, a number of Python, numpy or torch, as a float; raise TypeError for anything else."""
     given = plain(value)
     if isinstance(given, bool) or not isinstance(given, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}{_as_number(given)}")
     return float(given)
+
+
+def _as_number(given: object) -> str:
+    """Return the number that a text stands for, for errors."""
+    try:
+        return f"; did you mean {float(given):g}?" if isinstance(given, str) else ""
+    except ValueError:
+        return ""
 
 
 def positive(name: str, value: object) -> float:

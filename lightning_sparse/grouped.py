@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_sparse import elementwise
 from lightning_sparse._parts import Part, check_whole, part_of
 from lightning_sparse.step_sizes import Rate, StepSizes
-from lightning_sparse.structure import Coupled, Structure
+from lightning_sparse.structure import Coupled, Structure, check_groups
 from lightning_sparse.weights import Attachment, Member, Place, WeightStore
 
 Values = Callable[[str], Tensor]
@@ -344,6 +344,6 @@ def groups_within(structure: Structure, parameters: Mapping[str, Tensor]) -> Gro
     if isinstance(structure, Coupled):
         raise TypeError(f"{structure!r} needs a module: Run.alone(..., module=module, example_inputs=inputs)")
     for name, parameter in parameters.items():
-        structure.check(name, parameter)
+        check_groups(structure, name, parameter)
         check_whole(structure, name, parameter)
     return Groups({name: [part_of(structure, name)] for name in parameters})

@@ -169,7 +169,8 @@ class _Selection:
             return {pattern: self._named(pattern)}
         hits = {name: parameter for name, parameter in self.reach.items() if fnmatchcase(name, pattern)}
         if not hits:
-            raise ValueError(f"select pattern {pattern!r} matches no selectable parameter{self._why_none(pattern)}")
+            kind = "; patterns are globs such as 'blocks.*', not regular expressions" if "\\" in pattern else ""
+            raise ValueError(f"select pattern {pattern!r} matches no selectable parameter{kind}{self._why_none(pattern)}")
         return hits
 
     def _why_none(self, pattern: str) -> str:
@@ -218,7 +219,10 @@ class _Selection:
             raise ValueError(f"select name {name!r} is not a parameter of {type(self.module).__name__}{hint}")
         parameter = self.every[name]
         if name not in self.reasons and not _fits(parameter, self.trainable):
-            raise ValueError(f"select name {name!r} is {parameter.dtype} with requires_grad={parameter.requires_grad}; it must be trained")
+            cure = "" if parameter.requires_grad else ": unfreeze it before the fit with requires_grad_(True)"
+            raise ValueError(
+                f"select name {name!r} is {parameter.dtype} with requires_grad={parameter.requires_grad}; it must be trained{cure}"
+            )
         return parameter
 
     def _check_computed(self, name: str) -> None:

@@ -59,6 +59,25 @@ class Structure(metaclass=Constructed):
         """Raise ValueError, naming the parameter, if the weights ``w`` cannot be grouped."""
 
 
+def check_groups(structure: Structure, name: str, w: Tensor) -> None:
+    """Raise ValueError, naming the parameter, if the weights ``w`` cannot be grouped, or ``pool`` and ``spread`` do not fit each other."""
+    structure.check(name, w)
+    if type(structure).__module__ == __name__:  # the structures here are tested
+        return
+    ones = torch.ones(w.shape, dtype=torch.float64)
+    try:
+        count = structure.pool(ones)
+        number = torch.arange(1.0, count.numel() + 1, dtype=torch.float64).reshape(count.shape)
+        fits = torch.allclose(structure.pool(structure.spread(number, ones).expand(w.shape)), number * count)
+    except Exception as error:  # a structure of one's own may raise any error
+        raise ValueError(f"{structure!r} cannot group {name!r} of shape {tuple(w.shape)}: {type(error).__name__}: {error}") from error
+    if not fits or int(count.sum()) != ones.numel():
+        raise ValueError(
+            f"{structure!r} does not group {name!r} of shape {tuple(w.shape)}: pool must sum over each group, with each weight in one "
+            "group, and spread must return each weight its own group's value; lightning_sparse.testing.check_structure checks it"
+        )
+
+
 @dataclass(frozen=True, repr=False)
 class Element(Structure):
     """Single weights: unstructured sparsity, the default."""
@@ -121,7 +140,8 @@ class Blocks(Structure):
         sides = list(self.shape) if isinstance(self.shape, Sequence) else []
         if len(sides) != 2:
             raise ValueError(f"shape must be the rows and columns of a block, such as (16, 16), got {self.shape!r}")
-        object.__setattr__(self, "shape", tuple(_checks.whole("shape", side, 1) for side in sides))
+        names = ("the rows in shape", "the columns in shape")
+        object.__setattr__(self, "shape", tuple(_checks.whole(name, side, 1) for name, side in zip(names, sides, strict=True)))
 
     @property
     def height(self) -> int | None:

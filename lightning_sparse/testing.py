@@ -124,7 +124,13 @@ def check_structure(structure: Structure, shapes: Collection[tuple[int, ...]] = 
             structure.check("weight", w)
         except ValueError:
             continue
-        count = structure.pool(torch.ones_like(w))
+        try:
+            count = structure.pool(torch.ones_like(w))
+        except Exception as error:  # a structure of one's own may raise any error
+            cure = "mend it, or define check() to refuse weights that cannot be grouped"
+            raise ContractError(
+                f"{structure!r} on weights of shape {shape}: pool fails: {type(error).__name__}: {error}; {cure}"
+            ) from error
         _must(bool((count >= 1).all()) and int(count.sum()) == w.numel(), structure, shape, "pool of ones must count each weight once")
         value = torch.randn(count.shape, dtype=torch.float64, generator=generator)
         try:

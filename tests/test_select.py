@@ -60,6 +60,7 @@ def test_patterns(patterns, expected):
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
+        ([r"encoder\..*"], r"matches no selectable parameter; patterns are globs such as 'blocks.\*', not regular expressions; closest"),
         (["encodr.*"], r"select pattern 'encodr.\*' matches no selectable parameter; closest: 'encoder"),
         (["*.bias"], r"matches only \[.*'encoder.0.bias'.*which are not selected by default: name them in full"),
         (["encoder.2"], r"it names a module \(Conv2d\): for its weights \['encoder.2.weight'\] write 'encoder.2.\*'$"),
@@ -71,7 +72,7 @@ def test_patterns(patterns, expected):
         (["haed.weight"], r"select name 'haed.weight' is not a parameter of Zoo; closest: 'head.weight'"),
         (["*", "!nothing.*"], r"select exclusion '!nothing.\*' matches nothing"),
         (["head.*", "!head.*"], r"leaves no parameter"),
-        (["frozen.weight"], r"requires_grad=False; it must be trained"),
+        (["frozen.weight"], r"requires_grad=False; it must be trained: unfreeze it before the fit with requires_grad_\(True\)"),
         (["wave"], r"'wave' is complex; only real"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sparse import structure
 from lightning_sparse._parts import part_of
-from lightning_sparse.grouped import Groups
+from lightning_sparse.grouped import Groups, groups_within
 from lightning_sparse.structure import NM, Blocks, Columns, Element, Rows, Structure
 from lightning_sparse.testing import ContractError, check_structure
 
@@ -101,6 +101,32 @@ def test_own_structure() -> None:
     for broken in (Means(), Swapped(), Short((2, 3))):
         with pytest.raises(ContractError, match=repr(broken).split("(")[0]):
             check_structure(broken)
+
+
+@dataclass(frozen=True, repr=False)
+class Pairs(Structure):
+    """Pairs of neighbours, without a check of what has none."""
+
+    def pool(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, 2).sum(1)
+
+    def spread(self, value: Tensor, like: Tensor) -> Tensor:
+        return value.repeat_interleave(2).reshape(like.shape)
+
+
+def test_a_pool_that_fails_breaks_the_contract() -> None:
+    with pytest.raises(ContractError, match=r"Pairs\(\) on weights of shape \(5, 7\): pool fails: RuntimeError: .*, or define check\(\)"):
+        check_structure(Pairs())
+
+
+def test_a_run_refuses_an_own_structure_that_does_not_group() -> None:
+    weights = {"w": torch.ones(3, 3)}
+    with pytest.raises(ValueError, match=r"Pairs\(\) cannot group 'w' of shape \(3, 3\): RuntimeError"):
+        groups_within(Pairs(), weights)
+    for broken in (Means(), Swapped()):
+        with pytest.raises(ValueError, match=r"does not group 'w' of shape \(3, 3\): pool must sum .*check_structure checks it"):
+            groups_within(broken, weights)
+    assert list(groups_within(Halves(), weights).parts) == ["w"]
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.3, 0.5, 0.9, 1.0])

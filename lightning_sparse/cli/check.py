@@ -55,5 +55,7 @@ def _line(callback: Sparsifier, cli: CheckCLI, overlay: bool) -> str:
         size = f"{type(cli.model).__name__} builds its layers when training starts, so its weights were not checked"
     where = "the recipe has no model, checked with a demo model" if overlay else size
     groups = "" if type(callback.structure) is Element else f", structure {callback.structure}"
-    aim = "" if callback.target_sparsity is None else f", increased until a share of {callback.target_sparsity:.4g} of the weights is zero"
-    return f"{type(callback).__name__} with {callback.given}, lam {callback.lam:g}{aim}{groups}: {where}{shape}"
+    strength = f"lam {callback.lam:g}"
+    if callback.target_sparsity is not None:
+        strength = f"to a share of {callback.target_sparsity:.4g} zeros (lam is found in the run, and what it leaves is removed by rank)"
+    return f"{type(callback).__name__} with {callback.given}, {strength}{groups}: {where}{shape}"

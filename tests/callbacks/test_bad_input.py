@@ -15,12 +15,17 @@ from lightning_sparse.callbacks import (
     AdaptiveMask,
     AdaptiveProx,
     BestAfterTarget,
+    HardConcrete,
     MagnitudePruning,
     ReweightedPenalty,
     SparseCheckpoint,
     Sparsifier,
+    Sparsify,
+    SparsityMonitor,
+    VariationalDropout,
 )
 from lightning_sparse.duality import MaskRule
+from lightning_sparse.structure import Blocks
 
 NAN, INF = float("nan"), float("inf")
 LOG_SUM = penalties.LogSum(eps=2.0)
@@ -36,6 +41,11 @@ ARGUMENTS = {
     "NaN lam": (lambda: penalty(NAN), ValueError, "lam must be a finite number > 0, got nan"),
     "infinite lam": (lambda: mask(INF), ValueError, "lam must be a finite number > 0, got inf"),
     "boolean lam": (lambda: penalty(True), TypeError, "lam must be a number, got True of type bool"),
+    "text for a share": (lambda: Sparsify("0.9"), TypeError, r"must be a number, got '0.9' of type str; did you mean 0.9\?$"),
+    "no share": (lambda: Sparsify(None), TypeError, "Sparsify needs target_sparsity, the share of zeros to reach, such as 0.9; got None"),
+    "a penalty for gates": (lambda: HardConcrete(penalty=LOG_SUM), TypeError, "takes no 'penalty'; its penalty follows from beta, gamma"),
+    "a penalty for learned noise": (lambda: VariationalDropout(penalty=LOG_SUM), TypeError, "its penalty follows from prior"),
+    "an empty block": (lambda: Blocks((0, 4)), ValueError, "the rows in shape must be a whole number >= 1, got 0"),
     "tensor lam": (lambda: penalty(torch.ones(2)), TypeError, "lam must be a number, got tensor"),
     "share": (lambda: schedules.LinearWarmup(1.0, share=0.0), ValueError, r"share must lie in \(0, 1\], got 0.0"),
     "long share": (lambda: schedules.LinearWarmup(1.0, share=2), ValueError, r"share must lie in \(0, 1\], got 2"),
@@ -238,3 +248,10 @@ def test_invalid_states_of_other_callbacks_are_ignored(saved, tmp_path):
 
 def test_the_tables_are_as_long_as_promised():
     assert len(ARGUMENTS) + len(MODELS) + len(STATES) > 60
+
+
+@pytest.mark.parametrize("kind", [Sparsify, BestAfterTarget, SparsityMonitor, SparseCheckpoint])
+def test_a_class_among_the_callbacks_is_refused_by_name(kind):
+    with pytest.raises(TypeError, match=rf"callbacks hold the class {kind.__name__}: create an instance, {kind.__name__}\(...\)"):
+        trainer(kind).fit(Toy(), data())
+    assert not hasattr(kind, "state_key")  # so that help() and tools like it pass over it

@@ -22,6 +22,7 @@ from lightning_sparse.callbacks import (
     HardConcrete,
     MagnitudePruning,
     ReweightedPenalty,
+    Sparsify,
     VariationalDropout,
 )
 from lightning_sparse.schedules import LinearWarmup
@@ -212,6 +213,16 @@ def resumed(first, then, tmp_path, epochs=(10, 20), at=5):
         warnings.simplefilter("always")
         trainer(again, then, epochs=epochs[1]).fit(wide(seed=1), data(), ckpt_path=path)
     return watch, again, [str(one.message) for one in said]
+
+
+SHORTER = r"trained no step, because the checkpoint is of epoch \d and step 20, and max_epochs=4.*target_sparsity is 0.9. Give the Trainer"
+
+
+def test_a_resumed_fit_that_has_no_step_left_says_that_its_target_is_missed(tmp_path):
+    _, _, said = resumed(Sparsify(0.9), Sparsify(0.9), tmp_path, epochs=(10, 4))
+    assert sum(bool(re.search(SHORTER, text)) for text in said) == 1, said
+    _, _, said = resumed(Sparsify(0.9), Sparsify(0.9), tmp_path, epochs=(10, 10), at=10)
+    assert not [text for text in said if "trained no step" in text]  # a run that had ended, and meets it
 
 
 @pytest.mark.parametrize("make", TARGETS.values(), ids=TARGETS.keys())
