@@ -74,7 +74,7 @@ def usage() -> str:
         f"lightning-sparse {__version__}: train networks to zeros, and make them smaller or faster\n\n"
         f"usage: lightning-sparse VERB ...\n\n{verbs}\n\n"
         "  lightning-sparse fit --config digits                            a packaged recipe, or a YAML file\n"
-        "  lightning-sparse fit --config digits --sparsify AdaptiveMask    another callback, same penalty and lam\n"
+        "  lightning-sparse fit --config digits --sparsify AdaptiveMask    another callback, with the recipe's penalty and lam\n"
         "  lightning-sparse report CKPT                                    what the zeros of a checkpoint gain here\n"
         "  lightning-sparse VERB --help                                    the arguments of one verb\n"
     )

@@ -108,10 +108,19 @@ def unit(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdigit() else text
 
 
+def _points(text: str) -> float:
+    """Read --max_drop."""
+    try:
+        return float(text)
+    except ValueError:
+        cure = ": give the points without %, 1 for 0.01 of an accuracy" if text.endswith("%") else ""
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}{cure}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-sparse shrink", description=_ABOUT)
     parser.add_argument("--config", required=True, help="recipe or YAML of the model, data and trainer; its sparsify key is not used")
-    parser.add_argument("--max_drop", type=float, help=_DROP)
+    parser.add_argument("--max_drop", type=_points, metavar="POINTS", help=_DROP)
     parser.add_argument("--max_params", type=int, metavar="N", help="goal: at most so many parameters")
     parser.add_argument("--max_multiply_adds", type=float, metavar="SHARE", help="goal: this share of the dense network's multiply-adds")
     parser.add_argument("--max_latency", type=float, metavar="MS", help="goal: milliseconds of a call at --batch, measured")

@@ -37,13 +37,23 @@ def read(path: Any) -> Any:
         archive.check(path)
         content = _load(path)
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            keys = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+            keys = f"{sorted(map(str, content))[:5]}{_checks.more(content)}" if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"not a checkpoint of a LightningModule: it contains {keys}, not 'state_dict'")
         if "pytorch-lightning_version" not in content:
             raise ValueError("not a checkpoint written by a Trainer: it lacks 'pytorch-lightning_version'")
         if not isinstance(content.get("hyper_parameters", {}), dict):
             raise ValueError(f"a damaged checkpoint: its 'hyper_parameters' must be a dict, got {content['hyper_parameters']!r:.40}")
     return content
+
+
+def hyper_parameters(path: Any) -> Mapping[str, Any]:
+    """Return the hyper_parameters of a checkpoint file; empty without any, and if the file cannot be read."""
+    try:
+        content = _load(path) if path is not None and Path(path).is_file() else {}
+    except ValueError:
+        return {}
+    found = content.get("hyper_parameters") if isinstance(content, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager
@@ -63,7 +73,7 @@ def _load(path: Any) -> Any:
     except Exception as error:  # unpickling arbitrary bytes may raise any error
         raise ValueError(f"not a checkpoint, or a damaged one: {in_words(error)}") from error
     if foreign:
-        names = ", ".join(foreign[:3])
+        names = f"{', '.join(foreign[:3])}{_checks.more(foreign, 3)}"
         raise ValueError(
             f"it contains {names}, which may run code when loaded; if you trust the file, use Trainer.fit(..., weights_only=False)"
         )
@@ -76,20 +86,28 @@ def check(path: Any, content: Any, model: LightningModule, callbacks: Iterable[S
         if missing := [key for key in _RESUMED if resumed and key not in content]:
             raise ValueError(f"it lacks {missing}, so a run cannot be resumed from it; was it saved with save_weights_only=True?")
         if model.strict_loading and not checks.is_built_later(model):
-            _check_weights(content["state_dict"], model.state_dict(keep_vars=True))
+            _check_weights(content["state_dict"], model.state_dict(keep_vars=True), _other_arguments(content, model))
         states = callbacks_of(content)
         for callback in callbacks:
             if state := states.get(callback.state_key):
                 callback.check_state(state)
 
 
-def _check_weights(saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
-    """Raise ValueError naming the first weights that differ in name or shape between file and model."""
+def _check_weights(saved: Mapping[str, Any], own: Mapping[str, Tensor], note: str) -> None:
+    """Raise ValueError naming the first weights that differ in name or shape between file and model, and a ``note``."""
     shapes = [f"{name} {tuple(saved[name].shape)} instead of {tuple(w.shape)}" for name, w in own.items() if _differs(saved.get(name), w)]
     lists = {"lacks": [*own.keys() - saved.keys()], "has extra weights": [*saved.keys() - own.keys()], "has other shapes": shapes}
-    differences = [f"it {what} {', '.join(sorted(names)[:3])}" for what, names in lists.items() if names]
+    differences = [f"it {what} {', '.join(sorted(names)[:3])}{_checks.more(names, 3)}" for what, names in lists.items() if names]
     if differences:
-        raise ValueError(f"a checkpoint of another model: {'; '.join(differences)}")
+        raise ValueError(f"a checkpoint of another model: {'; '.join(differences)}{note}")
+
+
+def _other_arguments(content: Mapping[str, Any], model: LightningModule) -> str:
+    """Return the saved arguments of a file that differ from the model's; empty if none do."""
+    saved, own = content.get("hyper_parameters", {}), model.hparams
+    plain = [name for name in saved if name in own and all(isinstance(one, (int, float, str, list)) for one in (saved[name], own[name]))]
+    other = [f"{name} {saved[name]!r} instead of {own[name]!r}" for name in plain if saved[name] != own[name]]
+    return f"; it was saved with {', '.join(other)}" if other else ""
 
 
 def _differs(saved: Any, own: Any) -> bool:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lightning_sparse import _checks
@@ -46,7 +46,17 @@ def explain(text: str, keys: Iterable[str] = ()) -> str:
     causes = [
         cause for cause in causes if not any(key and cause.startswith(f"{key}no class") and "closest" not in cause for key in numbers)
     ]
-    return "\n".join(clear or causes) or text
+    return _with_list("\n".join(clear or causes), text) or text
+
+
+def _with_list(message: str, report: str) -> str:
+    """Add what was given to a message that ends with "must be a list", and, for a string, the list to write."""
+    given = re.search(
+        r"Expected a <class '[\w.]*(?:list|Sequence)'>.*?Given value type: <class '(\w+)'>\s+Given value: ([^\n]*)", report, re.S
+    )
+    if given is None or not message.endswith("must be a list"):
+        return message
+    return f"{message} such as [{given[2]!r}], got {given[2]!r}" if given[1] == "str" else f"{message}, got {given[2]}"
 
 
 def _causes(text: str, keys: list[str]) -> Iterator[str]:
@@ -84,10 +94,41 @@ def _sentence(cause: str, where: str, owner: str, bases: str, keys: list[str]) -
         return "" if name[1] in known else f"{prefix}no class {name[1]!r}{_checks.closest(name[1], known)}"
     if option := re.search(r"does not accept option '([^']+)'|Unrecognized arguments: (?:--)?([\w.+-]+)", cause, re.IGNORECASE):
         return f"no key {option[1] or option[2]!r}{_near_key(option[1] or option[2], keys)}"
+    if missing := re.match(r"the following arguments are required: (.*)", cause):
+        names = [name.strip().lstrip("-") for name in missing[1].split(",")]
+        return f"{prefix}{_needed(where, owner, names) if where else _needed_at_the_top(names)}"
     if kind := re.match(r"Expected a (?:<class '(?:[\w.]+\.)?(\w+)'>|typing\.Literal(\[.*\]))(?:\. Got value: (.*))?$", cause):
         wanted = f"one of {kind[2]}" if kind[2] else _KINDS.get(kind[1], kind[1])
         return f"{prefix}must be {wanted}{f', got {kind[3]}' if kind[3] else ''}"
     return prefix + cause
+
+
+def _needed(where: str, owner: str, names: list[str]) -> str:
+    """Return what to write for missing arguments of the class at a key, in YAML and on the command line, with its example values."""
+    form = imported(owner)
+    first: Mapping[str, Any] = next(iter(getattr(form, "examples", ())), {})
+    values = getattr(form, "sample", None) or {name: str(value) for name, value in first.items()}
+    written, flags = [], []
+    for name in names:
+        value = values.get(name, "VALUE")
+        flags.append(f"--{where}.{name} {value}")
+        if made := re.fullmatch(r"(?:\w+\.)*(\w+)\((.*)\)", value):  # such as penalties.LogSum(eps=2.0)
+            arguments = [one.strip().partition("=") for one in made[2].split(",")]
+            value = f"{{class_path: {made[1]}, init_args: {{{', '.join(f'{key}: {given}' for key, _, given in arguments)}}}}}"
+            flags[-1] = " ".join([f"--{where}.{name} {made[1]}", *(f"--{where}.{name}.{key} {given}" for key, _, given in arguments)])
+        written.append(f"{name}: {value}")
+    listed = " and ".join(map(repr, names))
+    return f"{owner.rpartition('.')[2]} needs {listed}, such as `init_args: {{{', '.join(written)}}}` in YAML, or {' '.join(flags)}"
+
+
+def _needed_at_the_top(names: list[str]) -> str:
+    """Return what to write for missing keys of the configuration."""
+    keys = [re.sub(r"^(?:fit|validate|test|predict)\.", "", name) for name in names]
+    flags = " ".join(f"--{key} VALUE" for key in keys)
+    return (
+        f"{' and '.join(map(repr, keys))} must be given: by --config RECIPE, a YAML file or a name that `lightning-sparse recipes` lists, "
+        f"or by {flags}"
+    )
 
 
 def parameters(class_path: str) -> list[str]:

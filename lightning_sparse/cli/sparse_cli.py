@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, Trainer
@@ -19,8 +17,8 @@ import lightning_sparse.penalties
 import lightning_sparse.schedules
 import lightning_sparse.structure  # noqa: F401  (because only imported classes have short names)
 from lightning_sparse.callbacks import Sparsifier
-from lightning_sparse.cli import recipes, text
-from lightning_sparse.cli.errors import UsageError, explain
+from lightning_sparse.cli import checkpoints, misplaced, recipes, text
+from lightning_sparse.cli.errors import UsageError, class_of, explain, imported
 from lightning_sparse.cli.failures import NO_NAME, is_refusal
 
 _STRICT = {"exit_on_error": False, "allow_abbrev": False}
@@ -88,15 +86,27 @@ class SparseCLI(LightningCLI):
         except argparse.ArgumentError as error:
             parsers = getattr(self, "_subcommand_parsers", {}).values() or [parser]
             known = {key for one in parsers for key in one.get_defaults().keys(branches=True)}
-            self.refuse(UsageError(_misplaced(self.words) or explain(str(error.message), known)))
+            self.refuse(UsageError(misplaced.hint(self.words) or explain(str(error.message), known)))
         if name := text.unencodable_name(self.config.as_dict()):  # before a logger opens its run
             self.refuse(UsageError(NO_NAME.format(name)))
 
     def _parse_ckpt_path(self) -> None:
+        if self._ignores_file():
+            return
         try:  # because Lightning parses the file's hyper_parameters over the command line's
             super()._parse_ckpt_path()
         except argparse.ArgumentError as error:
-            self.refuse(UsageError(f"hyper_parameters of --ckpt_path: {explain(str(error.message))}"))
+            self.refuse(UsageError(f"hyper_parameters of --ckpt_path: {explain(str(error.message))}; is it a file of another model?"))
+
+    def _ignores_file(self) -> bool:
+        """Return True if the configuration names the model's class and the file of --ckpt_path does not, or names another one.
+
+        A plain Trainer saves arguments without their class. The weights tell whether the file is of that model.
+        """
+        chosen = self.config.get(self.config.get("subcommand") or "") or {}
+        own = class_of(chosen.get("model")) if self.subclass_mode_model else None
+        given = checkpoints.hyper_parameters(chosen.get("ckpt_path")) if own is not None else {}
+        return bool(given) and imported(str(given.get("_class_path"))) is not own
 
     def instantiate_classes(self) -> None:
         try:
@@ -125,21 +135,6 @@ class SparseCLI(LightningCLI):
     def sparsifiers(self) -> list[Sparsifier]:
         """Return the sparsity callbacks of the Trainer."""
         return [callback for callback in self.trainer.callbacks if isinstance(callback, Sparsifier)]
-
-
-def _misplaced(words: Sequence[str]) -> str:
-    """Return what to write for a configuration without ``--config``, or an argument of ``sparsify`` without a callback; else empty."""
-    for word in itertools.takewhile(lambda word: not word.startswith("-"), words[:2]):  # a subcommand, if there are any
-        if word.endswith((".yaml", ".yml")) or word in recipes.names():
-            return f"no key {word!r}; did you mean --config {word}?"
-    options = [word.partition("=")[0] for word in words if word.startswith("--sparsify")]
-    own = [key for file in recipes.files_of(words) for key in recipes.content(Path(file)) if key.partition(".")[0] == "sparsify"]
-    if options and not own and not {"--sparsify", "--sparsify.class_path"} & {*options}:
-        example = "Sparsify" if "--sparsify.target_sparsity" in options else "ReweightedPenalty --sparsify.penalty L1"
-        return (
-            f"{options[0]} without a callback, because the configuration has no key sparsify: name one, too, such as --sparsify {example}"
-        )
-    return ""
 
 
 def _check_states(callbacks: Iterable[Callback]) -> None:

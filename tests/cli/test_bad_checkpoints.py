@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from commands import PLAIN, QUIET, SHORT, answer, refused
+from lightning.pytorch import Trainer
 
 from lightning_sparse.cli import checkpoints, main
 from lightning_sparse.cli.errors import UsageError
+from lightning_sparse.examples.digits import Digits
+from lightning_sparse.examples.mlp import MLP
 
 pytestmark = [pytest.mark.slow, *QUIET]
 
@@ -116,6 +119,41 @@ def test_a_whole_file_is_resumed_and_tested(whole: Path) -> None:
     assert main(["fit", "--config", "digits", *longer, "--ckpt_path", str(whole)]) == 0
     assert torch.load(next(Path("more").rglob("*.ckpt")), weights_only=True)["global_step"] == 9
     assert main(["test", "--config", "digits", "--trainer.logger", "false", "--ckpt_path", str(whole)]) == 0
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of a plain Trainer: its hyper_parameters name no class."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("plain") / "plain.ckpt"
+    trainer = Trainer(max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(MLP(sizes=[64, 8, 10]), datamodule=Digits())
+    trainer.save_checkpoint(path)
+    assert "_class_path" not in torch.load(path, weights_only=True)["hyper_parameters"]
+    return str(path)
+
+
+def test_a_file_of_a_plain_trainer_is_tested_and_resumed_with_the_models_class_in_the_configuration(plain: str) -> None:
+    words = ["--config", "digits", "--trainer.logger", "false", "--model.sizes", "[64, 8, 10]", "--ckpt_path", plain]
+    assert main(["test", *words]) == 0
+    assert main(["fit", *words, *PLAIN, "--sparsify", "null", "--trainer.default_root_dir", "more"]) == 0
+
+
+def test_a_file_of_a_plain_trainer_with_other_sizes_or_of_another_class_is_another_model(
+    plain: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, "test", "--config", "digits", "--trainer.logger", "false", "--ckpt_path", plain)
+    assert "plain.ckpt: a checkpoint of another model: it lacks layers.5.bias" in message
+    assert "saved with sizes [64, 8, 10] instead of [64, 300, 100, 10]" in message
+    other = ["--config", "digits", "--trainer.logger", "false", "--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
+    for verb in ("test", "fit"):
+        message = refused(capsys, verb, *other, "--ckpt_path", plain)
+        assert "plain.ckpt: a checkpoint of another model: it lacks layer.bias" in message
+
+
+def test_a_file_of_fit_of_another_class_does_not_replace_the_configurations(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = ["--trainer.logger", "false", "--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
+    assert "a checkpoint of another model: it lacks layer.bias" in refused(capsys, "test", *other, "--ckpt_path", str(whole))
 
 
 # -- runs that fail ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from commands import QUIET, refused
 
+from lightning_sparse.cli import main
+
 pytestmark = [pytest.mark.slow, *QUIET]
 
 
@@ -16,7 +18,10 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 S = "--sparsify."
+LOG_SUM = "--sparsify.penalty LogSum --sparsify.penalty.eps 2.0"
 SCALED = "{class_path: Scaled, init_args: {p: {class_path: LogSum, init_args: {eps: -1}}, t: 1}}"
+BESIDE = "sparsify: 'target_sparsity' beside class_path: arguments of Sparsify belong under init_args"
+UNDER = "write {class_path: Sparsify, init_args: {target_sparsity: 0.9}}"
 WORDS = {
     "lam of text": ([S + "lam", "much"], ["sparsify.lam", "must be a number"]),
     "lam nan": ([S + "lam", ".nan"], ["lam must be a finite number > 0, got nan"]),
@@ -27,13 +32,13 @@ WORDS = {
     "schedule's name": ([S + "lam", "Cubicc"], ["no class 'Cubicc'", "'Cubic'"]),
     "schedule's order": ([S + "lam", "Cubic", S + "lam.lam", "1", S + "lam.begin", "0.8"], ["end must lie in (0.8, 1]"]),
     "p": ([S + "penalty", "Lp", S + "penalty.p", "2"], ["p must lie in (0, 2), got 2.0"]),
-    "no p": ([S + "penalty", "Lp"], ["sparsify.penalty", "required: p"]),
+    "no p": ([S + "penalty", "Lp"], ["sparsify.penalty: Lp needs 'p', such as `init_args: {p: ", "or --sparsify.penalty.p "]),
     "prior": ([S + "penalty", "VariationalDropout", S + "penalty.prior", "log_unifrom"], ["closest: 'log_uniform'"]),
     "nested": ([S + "penalty", SCALED], ["eps must be a finite number > 0, got -1.0"]),
     "not separable": ([S + "penalty", "TopK", S + "penalty.density", "0.5"], ["needs a separable penalty, TopK"]),
     "a number for a penalty": ([S + "penalty", "3"], ["sparsify.penalty: no class '3'"]),
-    "no penalty": ([S + "penalty", "null"], ["sparsify", "required: penalty"]),
-    "select of text": ([S + "select", "layers.*"], ["sparsify.select", "must be a list"]),
+    "no penalty": ([S + "penalty", "null"], ["sparsify: ReweightedPenalty needs 'penalty'", LOG_SUM]),
+    "select of text": ([S + "select", "layers.*"], ["sparsify.select: must be a list such as ['layers.*'], got 'layers.*'"]),
     "select of numbers": ([S + "select", "[3]"], ["sparsify.select", "got 3"]),
     "select nothing": ([S + "select", "[]"], ["select=[] selects nothing"]),
     "select no match": ([S + "select", "['!foo*']"], ["'!foo*' matches nothing", "layers.1.weight"]),
@@ -60,6 +65,8 @@ WORDS = {
     "threads": (["--threads", "0"], ["threads", "v>0"]),
     "a second recipe": (["--config", "nofile"], ["no recipe 'nofile'"]),
     "a missing file": (["--config", "nofile.yaml"], ["no file 'nofile.yaml', and no recipe of this name"]),
+    "no target": (["--sparsify", "Sparsify"], ["Sparsify needs 'target_sparsity', such as `init_args: {target_sparsity: 0.9}` in YAML"]),
+    "arguments beside a class": (["--sparsify", "{class_path: Sparsify, target_sparsity: 0.9}"], [BESIDE, UNDER]),
     "optimiser": (["--optimizer", "LBFGS"], ["ReweightedPenalty cannot work with LBFGS"]),
 }  # fmt: skip
 
@@ -89,15 +96,32 @@ FILES = {
     "a list for the form": ("sparsify: [1]\n", ["mine.yaml: sparsify must be a mapping"]),
     "a list of arguments": (FORM + "  init_args: [1, 2]\n", ["sparsify.init_args must be a mapping of arguments, got [1, 2]"]),
     "a list deep down": ("trainer:\n  callbacks:\n  - {class_path: Timer, init_args: 3}\n", ["trainer.callbacks.0.init_args must be"]),
-    "no penalty": (FORM, ["sparsify", "required: penalty"]),
+    "no penalty": (FORM, ["sparsify: ReweightedPenalty needs 'penalty'", LOG_SUM]),
     "no strength": (FORM + "  init_args: {penalty: {class_path: LogSum, init_args: {eps: 2.0}}}\n", ["ReweightedPenalty needs lam"]),
-    "arguments of nothing": ("sparsify: {init_args: {lam: 1}}\n", ["sparsify", "required: penalty"]),
+    "arguments of nothing": ("sparsify: {init_args: {lam: 1}}\n", ["sparsify: Sparsifier needs 'penalty'", LOG_SUM]),
+    "no target": ("sparsify: Sparsify\n", ["sparsify: Sparsify needs 'target_sparsity'", "--sparsify.target_sparsity 0.9"]),
+    "a pattern for a list": (
+        "sparsify: {class_path: Sparsify, init_args: {target_sparsity: 0.9, select: 'b1.*'}}\n",
+        ["sparsify.select: must be a list such as ['b1.*'], got 'b1.*'"],
+    ),
+    "arguments beside a class": ("sparsify: {class_path: Sparsify, target_sparsity: 0.9}\n", [BESIDE, UNDER]),
+    "init_arg": (
+        "sparsify: {class_path: Sparsify, init_arg: {target_sparsity: 0.9}}\n",
+        ["sparsify: 'init_arg' beside class_path: arguments of Sparsify belong under init_args", UNDER],
+    ),
+    "a callback's arguments beside its class": (
+        "trainer: {callbacks: [{class_path: EarlyStopping, monitor: val_loss}]}\n",
+        ["trainer.callbacks.0: 'monitor' beside class_path", "write {class_path: EarlyStopping, init_args: {monitor: val_loss}}"],
+    ),
     "shrinks only": (FORM + "  init_args: {penalty: {class_path: Ridge, init_args: {c: 2.0}}, lam: 1.0}\n", ["only shrinks", "threshold"]),
     "two of a class": (
         "trainer:\n  callbacks:\n" + 2 * "  - {class_path: MagnitudePruning, init_args: {target_sparsity: 0.5}}\n",
         ["two callbacks are MagnitudePruning with the same select", "give each its own select"],
     ),
-    "one callback for a list": ("trainer: {callbacks: {class_path: EarlyStopping}}\n", ["trainer.callbacks", "required: monitor"]),
+    "one callback for a list": (
+        "trainer: {callbacks: {class_path: EarlyStopping}}\n",
+        ["trainer.callbacks: EarlyStopping needs 'monitor'", "--trainer.callbacks.monitor VALUE"],
+    ),
 }  # fmt: skip
 
 
@@ -111,6 +135,20 @@ def test_files(case: str, verb: str, capsys: pytest.CaptureFixture[str]) -> None
     for part in expected:
         assert part in message
     assert len(message.splitlines()) == 1
+
+
+def test_another_callback_that_needs_a_penalty(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("sparsify: {class_path: Sparsify, init_args: {target_sparsity: 0.9}}\n", encoding="utf-8")
+    message = refused(capsys, "check", "mine.yaml", "--sparsify", "AdaptiveMask")
+    assert "sparsify: AdaptiveMask needs 'penalty'" in message
+    words = message.partition("or --sparsify")[2].split()
+    assert main(["check", "mine.yaml", "--sparsify", "AdaptiveMask", "--sparsify" + words[0], *words[1:]]) == 0
+
+
+def test_a_model_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "fit")
+    assert "'model' must be given: by --config RECIPE" in message
+    assert "fit.model" not in message
 
 
 def test_the_tables_are_as_long_as_promised() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from commands import QUIET
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -254,3 +255,10 @@ def test_every_text_file_is_opened_as_utf8() -> None:
     odd = {str(path): lines for path in sources if (lines := opened_without_encoding(path.read_text(encoding="utf-8")))}
     assert odd == {}
     assert opened_without_encoding("open('a')\nopen('a', 'rb')\npath.open('w', encoding='utf-8')\npath.write_text(x)") == [1, 4]
+
+
+def test_a_checkpoint_of_another_model_with_a_fixed_class(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {}, "hyper_parameters": {"depth": 2}}, "other.ckpt")
+    with pytest.raises(SystemExit):
+        SparseCLI(Net, **(QUIETLY | {"run": True}), args=["test", "--ckpt_path", "other.ckpt"])
+    assert "hyper_parameters of --ckpt_path: no key 'model.depth'; is it a file of another model?" in capsys.readouterr().err
