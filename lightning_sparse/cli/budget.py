@@ -15,13 +15,13 @@ from torch.utils import _pytree as pytree
 
 from lightning_sparse import _checks, coupling
 from lightning_sparse.callbacks import Sparsifier, Sparsify
-from lightning_sparse.cli import checkpoints, formats, recipes, shrunk_table
+from lightning_sparse.cli import checkpoints, recipes, shrunk_table
 from lightning_sparse.cli.comparison.results import rises
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.opened import Opened
 from lightning_sparse.cli.saved import Saved, silence_device_messages
 from lightning_sparse.cli.training import launch
-from lightning_sparse.export import latency
+from lightning_sparse.export import latency, program
 from lightning_sparse.shrinking import Budget, GroupScores, Shrunk, Stages, choose, remove, rounding, save_shrunk, share_of
 from lightning_sparse.shrinking.report import Report, changed_widths
 from lightning_sparse.shrinking.stages import DEVICES
@@ -151,7 +151,7 @@ class _Run:
         self.args, self.words, self.cli, self.folder = args, words, cli, args.out
         self.saved = Saved(args.ckpt_path or self.folder / "dense.ckpt", cli.model, cli.datamodule)
         given = self.saved.inputs()
-        self.inputs, self.one = formats.sized(given, 64), formats.sized(given, 1)
+        self.inputs, self.one = program.sized(given, 64), program.sized(given, 1)
         self.batch = args.batch or next(len(x) for x in pytree.tree_leaves(given) if isinstance(x, Tensor) and x.dim())
         settings = {name: getattr(args, name) for name in ("config", "monitor", "search", "epochs", "round_to")}
         settings |= {"ckpt_path": str(args.ckpt_path) if args.ckpt_path else None, "overrides": list(overrides)}
@@ -168,7 +168,7 @@ class _Run:
                 mode=args.mode,
                 step=args.step,
                 most=args.stages,
-                timed_inputs=formats.sized(given, self.batch),
+                timed_inputs=program.sized(given, self.batch),
                 settings=settings,
             )
         except ValueError as error:
@@ -318,6 +318,7 @@ class _Run:
             figures = f"{share:.3f} | {stage['parameters']:,} | {stage['metric']:.4f} | {self._worse(stage)}"
             lines.append(f"| {stage['number']} | {figures} | {verdict} |")
         lines += ["", *(f"- {note}" for note in [*notes, *table.notes])]
-        lines += ["", "Without this package:", "", "    import torch"]
-        lines.append(f"    program = torch.export.load({str(self.folder / 'model.pt2')!r}).module()")
+        if (self.folder / "model.pt2").is_file():
+            lines += ["", "Without this package:", "", "    import torch"]
+            lines.append(f"    program = torch.export.load({str(self.folder / 'model.pt2')!r}).module()")
         (self.folder / "report.md").write_text("\n".join([*lines, ""]), encoding="utf-8")

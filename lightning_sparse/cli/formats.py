@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_sparse import export
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.saved import Saved
-from lightning_sparse.export import conversion, latency, onnx_file
+from lightning_sparse.export import conversion, latency, onnx_file, program
+from lightning_sparse.export.program import relative_difference, sized
 
 BATCHES = (1, 32, 256)
 DENSE = "dense"
@@ -40,6 +41,7 @@ class Format:
         tested: a module whose ``test_step`` uses this format.
         load: a line of Python that loads the file.
         notes: what a user should know.
+        batch: the only batch size that ``call`` takes; None if it takes any.
     """
 
     title: str
@@ -48,18 +50,7 @@ class Format:
     tested: Any
     load: str = ""
     notes: list[str] = field(default_factory=list)
-
-
-def sized(inputs: tuple[Any, ...], batch: int) -> tuple[Any, ...]:
-    """Return inputs of another batch size: the first axis of each tensor is repeated or cut."""
-
-    def one(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
-            return leaf
-        repeats = -(-batch // len(leaf))
-        return leaf.repeat(repeats, *[1] * (leaf.dim() - 1))[:batch].clone()
-
-    return tuple(pytree.tree_map(one, inputs))
+    batch: int | None = None
 
 
 def dense(saved: Saved, folder: Path) -> Format:
@@ -69,8 +60,11 @@ def dense(saved: Saved, folder: Path) -> Format:
     return Format(DENSE, file, saved.module, saved.module)
 
 
-def sparse(saved: Saved, layout: str, batch_size: int, path: Path | None) -> Format | str:
-    """Return the column of sparse layers, or why there is none; write them as a program of torch.export, unless ``path`` is None."""
+def sparse(saved: Saved, layout: str, batch_size: int, path: Path | None, fixed_batch: bool = False) -> Format | str:
+    """Return the column of sparse layers, or why there is none; write them as a program of torch.export, unless ``path`` is None.
+
+    With ``fixed_batch`` the program is for ``batch_size`` alone.
+    """
     try:
         found = export.plan(saved.module, layout, batch_size)
         module = conversion.replaced(saved.module, found, layout)
@@ -88,8 +82,10 @@ def sparse(saved: Saved, layout: str, batch_size: int, path: Path | None) -> For
     load = ""
     if path is not None:
         try:
-            save_program(module, saved.inputs(), path)
+            limit = program.save(module, sized(saved.inputs(), batch_size), path, fixed_batch).limit
             load = f'import torch, lightning_sparse.export; net = torch.export.load("{path}").module()'
+            if limit:
+                load, notes = f"{load}  # {limit.partition(',')[0].partition(' (')[0]}", [*notes, f"{layout}: {path.name} {limit}"]
         except Exception as error:  # torch.export has many classes of errors
             path.unlink(missing_ok=True)
             notes.append(
@@ -99,12 +95,12 @@ def sparse(saved: Saved, layout: str, batch_size: int, path: Path | None) -> For
     return Format(layout, path, module, module, load, notes)
 
 
-def onnx(saved: Saved, path: Path) -> Format:
-    """Return the column of the ONNX file, run by ONNX Runtime."""
+def onnx(saved: Saved, path: Path, fixed: int | None = None) -> Format:
+    """Return the column of the ONNX file, run by ONNX Runtime; ``fixed`` is the only batch size that it takes."""
     try:
-        export.to_onnx(saved.module, path, sized(saved.inputs(), 2))
+        export.to_onnx(saved.module, path, sized(saved.inputs(), fixed or 2), dynamic_batch=fixed is None)
     except (ValueError, ImportError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(str(error).replace("dynamic_batch=False", "--fixed_batch")) from error
     running = onnx_file.session(path)
     tested = conversion.copied(saved.module)
     used: list[int] = []
@@ -116,9 +112,10 @@ def onnx(saved: Saved, path: Path) -> Format:
     tested.forward = forward  # type: ignore[method-assign]
     tested.forward_calls = used  # type: ignore[assignment]
     load = f'import onnxruntime; net = onnxruntime.InferenceSession("{path}")'
-    return Format(
-        "onnx", path, running, tested, load, ["onnx: what is gained is ONNX Runtime's own, because it does not use zeros in dense matrices"]
-    )
+    notes = ["onnx: what is gained is ONNX Runtime's own, because it does not use zeros in dense matrices"]
+    if fixed is not None:
+        load, notes = f"{load}  # takes batches of {fixed} only", [*notes, f"onnx: {path.name} takes batches of {fixed} only, as asked for"]
+    return Format("onnx", path, running, tested, load, notes, fixed)
 
 
 def compact(saved: Saved, path: Path, dtype: str | None) -> Format:
@@ -143,10 +140,12 @@ def semi_structured(saved: Saved) -> Format:
     return Format("2:4", None, module, module, load)
 
 
-def latencies(formats: Sequence[Format], inputs: tuple[Any, ...], budget: float = 1.0) -> dict[int, dict[str, latency.Timing]]:
-    """Time the formats against the dense one, in interleaved rounds, at batch 1, 32 and 256."""
+def latencies(
+    formats: Sequence[Format], inputs: tuple[Any, ...], budget: float = 1.0, batches: Sequence[int] = BATCHES
+) -> dict[int, dict[str, latency.Timing]]:
+    """Time the formats against the dense one, in interleaved rounds, at these batch sizes."""
     found = {}
-    for batch in BATCHES:
+    for batch in batches:
         given = sized(inputs, batch)
         arms = {one.title: call(one.call, given) for one in formats if one.call is not None}
         with torch.inference_mode():
@@ -183,25 +182,25 @@ def sizes(file: Path | None) -> tuple[int, int] | None:
 
 def metrics(saved: Saved, one: Format) -> dict[str, float]:
     """Return the test metrics of a format; empty where the test step does not use it."""
-    found = saved.test(one.tested)
+    found = {} if one.batch else saved.test(one.tested)  # because the batches of the data have other sizes
     return {} if getattr(one.tested, "forward_calls", None) == [] else found
 
 
 def difference(saved: Saved, one: Format, inputs: tuple[Any, ...]) -> float:
     """Return the largest difference of the outputs from the dense network's, relative to the largest output."""
     with torch.inference_mode():
-        return onnx_file.relative_difference((one.call or one.tested)(*inputs), saved.module(*inputs))
+        return relative_difference((one.call or one.tested)(*inputs), saved.module(*inputs))
 
 
-def show(saved: Saved, formats: Sequence[Format], budget: float = 1.0) -> None:
+def show(saved: Saved, formats: Sequence[Format], budget: float = 1.0, batches: Sequence[int] = BATCHES) -> None:
     """Measure and print the table, then how each file is loaded."""
     inputs = saved.inputs()
-    times = latencies(formats, inputs, budget)
+    times = latencies(formats, inputs, budget, batches)
     table = Table(title=f"measured here, {threads()}; {latency.MEANING}", title_justify="left")
     table.add_column("")
     for one in formats:
         table.add_column(one.title, justify="right")
-    for label, cells in rows(saved, formats, times, sized(inputs, min(len(_first(inputs)), 256))):
+    for label, cells in rows(saved, formats, times, sized(inputs, batches[0] if len(batches) == 1 else min(len(_first(inputs)), 256))):
         table.add_row(label, *cells)
     Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDTH).print(table)
     for one in formats:
@@ -246,13 +245,3 @@ def _time(one: Format, timings: Mapping[str, latency.Timing], again: str) -> str
 
 def _first(inputs: tuple[Any, ...]) -> Tensor:
     return next(leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
-
-
-def save_program(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> None:
-    """Write a module as a program of torch.export, for any batch size."""
-    axes = pytree.tree_map(lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None, inputs)
-    traced = sized(inputs, 2)  # because an axis of length 1 would become a constant, and the file holds these inputs
-    with onnx_file.quiet(), torch.no_grad():
-        program = torch.export.export(module, traced, dynamic_shapes=axes)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.export.save(program, path)

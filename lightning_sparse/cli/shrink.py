@@ -6,9 +6,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_sparse.cli import budget, formats, shrunk_table
+from lightning_sparse.cli import budget, shrunk_table
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.opened import add_arguments, open_checkpoint, parsed
+from lightning_sparse.export import program
 from lightning_sparse.shrinking import save_shrunk, shrink_and_report
 
 _ABOUT = (
@@ -34,7 +35,7 @@ def run(verb: str, words: list[str]) -> int:
     parser.add_argument("--allow_branches", action="store_true", help="accept a forward that branches on values of tensors")
     args, overrides = parsed(parser, words)
     saved = open_checkpoint(args.checkpoint, args.config, overrides, args.script)
-    inputs = formats.sized(saved.inputs(), shrunk_table.SAMPLES)
+    inputs = program.sized(saved.inputs(), shrunk_table.SAMPLES)
     try:
         found = shrink_and_report(saved.module, inputs, args.round_to, allow_branches=args.allow_branches, seconds=0)
     except (ValueError, ImportError) as error:

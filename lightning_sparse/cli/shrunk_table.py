@@ -18,7 +18,7 @@ from lightning_sparse.cli import formats
 from lightning_sparse.cli.failures import in_words
 from lightning_sparse.cli.formats import Format
 from lightning_sparse.cli.saved import Saved
-from lightning_sparse.export import conversion, latency
+from lightning_sparse.export import conversion, latency, program
 from lightning_sparse.shrinking import Shrunk
 
 SAMPLES = 64  # example inputs
@@ -56,7 +56,7 @@ def show(saved: Saved, found: Shrunk[Any], folder: Path, tuned: bool = False, de
         else:
             moved = [replace(one, call=conversion.copied(one.tested).to(device)) for one in columns]
             times = formats.latencies(moved, tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs))
-        measured = formats.rows(saved, columns, times, formats.sized(inputs, SAMPLES))
+        measured = formats.rows(saved, columns, times, program.sized(inputs, SAMPLES))
     counted = found.report.rows()
     rows = [(label, before, f"{after}, {ratio}", *[_SAME.get(label, "")] * (len(columns) - 2)) for label, before, after, ratio in counted]
     rows += [(label, *cells) for label, cells in measured if not (tuned and label.startswith("largest difference"))]
@@ -80,11 +80,13 @@ def show(saved: Saved, found: Shrunk[Any], folder: Path, tuned: bool = False, de
 def _programs(module: torch.nn.Module, inputs: tuple[Any, ...], folder: Path) -> list[str]:
     """Write a program that loads without this package; return a line on how, or on why there is none."""
     path = folder / "model.pt2"
+    path.unlink(missing_ok=True)  # because one of an earlier run would not belong to these weights
     try:
-        formats.save_program(module.eval(), inputs, path)
+        limit = program.save(module.eval(), inputs, path).limit
     except Exception as error:  # torch.export may refuse a forward with any error
         return [f"no {path.name}: {in_words(error)[:120]}"]
-    return [f"without this package: torch.export.load({str(path)!r}).module()"]
+    load = f"without this package: torch.export.load({str(path)!r}).module()"
+    return [load, *([f"{path.name} {limit}"] if limit else [])]
 
 
 def _safetensors(module: torch.nn.Module, folder: Path) -> list[str]:
@@ -102,7 +104,7 @@ def _onnx(module: torch.nn.Module, inputs: tuple[Any, ...], folder: Path) -> lis
     try:
         export.to_onnx(module, folder / "model.onnx", inputs)
     except Exception as error:  # no extra `export`, or a forward that cannot be exported
-        return [f"no model.onnx: {in_words(error)[:120]}"]
+        return [f"no model.onnx: {in_words(error)}"]
     return [f"ONNX: {folder / 'model.onnx'}"]
 
 

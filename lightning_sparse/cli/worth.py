@@ -19,7 +19,7 @@ from lightning_sparse.cli import formats
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.failures import in_words
 from lightning_sparse.cli.saved import Saved
-from lightning_sparse.export import conversion, latency
+from lightning_sparse.export import conversion, latency, program
 from lightning_sparse.export.gains import Gain, Table
 
 _SECONDS = 2.0  # for measuring layers; as much again for the whole network
@@ -127,7 +127,7 @@ def _shrunk(saved: Saved, inputs: tuple[Any, ...], batches: Sequence[int], words
     """Return the line about shrink, and the shrunk network if there is one; add what it gains to ``best``."""
     command = f"lightning-sparse shrink {words}" if "shrink" in _verbs() else "lightning_sparse.shrink(module, example_inputs) in Python"
     try:
-        small = lightning_sparse.shrink(conversion.copied(saved.module), formats.sized(inputs, _SAMPLES))
+        small = lightning_sparse.shrink(conversion.copied(saved.module), program.sized(inputs, _SAMPLES))
     except Exception as error:  # a report names the reason and goes on
         return f"shrink:         {in_words(error)}", None
     before, after = (sum(p.numel() for p in module.parameters()) for module in (saved.module, small))
@@ -206,7 +206,7 @@ def _quick(module: nn.Module, inputs: tuple[Any, ...]) -> list[int]:
     """Return the batch sizes at which one call is quick enough for a report of a few seconds, at least the first."""
     found: list[int] = []
     for batch in formats.BATCHES:
-        given = formats.sized(inputs, batch)
+        given = program.sized(inputs, batch)
         with torch.inference_mode():
             began = time.perf_counter()
             module(*given)
@@ -233,7 +233,7 @@ def _timings(
 ) -> dict[int, dict[str, latency.Timing]]:
     found = {}
     for batch in batches:
-        given = formats.sized(inputs, batch)
+        given = program.sized(inputs, batch)
         calls = {name: formats.call(module, given) for name, module in {formats.DENSE: dense, **arms}.items()}
         with torch.inference_mode():
             found[batch] = latency.measure(calls, formats.DENSE, 0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +13,17 @@ from torch import Tensor, nn
 Layout = str  # "csr" or "bsr"
 
 
+@functools.cache
+def _hear_notice() -> None:
+    """Make a sparse tensor, because torch prints once in a process that these are in beta state."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta state")
+        torch.zeros(1, 1).to_sparse_csr()
+
+
 def matrix(crow: Tensor, col: Tensor, entries: Tensor, width: int) -> Tensor:
     """Return the CSR tensor (``entries`` is a vector) or BSR tensor (``entries`` has shape (blocks, height, width)) of these parts."""
+    _hear_notice()
     block = 1 if entries.dim() == 1 else entries.shape[1]
     make = torch.sparse_csr_tensor if entries.dim() == 1 else torch.sparse_bsr_tensor
     return make(crow, col, entries, size=((crow.numel() - 1) * block, width), check_invariants=False)
@@ -72,9 +82,8 @@ class SparseLinear(nn.Module):
 
     def _compressed(self, weight: Tensor) -> dict[str, Tensor]:
         dense = weight.detach()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta state")
-            found = dense.to_sparse_csr() if self.layout == "csr" else dense.to_sparse_bsr((self.block, self.block))
+        _hear_notice()
+        found = dense.to_sparse_csr() if self.layout == "csr" else dense.to_sparse_bsr((self.block, self.block))
         # clones, because a view of a sparse tensor cannot be compiled; 32-bit indices, because they take half of the memory
         crow, col = found.crow_indices().to(torch.int32).clone(), found.col_indices().to(torch.int32).clone()
         return {"crow": crow, "col": col, "entries": found.values().clone()}
@@ -98,8 +107,7 @@ class SparseLinear(nn.Module):
         """Return the sparse tensor that shares the buffers' memory; made once, because that takes as long as a small product."""
         made, entries = self._made, self.entries
         if made is None or made[0] is not entries:  # the module was moved, converted or loaded
-            with torch.inference_mode(False), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta state")
+            with torch.inference_mode(False):
                 made = self._made = (entries, matrix(self.crow, self.col, entries, self.in_features))
         return made[1]
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_sparse.export import _extra
 from lightning_sparse.export.conversion import copied, refuse_quantised, to_dense
+from lightning_sparse.export.program import CAUSE, batch_size, exported_program, has_batch, quiet, relative_difference
 
+_FIXED = f"Probably {CAUSE}; or write a file for one batch size with dynamic_batch=False"
 _TOLERANCE = 1e-4  # of the largest output; float32 sums in another order differ by about 1e-6
 
 
@@ -51,12 +49,7 @@ def to_onnx(
     fresh = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
     fresh.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _export(model, inputs, fresh, dynamic_batch)
-        worst = max(_difference(model, fresh, batch) for batch in batches)
-        if not worst <= tolerance:
-            raise ValueError(
-                f"ONNX Runtime's outputs differ from the module's by {worst:.1e} of the largest output, more than {tolerance:g}"
-            )
+        worst = _written(model, batches, fresh, tolerance)
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
@@ -83,7 +76,7 @@ def session(path: str | Path, threads: int | None = None) -> Any:
     runtime = _extra.load("onnxruntime", "to_onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # because an error is raised too
     running = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [one.name for one in running.get_inputs()]
 
@@ -94,19 +87,6 @@ def session(path: str | Path, threads: int | None = None) -> Any:
         return tensors[0] if len(tensors) == 1 else tensors
 
     return call
-
-
-def relative_difference(found: Any, expected: Any) -> float:
-    """Return the largest difference of the tensors in two outputs, relative to the largest expected value; inf if they do not match."""
-    ours, theirs = ([leaf for leaf in pytree.tree_leaves(one) if isinstance(leaf, Tensor)] for one in (found, expected))
-    if len(ours) != len(theirs) or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
-        return float("inf")
-    pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True) if a.numel()]
-    if any(bool((a.isnan() != b.isnan()).any()) for a, b in pairs):
-        return float("inf")
-    worst = max((float((a - b).abs().nan_to_num().max()) for a, b in pairs), default=0.0)
-    largest = max((float(b.abs().nan_to_num().max()) for _, b in pairs), default=0.0)
-    return worst / largest if largest else worst
 
 
 def _try(model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -121,14 +101,42 @@ def _try(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         ) from error
 
 
-def _export(model: nn.Module, inputs: tuple[Any, ...], path: Path, dynamic_batch: bool) -> None:
-    axes = pytree.tree_map(lambda leaf: {0: torch.export.Dim.AUTO} if _has_batch(leaf) else None, inputs) if dynamic_batch else None
-    traced = _twice(inputs) if dynamic_batch else inputs  # because an axis of length 1 would become a constant
+def _written(model: nn.Module, batches: list[tuple[Any, ...]], path: Path, tolerance: float) -> float:
+    """Write the file and return its largest difference; of several batch sizes the first example's and others must run.
+
+    A second try takes the tracer that keeps ``len(x)`` variable. If it fails too, the first error is raised.
+    """
+    first: ValueError | None = None
+    for strict in (False, True) if len(batches) > 1 else (False,):
+        try:
+            _export(model, batches[-1], path, len(batches) > 1, strict)
+            gaps = [_difference(model, path, batch) for batch in batches]
+            if max(gaps) <= tolerance:
+                return max(gaps)
+            constant = f". {_FIXED}" if gaps[0] == float("inf") > gaps[-1] else ""
+            raise ValueError(
+                f"ONNX Runtime's outputs differ from the module's by {max(gaps):.1e} of the largest output, more than {tolerance:g}"
+                f"{constant}"
+            )
+        except ValueError as error:
+            first = first or error
+    raise first or ValueError("no batch to export")
+
+
+def _export(model: nn.Module, inputs: tuple[Any, ...], path: Path, dynamic_batch: bool, strict: bool) -> None:
+    axes = pytree.tree_map(lambda leaf: {0: torch.export.Dim.AUTO} if has_batch(leaf) else None, inputs) if dynamic_batch else None
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         with quiet():
-            torch.onnx.export(model, traced, str(path), dynamo=True, dynamic_shapes=axes, external_data=False, verbose=False)
+            torch.backends.mha.set_fastpath_enabled(False)  # because its fused operator has no ONNX form
+            source = exported_program(model, inputs, dynamic_batch, True) if strict else model
+            torch.onnx.export(
+                source, inputs, str(path), dynamo=True, dynamic_shapes=None if strict else axes, external_data=False, verbose=False
+            )
     except Exception as error:
         raise ValueError(_in_words(model, error)) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _in_words(model: nn.Module, error: Exception) -> str:
@@ -152,37 +160,12 @@ def _difference(model: nn.Module, path: Path, inputs: tuple[Any, ...]) -> float:
         found = session(path)(*inputs)
     except Exception as error:
         raise ValueError(
-            f"ONNX Runtime cannot run the file at batch {_batch(inputs)}: {' '.join(str(error).split())[:300]}. "
-            "If forward turns the batch size into a constant, give dynamic_batch=False"
+            f"ONNX Runtime cannot run the file at batch {batch_size(inputs)}: {' '.join(str(error).split())[:300]}. {_FIXED}"
         ) from error
     return relative_difference(found, expected)
 
 
-def _has_batch(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0
-
-
-def _batch(inputs: tuple[Any, ...]) -> int:
-    return next((len(leaf) for leaf in pytree.tree_leaves(inputs) if _has_batch(leaf)), 0)
-
-
 def _twice(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the inputs with their batch repeated once."""
-    doubled = pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if _has_batch(leaf) else leaf, inputs)
+    doubled = pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if has_batch(leaf) else leaf, inputs)
     return tuple(doubled)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the exporter's progress and warnings about its own deprecated parts."""
-    names: Sequence[str] = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._dynamo")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

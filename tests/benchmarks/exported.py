@@ -28,7 +28,8 @@ import lightning_sparse
 from lightning_sparse import export
 from lightning_sparse.cli import formats, main
 from lightning_sparse.cli.opened import open_checkpoint
-from lightning_sparse.export import latency, onnx_file
+from lightning_sparse.export import latency, onnx_file, program
+from lightning_sparse.export.program import relative_difference
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE.parent.parent / "docs" / "export" / "records.json"
@@ -74,7 +75,7 @@ def lenet(folder: Path, root: str, epochs: int, budget: float) -> list[dict[str,
         saved = open_checkpoint(trained(target, folder, root, epochs), None, ["--data.root", root])
         matrices = [p for p in saved.module.parameters() if p.dim() == 2]
         zeros = sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
-        table, inputs = export.Table(budget=0.3), formats.sized(saved.inputs(), 256)
+        table, inputs = export.Table(budget=0.3), program.sized(saved.inputs(), 256)
         with tempfile.TemporaryDirectory() as name:
             place = Path(name)
             columns = [
@@ -87,14 +88,14 @@ def lenet(folder: Path, root: str, epochs: int, budget: float) -> list[dict[str,
             tested = {one.title: formats.metrics(saved, one)["test/accuracy"] for one in columns}
             differences = {one.title: formats.difference(saved, one, inputs) for one in columns[1:]}
             times, taken = {}, {}
-            small = lightning_sparse.shrink(saved.module, formats.sized(inputs, 2))
-            export.to_onnx(small, place / "small.onnx", formats.sized(inputs, 2))
+            small = lightning_sparse.shrink(saved.module, program.sized(inputs, 2))
+            export.to_onnx(small, place / "small.onnx", program.sized(inputs, 2))
             shrunk = {"shrunk": small, "shrunk, onnx": onnx_file.session(place / "small.onnx")}
             kept["shrunk"] = formats.sizes(formats.dense(replace(saved, module=small), place).file)
             tested["shrunk"] = saved.test(small)["test/accuracy"]
-            differences["shrunk"] = onnx_file.relative_difference(small(*inputs).detach(), saved.module(*inputs).detach())
+            differences["shrunk"] = relative_difference(small(*inputs).detach(), saved.module(*inputs).detach())
             for batch in formats.BATCHES:
-                given = formats.sized(inputs, batch)
+                given = program.sized(inputs, batch)
                 auto = export.to_sparse(saved.module, "auto", batch, table)
                 taken[batch] = len(export.sparse_layers(auto))
                 calls = {one.title: one.call for one in columns if one.call is not None} | {"auto": auto} | shrunk
@@ -124,7 +125,7 @@ def linear(budget: float) -> list[dict[str, Any]]:
             for batch in formats.BATCHES:
                 x = torch.randn(batch, 1024)
                 with torch.inference_mode():
-                    difference = onnx_file.relative_difference(sparse(x), layer(x))
+                    difference = relative_difference(sparse(x), layer(x))
                 times = timed({"dense": formats.call(layer, (x,)), layout: formats.call(sparse, (x,))}, budget)
                 rows.append(
                     {
@@ -156,7 +157,7 @@ def encoder(budget: float) -> list[dict[str, Any]]:
                 sparse = export.to_sparse(network, "auto", batch * 64, table)
                 x = torch.randn(batch, 64, 384)
                 with torch.inference_mode():
-                    difference = onnx_file.relative_difference(sparse(x), network(x))
+                    difference = relative_difference(sparse(x), network(x))
                 arms = {"dense": network, "auto": sparse, "onnx": running}
                 times = timed({title: formats.call(function, (x,)) for title, function in arms.items()}, budget)
                 layouts = len(export.sparse_layers(sparse))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from lightning.pytorch import LightningModule
 
 import lightning_sparse
 from lightning_sparse import export
-from lightning_sparse.cli import formats, main, worth
+from lightning_sparse.cli import formats, main, shrunk_table, worth
+from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.saved import Saved, example_inputs
 from lightning_sparse.examples.digits import Digits
 from lightning_sparse.examples.mlp import MLP
-from lightning_sparse.export import Gain, latency
+from lightning_sparse.export import Gain, latency, program
 from lightning_sparse.export.latency import Timing
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")]
@@ -60,11 +62,55 @@ def test_each_format_gives_back_the_network(trained, capsys):
     assert "dense stay" not in shown
     stem, network, x = trained.stem, _network(0.9), torch.randn(7, 64)
     assert sorted(p.name for p in Path("files").iterdir()) == [f"{stem}.compact.safetensors", f"{stem}.csr.pt2", f"{stem}.onnx"]
-    program = torch.export.load(f"files/{stem}.csr.pt2").module()
-    torch.testing.assert_close(program(x), network(x))
+    loaded = torch.export.load(f"files/{stem}.csr.pt2").module()
+    torch.testing.assert_close(loaded(x), network(x))
     torch.testing.assert_close(formats.onnx_file.session(f"files/{stem}.onnx")(x), network(x).detach(), rtol=1e-4, atol=1e-5)
     found = export.load_compact(f"files/{stem}.compact.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in network.state_dict().items())
+
+
+class Constant(MLP):
+    """A batch size that tracing makes a constant."""
+
+    def forward(self, x):
+        gc.isenabled()  # which torch's second tracer does not know
+        return super().forward(x).reshape(len(x), -1)
+
+
+def constant() -> Constant:
+    torch.manual_seed(0)
+    return zeroed(Constant(SIZES), 0.9)
+
+
+@pytest.mark.slow
+def test_a_program_for_one_batch_size_is_not_called_one_for_any(capsys):
+    limit = "takes batches of 16 only, because forward, or what it calls, makes the batch size a constant"
+    made = formats.sparse(saved(constant(), Digits()), "csr", 16, Path("net.csr.pt2"))
+    assert made.load.endswith(".module()  # takes batches of 16 only")
+    assert made.notes[-1].startswith(f"csr: net.csr.pt2 {limit}")
+    shown = formats.sparse(saved(_network(0.9), Digits()), "csr", 16, Path("net.csr.pt2"))
+    assert not any("batches" in line for line in [shown.load, *shown.notes])
+    Path("model.pt2").write_text("of an earlier run")
+    load, line = shrunk_table._programs(constant(), (torch.randn(16, 64),), Path())
+    assert load == "without this package: torch.export.load('model.pt2').module()"
+    assert line.startswith(f"model.pt2 {limit}")
+
+
+@pytest.mark.slow
+def test_a_fixed_batch_is_offered_and_taken(trained, capsys):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(UsageError, match=r"write x.shape\[0\]; or write a file for one batch size with --fixed_batch"):
+        formats.onnx(saved(constant(), Digits()), Path("net.onnx"))
+    assert formats.onnx(saved(constant(), Digits()), Path("net.onnx"), 16).batch == 16
+    words = ["--to", "csr", "onnx", "--out", "files", "--batch_size", "16", "--fixed_batch"]
+    assert main(["export", str(trained), *words]) == 0
+    shown = capsys.readouterr().out
+    assert "latency at batch 16" in shown
+    assert "latency at batch 32" not in shown
+    for kind in ("csr.pt2", "onnx"):
+        assert f"{trained.stem}.{kind} takes batches of 16 only, as asked for" in shown
+    x = torch.randn(16, 64)
+    torch.testing.assert_close(formats.onnx_file.session(f"files/{trained.stem}.onnx")(x), _network(0.9)(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_an_export_says_in_one_line_which_layers_stay_dense_and_why():
@@ -324,9 +370,9 @@ def test_example_inputs_come_from_the_module_else_from_the_data():
 def test_inputs_are_repeated_and_cut_to_a_batch_size():
     x = torch.arange(6).reshape(3, 2)
     for batch in (1, 3, 7):
-        (found,) = formats.sized((x,), batch)
+        (found,) = program.sized((x,), batch)
         assert torch.equal(found, x[torch.arange(batch) % 3])
-    assert formats.sized((2.5, torch.tensor(1)), 4)[0] == 2.5
+    assert program.sized((2.5, torch.tensor(1)), 4)[0] == 2.5
 
 
 def test_a_step_that_does_not_use_forward_has_no_figure_for_it():

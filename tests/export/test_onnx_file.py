@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from export_networks import encoder, mlp
 from torch import Tensor, nn
 
 from lightning_sparse.export import _extra, onnx_file, to_onnx, to_sparse
+from lightning_sparse.export.program import relative_difference
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -77,6 +80,36 @@ def test_what_cannot_be_exported_is_said_in_words(tmp_path):
     assert to_onnx(FixedBatch(), path, torch.randn(4, 8), dynamic_batch=False) < 1e-6
 
 
+class Lengths(nn.Module):
+    """``len(x)`` in forward; ``opaque`` adds a call that torch's second tracer does not know."""
+
+    def __init__(self, opaque: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.opaque = encoder(), opaque
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.opaque:
+            gc.isenabled()
+        return self.encoder(x.view(len(x), 6, 32)).reshape(len(x), -1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_batch_size_that_tracing_makes_a_constant(tmp_path, capfd):
+    path, x = tmp_path / "net.onnx", torch.randn(4, 6 * 32)
+    assert to_onnx(Lengths().eval(), path, x[:2]) < 1e-4
+    running = onnx_file.session(path)
+    for batch in (1, 3, 4):
+        torch.testing.assert_close(running(x[:batch]), Lengths().eval()(x[:batch]).detach(), rtol=1e-4, atol=1e-5)
+    path.unlink()
+    said = r"makes the batch size a constant \(len\(x\), .*write x.shape\[0\]; or write a file for one batch size with dynamic_batch=False"
+    with pytest.raises(ValueError, match=said):
+        to_onnx(Lengths(opaque=True).eval(), path, x)
+    assert not path.exists()
+    assert capfd.readouterr() == ("", "")  # no line of ONNX Runtime's log
+    assert to_onnx(Lengths(opaque=True).eval(), path, x, dynamic_batch=False) < 1e-4
+
+
 @pytest.mark.slow
 def test_a_file_that_computes_something_else_does_not_appear(tmp_path, monkeypatch):
     network = mlp()
@@ -104,8 +137,8 @@ def test_a_missing_package_names_the_extra():
 
 def test_differences_are_relative_to_the_largest_output():
     a = torch.tensor([100.0, 1.0])
-    assert onnx_file.relative_difference(a, a + torch.tensor([0.0, 0.5])) == pytest.approx(0.005)
-    assert onnx_file.relative_difference([a, a], [a]) == float("inf")
-    assert onnx_file.relative_difference(a[:1], a) == float("inf")
-    assert onnx_file.relative_difference(torch.tensor([torch.nan, 1.0]), torch.tensor([1.0, 1.0])) == float("inf")
-    assert onnx_file.relative_difference(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_difference(a, a + torch.tensor([0.0, 0.5])) == pytest.approx(0.005)
+    assert relative_difference([a, a], [a]) == float("inf")
+    assert relative_difference(a[:1], a) == float("inf")
+    assert relative_difference(torch.tensor([torch.nan, 1.0]), torch.tensor([1.0, 1.0])) == float("inf")
+    assert relative_difference(torch.zeros(2), torch.zeros(2)) == 0
