@@ -12,7 +12,7 @@ from test_fsdp2 import network, whole
 from torch import Tensor
 from toys import Toy, data
 
-from lightning_sparse import elementwise, penalties
+from lightning_sparse import elementwise, penalties, scores
 from lightning_sparse._parts import check_whole, part_of
 from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning, PenaltyLoss, ReweightedPenalty, SparsityMonitor
 from lightning_sparse.conformance.ranks import DDP, ShardedToy, obstacle, on_ranks, split
@@ -41,9 +41,12 @@ FORMS = {
     "exact prox of blocks": partial(AdaptiveProx, LOG_SUM, 0.1, exact=True, freeze=0.3, structure=Blocks((2, 3))),
     "to a target": partial(ReweightedPenalty, LOG_SUM, target_sparsity=0.5, structure=Rows()),
     "pruning": partial(MagnitudePruning, 0.5, every=2, structure=Rows()),
+    "pruning by Fisher": partial(MagnitudePruning, 0.5, every=2, structure=Rows(), score=scores.Fisher(0.5)),
     "2 of 4": partial(ReweightedPenalty, LOG_SUM, 1e-3, freeze=0.25, structure=NM(2, 4)),
 }
-RESUMED = {"penalty": True, "exact prox of blocks": False, "to a target": True, "pruning": True, "2 of 4": False}  # in a split file?
+RESUMED = {  # in a split file?
+    "penalty": True, "exact prox of blocks": False, "to a target": True, "pruning": True, "pruning by Fisher": True, "2 of 4": False
+}  # fmt: skip
 REFUSED = {
     "columns": (Columns(), r"may have weights in all rows of 'network.0.weight', and FSDP2 gives each of 2 processes some of the rows"),
     "own": (HalfRows(), r"HalfRows\(\) may have weights in all rows"),
