@@ -25,7 +25,7 @@ from rich.markdown import Markdown
 from lightning_sparse import _checks, _docstrings, callbacks, plots
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.cli import recipes
-from lightning_sparse.cli.comparison import engines, results
+from lightning_sparse.cli.comparison import before, engines, results
 from lightning_sparse.cli.comparison.runs import Run, check_script, execute
 from lightning_sparse.cli.errors import UsageError, imported
 
@@ -51,6 +51,7 @@ def run(verb: str, words: list[str]) -> int:
     settings = _Settings(args, verb, tuple(overrides))
     runs = settings.path() if verb == "path" else settings.comparison()
     settings.check_classes()
+    settings.check_runs(runs, parser)
     settings.keep()
     left = sum(run.result() is None for run in runs)
     print(f"{len(runs)} runs, {left} to go, files in {settings.out}", flush=True)
@@ -74,7 +75,7 @@ def run(verb: str, words: list[str]) -> int:
     for file in (settings.out / "table.md", results.write_csv(settings.out / "runs.csv", runs, records, setting)):
         print(file)
     print(plots.save(picture, settings.out / f"{'path' if verb == 'path' else 'frontier'}.png"))
-    return 0 if any("failed" not in record for record in records) else 1
+    return 0 if any("failed" not in record for run, record in zip(runs, records, strict=True) if run.callback is not None) else 1
 
 
 def _tell(run: Run, record: dict[str, Any]) -> None:
@@ -193,6 +194,15 @@ class _Settings:
         """Raise UsageError if no run can be built, because neither the configuration nor a script names the model's class."""
         if self.script is None:
             recipes.check_classes(self.config, self.overrides, "that script, --script SCRIPT")
+
+    def check_runs(self, runs: Iterable[Run], parser: argparse.ArgumentParser) -> None:
+        """Raise UsageError for a callback that cannot be built, and for overrides that ``fit`` does not know; a script's are its own."""
+        for label, callback in {run.method: run.callback for run in runs if run.callback is not None}.items():
+            before.check_method(label, callback)
+        if self.script is None:
+            removed = ["--sparsify", "null"] if "sparsify" in self.tree else []
+            with before.naming_flags(parser):
+                before.check_words(["--config", str(self.config), *self.overrides, *removed])
 
     def check_metric(self, run: Run) -> None:
         """Raise UsageError, naming what is logged, if a trial of two batches logs no such metric. A trial that fails tells nothing."""

@@ -110,13 +110,50 @@ def test_a_users_script_is_compared_and_the_same_command_trains_only_what_is_mis
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_a_row_with_its_reason(project, capsys):
-    words = [*COMPARE, "--no_dense", "--methods", "AdaptiveProx: {metric: nonsense}", "MagnitudePruning"]
+    words = [*COMPARE, "--no_dense", "--methods", "AdaptiveProx: {select: ['nothing*']}", "MagnitudePruning"]
     assert main(words) == 0
     failed, good = _lines(project / "runs/compare/own")
-    assert "metric" in failed["failed"]
+    assert "select pattern 'nothing*' matches no selectable parameter" in failed["failed"]
     assert failed["zeros"] == ""
     assert float(good["zeros"]) == 0.75
     assert "failed: " in (project / "runs/compare/own/table.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_exit_code_is_1_if_every_run_of_the_methods_failed(project, capsys):
+    assert main([*COMPARE, "--methods", "AdaptiveProx: {select: ['nothing*']}"]) == 1
+    dense, sparse = _lines(project / "runs/compare/own")
+    assert (dense["failed"], sparse["zeros"]) == ("", "")
+
+
+def test_a_method_that_cannot_be_built_is_refused_before_any_run(project, capsys):
+    cases = {
+        "AdaptiveProx: {penalty: MCP}": ": penalty: MCP needs 'c', such as `init_args: {c: ",
+        "AdaptiveProx: {penalty: {class_path: MCP, init_args: {c: -1}}}": "c must be a finite number > 0, got -1",
+        "AdaptiveProx: {metric: nonsense}": ": metric: must be one of",
+    }
+    for method, said in cases.items():
+        for words in (["compare", "own.yaml", "--methods", method], ["path", "own.yaml", "--lams", "1", "--method", method]):
+            assert main([*words, "--script", "train.py"]) == 2
+            text = capsys.readouterr().err
+            assert f"method {method!r}: " in text
+            assert said in text
+            assert "--method." not in text
+    assert not (project / "runs").exists()
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "Sparsify"], "no argument '--method'; did you mean --methods?"),
+        (["--trainer.max_epoch", "3"], "no key 'trainer.max_epoch'; closest: 'trainer.max_epochs'"),
+    ],
+)
+def test_a_misspelt_argument_is_refused_before_any_run(project, capsys, words, said):
+    assert main(["compare", "digits", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not (project / "runs").exists()
 
 
 @pytest.mark.slow
@@ -352,6 +389,13 @@ def test_the_best_mean_is_bold_and_the_dense_run_is_not():
     assert not table.endswith(results.NO_SPREAD)
     single = results.markdown([_cell("dense", None, 0.9), _cell("a", 0.9, 0.5)], "val_loss", "target", False)
     assert single.endswith("|\n\none seed: no spread is known")
+
+
+def test_methods_that_tie_are_all_bold_and_a_reason_that_is_cut_ends_in_dots():
+    cells = [_cell("a", 0.9, 0.50001), _cell("b", 0.9, 0.5), _cell("c", 0.9, 0.4), _cell("d", 0.9)._replace(failed=["word " * 50])]
+    lines = results.markdown(cells, "val_acc", "target", True).splitlines()[2:6]
+    assert ["**0.5000**" in line for line in lines] == [True, True, False, False]
+    assert "word ... |" in lines[3]
 
 
 def test_the_metric_is_a_validation_accuracy_if_there_is_one():

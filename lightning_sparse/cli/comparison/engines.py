@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from lightning_sparse.cli.comparison.runs import KILLED, LOG, Run, execute
 from lightning_sparse.cli.comparison.worker import NEEDED
 from lightning_sparse.cli.errors import UsageError
+from lightning_sparse.cli.failures import in_words
 
 Record = dict[str, Any]
 Tell = Callable[[Run, Record], None]
@@ -208,5 +209,5 @@ def _slurm(runs: Sequence[Run], jobs: int, tell: Tell, options: Mapping[str, Any
         try:
             record = job.result()
         except Exception as error:  # a job that was killed or could not be submitted is a row of the table
-            record = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            record = {"failed": in_words(error)}
         _settle(run, record, tell)

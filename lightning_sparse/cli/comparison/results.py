@@ -20,6 +20,7 @@ _RISING = ("acc", "f1", "auc", "auroc", "precision", "recall", "map", "iou", "di
 _FALLING = ("loss", "error", "mape")  # although they may hold one of the words above
 NO_SPREAD = "one seed: no spread is known"
 _LONGEST = 260  # characters of a footnote
+_LONGEST_CELL = 200  # of a reason in the table
 _VALIDATION = ("val", "valid")
 
 
@@ -84,18 +85,25 @@ def cells(runs: Sequence[Run], records: Sequence[Record], metric: str) -> list[C
     return list(found.values())
 
 
-def best(all_cells: Iterable[Cell], up: bool) -> dict[float | None, str]:
-    """Return the method with the best mean at each setting."""
-    winners: dict[float | None, Cell] = {}
+def best(all_cells: Iterable[Cell], up: bool) -> dict[float | None, list[str]]:
+    """Return the methods with the best mean at each setting; several, where the means that the table shows are equal."""
+    found: dict[float | None, list[Cell]] = {}
     for cell in all_cells:
-        other = winners.get(cell.setting)
-        if cell.values and (other is None or (cell.mean > other.mean if up else cell.mean < other.mean)):
-            winners[cell.setting] = cell
-    return {setting: cell.method for setting, cell in winners.items()}
+        if not math.isnan(cell.mean):
+            found.setdefault(cell.setting, []).append(cell)
+    first = {setting: (max if up else min)(cell.mean for cell in cells) for setting, cells in found.items()}
+    return {setting: [cell.method for cell in cells if _figure(cell.mean) == _figure(first[setting])] for setting, cells in found.items()}
+
+
+def _figure(mean: float) -> str:
+    return f"{mean:.4f}"
 
 
 def markdown(all_cells: Sequence[Cell], metric: str, setting: str, up: bool) -> str:
-    """Return the table: one line for each method and setting; the best at a setting is bold. Below it, a note where no spread is known."""
+    """Return the table: one line for each method and setting; the best at a setting are bold, several where their figures tie.
+
+    Below it, a note where no spread is known.
+    """
     winners = best(all_cells, up)
     lines = [f"| method | {setting} | {metric} | zeros % | seconds | seeds |", "|---|---|---|---|---|---|"]
     for cell in all_cells:
@@ -103,8 +111,8 @@ def markdown(all_cells: Sequence[Cell], metric: str, setting: str, up: bool) -> 
         if not cell.values:
             lines.append(f"| {cell.method} | {asked} | failed: {_flat(cell.failed[0])} | | | 0 of {len(cell.failed)} |")
             continue
-        shown = f"{cell.mean:.4f}" + ("" if cell.spread is None else f" ({cell.spread:.4f})")
-        shown = f"**{shown}**" if winners[cell.setting] == cell.method and cell.setting is not None else shown
+        shown = _figure(cell.mean) + ("" if cell.spread is None else f" ({cell.spread:.4f})")
+        shown = f"**{shown}**" if cell.method in winners.get(cell.setting, ()) and cell.setting is not None else shown
         zeros, seconds = 100 * statistics.fmean(cell.zeros), statistics.fmean(cell.seconds)
         seeds = f"{len(cell.values)}" + (f" of {len(cell.values) + len(cell.failed)}: {_flat(cell.failed[0])}" if cell.failed else "")
         lines.append(f"| {cell.method} | {asked} | {shown} | {zeros:.2f} | {seconds:.1f} | {seeds} |")
@@ -120,7 +128,10 @@ def footnotes(runs: Sequence[Run], records: Sequence[Record]) -> list[str]:
         for text in record.get("warnings", []):
             _, names = found.setdefault((run.method, re.split(r"[\d\[(]", text)[0]), (text, []))
             names.append(run.name)
-    return [f"{', '.join(names[:3])}{_more(len(names) - 3)}: {textwrap.shorten(text, _LONGEST)}" for text, names in found.values()]
+    return [
+        f"{', '.join(names[:3])}{_more(len(names) - 3)}: {textwrap.shorten(text, _LONGEST, placeholder=' ...')}"
+        for text, names in found.values()
+    ]
 
 
 def _more(count: int) -> str:
@@ -128,7 +139,8 @@ def _more(count: int) -> str:
 
 
 def _flat(text: str) -> str:
-    return " ".join(text.replace("|", "/").split())[:200]
+    flat = " ".join(text.replace("|", "/").split())
+    return flat if len(flat) <= _LONGEST_CELL else f"{flat[:_LONGEST_CELL].rstrip()} ..."
 
 
 def write_csv(file: Path, runs: Sequence[Run], records: Sequence[Record], setting: str) -> Path:
