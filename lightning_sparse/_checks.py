@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import os
 import re
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Mapping, Sized
+
+from torch import Tensor, nn
 
 from lightning_sparse._plain import plain
 
@@ -81,6 +84,60 @@ def one_of(name: str, value: object, known: Iterable[str]) -> str:
         *first, last = map(repr, words)
         raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}{closest(str(value), words)}")
     return given
+
+
+def module(value: object, call: str, other: str = "") -> None:
+    """Raise TypeError, with what to do, unless ``value`` is a module.
+
+    Args:
+        value: the first argument of a function.
+        call: the function with its arguments, as one would write it.
+        other: what the function accepts beside a module, such as " or a state dict"; the caller has looked for it.
+    """
+    if isinstance(value, nn.Module):
+        return
+    hint = ""
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        hint = f"create it first: {value.__name__}(...)"
+    elif isinstance(value, (str, os.PathLike)):
+        hint = "build the module first, and load the weights of a file into it: MyModule.load_from_checkpoint(path), or load_state_dict"
+    raise TypeError(f"{_name(call)} takes an instance of nn.Module{other} first, got {described(value)}{_order(call, hint)}")
+
+
+def path(value: object, name: str, call: str) -> None:
+    """Raise TypeError, with the ``call`` as one would write it, unless ``value``, the argument ``name``, is a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} of {_name(call)} must be a path, got {described(value)}{_order(call)}")
+
+
+def tensors(value: object, call: str, listed: bool = False) -> None:
+    """Raise TypeError, with what to give, unless ``value`` is a mapping or, with ``listed``, another iterable of tensors."""
+    if isinstance(value, Mapping) or (listed and isinstance(value, Iterable) and not isinstance(value, (nn.Module, str))):
+        return
+    if listed and isinstance(value, nn.ParameterList):
+        return
+    hint = "give select.select(module, None), or dict(module.named_parameters())" if isinstance(value, nn.Module) else ""
+    more = ", an iterable of tensors or one tensor" if listed else ""
+    raise TypeError(f"{_name(call)} takes a mapping of names to tensors{more}, got {described(value)}{_order(call, hint)}")
+
+
+def described(value: object) -> str:
+    """Describe an argument in a few words: its class, and its shape or its beginning."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, Tensor):
+        return f"a tensor of the shape {tuple(value.shape)}"
+    if isinstance(value, nn.Module):
+        return f"the module {type(value).__name__}"
+    return f"{repr(value)[:60]} of type {type(value).__name__}"
+
+
+def _name(call: str) -> str:
+    return call.partition("(")[0]
+
+
+def _order(call: str, hint: str = "") -> str:
+    return f": {hint}; the call is {call}" if hint else f": the call is {call}"
 
 
 def shown(value: object, *kinds: type) -> str:

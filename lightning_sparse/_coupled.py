@@ -74,7 +74,14 @@ def find(structure: Coupled, module: nn.Module, selected: Iterable[str], example
     chosen, known = set(selected), dict(module.named_parameters())
     elsewhere: set[str] = set()
     outputs, uncut, others = dict[str, str](), dict[str, str](), dict[str, str]()  # what to say if no group is left
-    for group in coupling.groups(module, example_inputs):
+    try:
+        every = coupling.groups(module, example_inputs)
+    except coupling.ForwardBranches as error:
+        raise ValueError(
+            f"{structure!r} traces the network, but {error.problem}. Write the choice with torch.where, or use Rows(), and afterwards "
+            "shrink(module, example_inputs, allow_branches=True) if the path is always the same"
+        ) from None
+    for group in every:
         if group.kind == "layer":
             uncut[group.axis] = group.reason
         elif (group.kind == "head") != structure.heads:

@@ -54,3 +54,31 @@ class Group:
     def parameters(self, *roles: Role) -> list[Entry]:
         """Return the entries in parameters (not in buffers), of the given roles or of all."""
         return [entry for entry in self.entries if entry.role != "statistic" and (not roles or entry.role in roles)]
+
+
+class ForwardFails(ValueError):
+    """The module's forward fails on the example inputs.
+
+    Args:
+        name: the module's class.
+        reason: type and text of its error.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"{name} fails on the example inputs: {reason}. They are what forward takes: a tensor, a tuple of arguments or a dict of "
+            "keyword arguments; of a batch (x, y) give x"
+        )
+        self.name, self.reason = name, reason
+
+
+class ForwardBranches(ValueError):
+    """The module's forward may take another path for other inputs.
+
+    Args:
+        problem: what it does, in words.
+    """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{problem}. Pass allow_branches=True if the path is always the same")
+        self.problem = problem

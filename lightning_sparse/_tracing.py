@@ -40,7 +40,7 @@ def traced(model: nn.Module, inputs: Any, heads: Mapping[str, int]) -> list[list
         found = [group for group in graph.get_all_groups(root_module_types=_ROOTS) if group[0].dep.target.module in graph.module2node]
         axes = [_Axis(model, graph, group) for group in found]
         axes.sort(key=lambda axis: axis.place)
-    found = [[members for members in (axis.whole_heads(heads), axis.channels()) if members] for axis in axes]
+        found = [[members for members in (axis.whole_heads(heads), axis.channels()) if members] for axis in axes]
     return found + [[[group]] for group in _uncovered(model, found)]
 
 

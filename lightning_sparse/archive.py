@@ -24,9 +24,9 @@ def check(path: Any) -> None:
             has_checksums = any(entry.CRC for entry in archive.infolist())
             damaged = archive.testzip() if has_checksums else None
     except _BROKEN as error:
-        raise ValueError(f"{path} is damaged: {error}; resume from another file") from error
+        raise ValueError(f"{path} is damaged: {error}; use another copy, or another file") from error
     if damaged is not None:
-        raise ValueError(f"{path} is damaged: its entry {damaged!r} differs from its checksum; resume from another file")
+        raise ValueError(f"{path} is damaged: its entry {damaged!r} differs from its checksum; use another copy, or another file")
 
 
 def _is_zip(path: Path) -> bool:

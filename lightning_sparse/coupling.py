@@ -17,32 +17,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sparse import _checks, surgery
-from lightning_sparse._groups import Entry, Group, Role
+from lightning_sparse._groups import Entry, ForwardBranches, ForwardFails, Group, Role
 from lightning_sparse._naming import by_name
 
-__all__ = ["Entry", "Group", "Role", "Source", "groups", "indices", "kept", "left_out", "prepare"]
+__all__ = ["Entry", "ForwardBranches", "ForwardFails", "Group", "Role", "Source", "groups", "indices", "kept", "left_out", "prepare"]
 
 TOLERANCE = 1e-5
 FAILS = "the network without it fails"
 _DATA_DEPENDENT = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select")
 _Pick = Callable[[list[Group]], list[Group]]
 _BY_HAND = "try groups(..., source='names') for transformers, or name groups by hand with named=[Group(...)], source=None"
-
-
-class ForwardFails(ValueError):
-    """The module's forward fails on the example inputs.
-
-    Args:
-        name: the module's class.
-        reason: type and text of its error.
-    """
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(
-            f"{name} fails on the example inputs: {reason}. They are what forward takes: a tensor, a tuple of arguments or a dict of "
-            "keyword arguments; of a batch (x, y) give x"
-        )
-        self.name, self.reason = name, reason
 
 
 Source = Callable[[nn.Module, Any, Mapping[str, int]], list[list[list[Group]]]]
@@ -77,6 +61,7 @@ def groups(
     Raises ImportError without torch-pruning, ValueError for a module that cannot be called or traced, and for quantised or
     parametrised weights.
     """
+    _checks.module(module, "groups(module, example_inputs)")
     surgery.refuse_uncuttable(module)
     model, inputs = prepare(module, example_inputs, allow_branches)
     _check_named(named, model)
@@ -186,9 +171,9 @@ def prepare(module: nn.Module, inputs: Any, allow_branches: bool = False) -> tup
     if not tensors:
         raise ValueError(f"{type(module).__name__} returns no tensor on the example inputs")
     if watch.seen and not allow_branches:
-        raise ValueError(
+        raise ForwardBranches(
             f"the forward of {type(module).__name__} takes values out of tensors ({', '.join(sorted(watch.seen))}), as control flow that "
-            "depends on data does: groups would be proved for one path only. Pass allow_branches=True if the path is always the same"
+            "depends on data does: groups would be proved for one path only"
         )
     wide = surgery.duplicate(model).double()
     widened = torch.utils._pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sparse import counts, elementwise
+from lightning_sparse import _checks, counts, elementwise
 from lightning_sparse.masked_loss import duality_gap, duality_gap_samples
 
 __all__ = ["Compression", "DualityGap", "KeepProbability", "Sparsity", "duality_gap", "duality_gap_samples"]
@@ -24,6 +24,7 @@ Tensors = Mapping[str, Tensor] | Iterable[Tensor] | Tensor
 def _named(tensors: Tensors) -> dict[str, Tensor]:
     if isinstance(tensors, Tensor):
         return {"0": tensors}
+    _checks.tensors(tensors, "metric(weights)", listed=True)
     named = dict(tensors) if isinstance(tensors, Mapping) else {str(i): tensor for i, tensor in enumerate(tensors)}
     wrong = next((value for value in named.values() if not isinstance(value, Tensor)), None)
     if wrong is not None:

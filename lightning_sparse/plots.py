@@ -117,6 +117,7 @@ def masks(weights: Mapping[str, Tensor]) -> Figure:
 
     A tensor of more than two dimensions is flattened to (outputs, all others). Raises ValueError for no weights.
     """
+    _checks.tensors(weights, "masks(weights)")
     if not weights:
         raise ValueError("no weights to draw")
     patterns = {name: pattern(weight) for name, weight in weights.items()}

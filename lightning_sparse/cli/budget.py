@@ -20,6 +20,7 @@ from lightning_sparse.cli.comparison.results import rises
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.opened import Opened
 from lightning_sparse.cli.saved import Saved, silence_device_messages
+from lightning_sparse.cli.text import as_flags
 from lightning_sparse.cli.training import launch
 from lightning_sparse.export import latency, program
 from lightning_sparse.shrinking import Budget, GroupScores, Shrunk, Stages, choose, remove, rounding, save_shrunk, share_of
@@ -121,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-sparse shrink", description=_ABOUT)
     parser.add_argument("--config", required=True, help="recipe or YAML of the model, data and trainer; its sparsify key is not used")
     parser.add_argument("--max_drop", type=_points, metavar="POINTS", help=_DROP)
+    parser.add_argument("--allow_branches", action="store_true", help="accept a forward that branches on values of tensors")
     parser.add_argument("--max_params", type=int, metavar="N", help="goal: at most so many parameters")
     parser.add_argument("--max_multiply_adds", type=float, metavar="SHARE", help="goal: this share of the dense network's multiply-adds")
     parser.add_argument("--max_latency", type=float, metavar="MS", help="goal: milliseconds of a call at --batch, measured")
@@ -225,7 +227,7 @@ class _Run:
 
     def _cut(self, module: LightningModule, target: int) -> LightningModule | None:
         """Remove the groups of the lowest scores until one sample takes ``target`` multiply-adds; None if none can go."""
-        groups = coupling.groups(module, self.inputs)
+        groups = self._groups(module)
         if not self.stages.state.stages:
             for axis, count, why in coupling.left_out(groups):
                 print(f"left out: {count} group{'s'[: count != 1]} of {axis}: {why}")
@@ -246,6 +248,12 @@ class _Run:
         if found is not None:
             print(found)
         return None if found is None else found.module
+
+    def _groups(self, module: LightningModule) -> list[coupling.Group]:
+        try:
+            return coupling.groups(module, self.inputs, allow_branches=self.args.allow_branches)
+        except coupling.ForwardBranches as error:
+            raise UsageError(as_flags(str(error))) from error
 
     def _scores(self, module: LightningModule, groups: list[coupling.Group]) -> dict[str, float]:
         scores = GroupScores(groups)
@@ -289,7 +297,7 @@ class _Run:
                 "allow more (--max_drop)"
             )
         save_shrunk(module, self.folder)
-        widths = changed_widths(*(coupling.groups(network, self.inputs) for network in (self.cli.model, module)))
+        widths = changed_widths(*(self._groups(network) for network in (self.cli.model, module)))
         pairs = [(int(dense[name]), int(last[name])) for name in ("parameters", "multiply_adds")]
         report = Report(widths, pairs[0], pairs[1], 0.0, samples=1)
         table = shrunk_table.show(self.saved, Shrunk(module.eval(), report), self.folder, tuned=True, device=budget.device)

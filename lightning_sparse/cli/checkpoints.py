@@ -22,6 +22,12 @@ from lightning_sparse.cli.failures import in_words
 _KEYWORDS = ("best", "last", "hpc")  # paths that the Trainer resolves
 _RESUMED = ("optimizer_states", "lr_schedulers", "loops")  # keys that a weights-only file lacks
 
+_PLAIN = (
+    "a plain state_dict, not a checkpoint of a LightningModule, so its module and data are unknown. Load it in Python, "
+    "module.load_state_dict(torch.load(FILE)): then lightning_sparse.shrink(module, example_inputs, verbose=True) and "
+    "export.to_sparse(module) use its zeros, and Trainer.save_checkpoint writes a checkpoint for the commands"
+)
+
 
 def read(path: Any) -> Any:
     """Load a checkpoint with its tensors memory-mapped; None for the Trainer's keywords, folders and URLs.
@@ -37,6 +43,8 @@ def read(path: Any) -> Any:
         archive.check(path)
         content = _load(path)
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            if isinstance(content, dict) and content and all(isinstance(one, Tensor) for one in content.values()):
+                raise ValueError(_PLAIN)
             keys = f"{sorted(map(str, content))[:5]}{_checks.more(content)}" if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"not a checkpoint of a LightningModule: it contains {keys}, not 'state_dict'")
         if "pytorch-lightning_version" not in content:

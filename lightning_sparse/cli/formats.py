@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from lightning_sparse import export
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.saved import Saved
+from lightning_sparse.cli.text import as_flags
 from lightning_sparse.export import conversion, latency, onnx_file, program
 from lightning_sparse.export.program import relative_difference, sized
 
@@ -100,7 +101,7 @@ def onnx(saved: Saved, path: Path, fixed: int | None = None) -> Format:
     try:
         export.to_onnx(saved.module, path, sized(saved.inputs(), fixed or 2), dynamic_batch=fixed is None)
     except (ValueError, ImportError) as error:
-        raise UsageError(str(error).replace("dynamic_batch=False", "--fixed_batch")) from error
+        raise UsageError(as_flags(str(error))) from error
     running = onnx_file.session(path)
     tested = conversion.copied(saved.module)
     used: list[int] = []

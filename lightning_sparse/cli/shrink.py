@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning_sparse.cli import budget, shrunk_table
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.opened import add_arguments, open_checkpoint, parsed
+from lightning_sparse.cli.text import as_flags
 from lightning_sparse.export import program
 from lightning_sparse.shrinking import save_shrunk, shrink_and_report
 
@@ -39,7 +40,7 @@ def run(verb: str, words: list[str]) -> int:
     try:
         found = shrink_and_report(saved.module, inputs, args.round_to, allow_branches=args.allow_branches, seconds=0)
     except (ValueError, ImportError) as error:
-        raise UsageError(f"{args.checkpoint}: {error}") from error
+        raise UsageError(f"{args.checkpoint}: {as_flags(str(error))}") from error
     found = replace(found, report=replace(found.report, samples=shrunk_table.SAMPLES))
     folder = save_shrunk(found.module, args.out or args.checkpoint.with_suffix(".shrunk"))
     shrunk_table.show(saved, found, folder)

@@ -38,6 +38,11 @@ def print_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
+def as_flags(message: str) -> str:
+    """Return a message of a function in Python with the command line's flags in the place of its arguments."""
+    return message.replace("Pass allow_branches=True", "Give --allow_branches").replace("dynamic_batch=False", "--fixed_batch")
+
+
 def unencodable_name(tree: Any, key: str = "") -> str | None:
     """Return the first file or folder name in a configuration that this locale cannot encode, or None."""
     if isinstance(tree, (dict, list)):

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import lightning_sparse
-from lightning_sparse import counts, export
+from lightning_sparse import counts, coupling, export
 from lightning_sparse.cli import formats
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.failures import in_words
 from lightning_sparse.cli.saved import Saved
+from lightning_sparse.cli.text import as_flags
 from lightning_sparse.export import conversion, latency, program
 from lightning_sparse.export.gains import Gain, Table
 
@@ -67,7 +68,7 @@ def lines(saved: Saved, more: list[str] | None = None) -> list[str]:
     words = " ".join([shlex.quote(str(saved.file)), *(more or [])])
     command = f"lightning-sparse export {words}"
     found = [*_zeros(saved.module, saved.selected)]
-    why, small = "", None
+    why, small, unmeasured = "", None, ""
     best: list[_Best] = []
     batches: Sequence[int] = ()
     try:
@@ -81,7 +82,7 @@ def lines(saved: Saved, more: list[str] | None = None) -> list[str]:
             shapes = [tuple(x.shape) for x in inputs if isinstance(x, Tensor)]
             inputs, why = None, f"the network fails for inputs of the shapes {shapes}: {in_words(error)[:200]}"
     if inputs is not None:
-        line, small = _shrunk(saved, inputs, batches, words, best)
+        line, small, unmeasured = _shrunk(saved, inputs, batches, words, best)
         found.append(line)
     size, smaller = _files(saved.module, small, command, f"lightning-sparse shrink {words}")
     found.append(size)
@@ -91,6 +92,8 @@ def lines(saved: Saved, more: list[str] | None = None) -> list[str]:
     if inputs is not None and most is None and counts.share(counts.count_zeros(_matrices(saved.module))) >= _FEW:
         faster = (
             "nothing is faster here with these zeros: for speed train with structure=Channels() and shrink, or Linear layers to more zeros"
+            if not unmeasured
+            else f"sparse layers are not faster here with these zeros, and shrink was not measured: {unmeasured}"
         )
     took = f"measured in {time.perf_counter() - began:.1f} s with {formats.threads()}; {latency.MEANING}"
     head = f"what the zeros are worth here, {took}:"
@@ -123,19 +126,25 @@ def _matrices(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in module.named_parameters() if p.dim() > 1}
 
 
-def _shrunk(saved: Saved, inputs: tuple[Any, ...], batches: Sequence[int], words: str, best: list[_Best]) -> tuple[str, nn.Module | None]:
-    """Return the line about shrink, and the shrunk network if there is one; add what it gains to ``best``."""
+def _shrunk(
+    saved: Saved, inputs: tuple[Any, ...], batches: Sequence[int], words: str, best: list[_Best]
+) -> tuple[str, nn.Module | None, str]:
+    """Return the line about shrink, the shrunk network if there is one, and what to do where a remedy is known; add to ``best``."""
     command = f"lightning-sparse shrink {words}" if "shrink" in _verbs() else "lightning_sparse.shrink(module, example_inputs) in Python"
     try:
         small = lightning_sparse.shrink(conversion.copied(saved.module), program.sized(inputs, _SAMPLES))
+    except ImportError as error:
+        return f"shrink:         not measured, {error}", None, "pip install 'lightning-sparse[shrink]'"
+    except coupling.ForwardBranches as error:
+        return f"shrink:         not measured, {as_flags(str(error))}", None, f"{command} --allow_branches"
     except Exception as error:  # a report names the reason and goes on
-        return f"shrink:         {in_words(error)}", None
+        return f"shrink:         {in_words(error)}", None, ""
     before, after = (sum(p.numel() for p in module.parameters()) for module in (saved.module, small))
     times = _timings({"shrunk": small}, saved.module, inputs, batches)
     for batch, timing in times.items():
         _compare(timing, "shrunk", batch, command, best)
     speeds = "; ".join(f"batch {batch}: {_ratio(timing, 'shrunk')}" for batch, timing in times.items())
-    return f"shrink:         {before:,} -> {after:,} parameters; {speeds}", small
+    return f"shrink:         {before:,} -> {after:,} parameters; {speeds}", small, ""
 
 
 def _verbs() -> Iterable[str]:

@@ -11,4 +11,4 @@ def load(name: str, purpose: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{purpose} needs the package {name}: pip install 'lightning-sparse[export]'") from error
+        raise ImportError(f"{purpose} needs the package {name.partition('.')[0]}: pip install 'lightning-sparse[export]'") from error

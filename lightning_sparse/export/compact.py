@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse import _checks
 from lightning_sparse.export import _extra
 from lightning_sparse.export.conversion import refuse_quantised
 
@@ -38,6 +39,10 @@ def save_compact(state: nn.Module | Mapping[str, Any], path: str | Path, dtype: 
         dtype: None is lossless; "fp16" rounds floating-point values to 16 bits, and :func:`load_compact` gives them back in the
             original data type.
     """
+    call = "save_compact(state, path)"
+    _checks.path(path, "path", call)
+    if not isinstance(state, Mapping):
+        _checks.module(state, call, " or a state dict")
     if dtype not in (None, "fp16"):
         raise ValueError(f"dtype must be None (lossless) or 'fp16', got {dtype!r}")
     if isinstance(state, nn.Module):
@@ -69,6 +74,7 @@ def load_compact(path: str | Path) -> dict[str, Tensor]:
 
     Raises FileNotFoundError, and ValueError naming the file if it is of another kind, cut, or if one of its bits is not what was written.
     """
+    _checks.path(path, "path", "load_compact(path)")
     safetensors = _extra.load("safetensors", "load_compact")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")

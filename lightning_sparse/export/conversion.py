@@ -61,6 +61,7 @@ def plan(module: nn.Module, layout: str = "auto", batch_size: int = 1, table: Ta
 
     Arguments and errors are those of :func:`to_sparse`. Layers that are quantised or of a class of your own are not listed.
     """
+    _checks.module(module, "to_sparse(module)")
     _checks.one_of("layout", layout, LAYOUTS)
     _checks.whole("batch_size", batch_size, 1)
     if table is None and layout == "auto":
@@ -140,6 +141,7 @@ def describe_dense(module: nn.Module, found: Sequence[Choice]) -> str:
 
 def to_dense(module: Module) -> Module:
     """Return a copy with nn.Linear and nn.MultiheadAttention in the place of sparse layers: the inverse of :func:`to_sparse`."""
+    _checks.module(module, "to_dense(module)")
     result = copied(module)
     if isinstance(result, (SparseLinear, SparseAttention)):
         return _dense(result)  # type: ignore[return-value]

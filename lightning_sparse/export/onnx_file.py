@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_sparse import _checks
 from lightning_sparse.export import _extra
 from lightning_sparse.export.conversion import copied, refuse_quantised, to_dense
 from lightning_sparse.export.program import CAUSE, batch_size, exported_program, has_batch, quiet, relative_difference
@@ -40,6 +41,9 @@ def to_onnx(
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _extra.load(package, "to_onnx")
+    call = "to_onnx(module, path, example_inputs)"
+    _checks.path(path, "path", call)
+    _checks.module(module, call)
     refuse_quantised(module, "to_onnx")
     inputs = as_inputs(module, example_inputs)
     model = to_dense(copied(module)).eval().cpu().requires_grad_(False)

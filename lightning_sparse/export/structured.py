@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse import _checks
 from lightning_sparse.export.conversion import Module, copied, refuse_quantised
 
 _TYPES = (torch.float16, torch.bfloat16)
@@ -24,6 +25,7 @@ def semi_structured(module: Module) -> Module:
     Raises ValueError if no Linear layer has the pattern (each is named with the reason), if the module is quantised, and if it is not
     on a CUDA device in float16 or bfloat16.
     """
+    _checks.module(module, "semi_structured(module)")
     refuse_quantised(module, "semi_structured")
     layers = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
     reasons = {name: _unfit(layer.weight) for name, layer in layers.items()}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lightning_sparse import archive, surgery
+from lightning_sparse import _checks, archive, surgery
 
 _WEIGHTS, _SHAPE, _RECORD = "model.pt", "shape.json", "_shrunk"
 _FORMAT = 1
@@ -54,6 +54,8 @@ def save_shrunk(module: nn.Module, folder: str | Path) -> Path:
     ``model.pt`` is the plain state dict of the smaller network; ``torch.load(..., weights_only=True)`` reads it. Weights that were
     trained further since :func:`shrink` are saved as they are now. Raises ValueError for a module that was not shrunk.
     """
+    _checks.path(folder, "folder", "save_shrunk(module, folder)")
+    _checks.module(module, "save_shrunk(module, folder)")
     record = vars(module).get(_RECORD)
     if record is None:
         raise ValueError(f"{type(module).__name__} was not shrunk: give the module of shrink(...), or one that load_shrunk returned")
@@ -81,6 +83,9 @@ def load_shrunk(folder: str | Path, make: Callable[..., Module] | Module) -> Mod
 
     Raises ValueError for a missing or damaged file, and for a class whose tensors have other names or shapes.
     """
+    _checks.path(folder, "folder", "load_shrunk(folder, make)")
+    if not callable(make):
+        raise TypeError(f"load_shrunk takes a module, its class or a function that builds it second, got {_checks.described(make)}")
     record = _read(Path(folder))
     module = _build(make, record)
     _compare(module, record, Path(folder))
@@ -119,7 +124,9 @@ def _build(make: Callable[..., Module] | Module, record: dict[str, Any]) -> Modu
     try:
         return make(**arguments) if isinstance(make, type) else make()
     except TypeError as error:
-        name = getattr(make, "__name__", make)
+        name = getattr(make, "__name__", str(make))
+        if isinstance(make, type) and name != (cut := str(record.get("class")).rpartition(".")[2]):
+            raise ValueError(f"the folder holds a {record.get('class')}, got the class {name}: give {cut}") from error
         raise ValueError(f"{name} cannot be built with the arguments {arguments}: {error}; give a function that builds it") from error
 
 

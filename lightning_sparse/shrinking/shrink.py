@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from lightning_sparse import coupling, surgery
+from lightning_sparse import _checks, coupling, surgery
 from lightning_sparse.coupling import Group
 from lightning_sparse.shrinking import files, rounding
 from lightning_sparse.shrinking.dead import Dead
@@ -78,6 +78,7 @@ def shrink_and_report(
 
     ``seconds`` is about how long to measure the latency; 0 does not measure it. The other arguments and errors are those of ``shrink``.
     """
+    _checks.module(module, "shrink(module, example_inputs)")
     rounding.check(round_to)
     found = coupling.groups(module, example_inputs, heads=heads, allow_branches=allow_branches) if groups is None else list(groups)
     model, inputs = coupling.prepare(module, example_inputs, allow_branches)

@@ -70,6 +70,21 @@ def test_changed_checkpoints(case: str, whole: Path, capsys: pytest.CaptureFixtu
         assert part in message
 
 
+def test_a_plain_state_dict_is_told_what_takes_it(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torch.load(whole, weights_only=True)["state_dict"], "dense.pt")
+    message = refused(capsys, "report", "dense.pt", "--config", "digits")
+    assert message.startswith("error: dense.pt: a plain state_dict, not a checkpoint of a LightningModule")
+    for way in ("module.load_state_dict(torch.load(FILE))", "lightning_sparse.shrink(module,", "Trainer.save_checkpoint"):
+        assert way in message
+
+
+def test_the_report_of_a_cut_file_speaks_of_no_resumed_run(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("cut.ckpt").write_bytes(whole.read_bytes()[:5000])
+    message = refused(capsys, "report", "cut.ckpt", "--config", "digits")
+    assert "cut.ckpt is damaged" in message
+    assert "resume" not in message
+
+
 LATER = {
     "changed weights": ("state_dict/layers.1.weight", torch.ones(300, 64), ["changed.ckpt: the checkpoint keeps", "0 zeros there"]),
     "another optimiser": ("optimizer_states", [3], ["changed.ckpt cannot be loaded here"]),

@@ -12,7 +12,7 @@ from export_networks import zeroed
 from lightning.pytorch import LightningModule
 
 import lightning_sparse
-from lightning_sparse import export
+from lightning_sparse import coupling, export
 from lightning_sparse.cli import formats, main, shrunk_table, worth
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.saved import Saved, example_inputs
@@ -252,6 +252,28 @@ def test_no_gain_is_promised_that_was_not_measured(monkeypatch):
     monkeypatch.setattr(worth, "_SECONDS", -1.0)
     (line,) = [line for line in report(_network(0.9)) if "sparse layers" in line]
     assert "(9 layers were not measured in the time)" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "remedy"),
+    [
+        (ImportError("no package"), "not measured, no package", "pip install 'lightning-sparse[shrink]'"),
+        (
+            coupling.ForwardBranches("it branches"),
+            "not measured, it branches. Give --allow_branches if the path is always the same",
+            "lightning-sparse shrink 'some folder/net.ckpt' --config digits --allow_branches",
+        ),
+    ],
+)
+def test_a_shrink_that_was_not_measured_is_not_called_slow(monkeypatch, error, line, remedy):
+    def shrink(module, inputs):
+        raise error
+
+    known(monkeypatch, 0.5, [])
+    monkeypatch.setitem(vars(lightning_sparse), "shrink", shrink)
+    lines = report(_network(0.9))
+    assert f"  shrink:         {line}" in lines
+    assert lines[-2] == f"  sparse layers are not faster here with these zeros, and shrink was not measured: {remedy}"
 
 
 def test_a_ratio_of_one_is_no_speed_up(monkeypatch):

@@ -89,7 +89,7 @@ class Other(MLP):
         (Other, "holds a lightning_sparse.examples.mlp.MLP, got a .*Other"),
         (lambda: MLP([6, 11, 8, 3]), r"another MLP: layers.1.bias had shape \[10\], here \[11\]"),
         (lambda: nn.Linear(6, 3), "got a torch.nn.modules.linear.Linear"),
-        (Residual, "cannot be built with the arguments"),
+        (Residual, r"the folder holds a lightning_sparse.examples.mlp.MLP, got the class Residual: give MLP"),
     ],
 )
 @pytest.mark.slow
