@@ -31,7 +31,7 @@ _VERBS = {
     "test": (_TRAINING, "evaluate on the test split"),
     "predict": (_TRAINING, "run the model on the prediction data"),
     "recipes": ("lightning_sparse.cli.recipes", "list the packaged recipes with their results, or those of a FOLDER"),
-    "check": ("lightning_sparse.cli.check", "check a recipe's settings, train nothing: check RECIPE [overrides]"),
+    "check": ("lightning_sparse.cli.check", "check a recipe's settings, train nothing: check RECIPE [overrides], or with --script SCRIPT"),
     "export": (
         "lightning_sparse.cli.export",
         "write files that use the zeros, with what each is worth here: export CKPT --to csr|onnx|compact",

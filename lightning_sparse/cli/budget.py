@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from lightning_sparse import _checks, coupling
 from lightning_sparse.callbacks import Sparsifier, Sparsify
 from lightning_sparse.cli import checkpoints, recipes, shrunk_table
+from lightning_sparse.cli.comparison.before import naming_flags
 from lightning_sparse.cli.comparison.results import rises
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.opened import Opened
@@ -72,7 +73,8 @@ def _sparsifiers(module: LightningModule, groups: list[coupling.Group], chosen: 
 
 def run(words: Sequence[str]) -> int:
     """Shrink in stages, write the smallest network that counts, and print the table."""
-    args, overrides = _parser().parse_known_args(words)
+    args, overrides = parser().parse_known_args(words)
+    _check_no_checkpoint(overrides)
     if args.device not in DEVICES:
         raise UsageError(f"--for must be {' or '.join(DEVICES)}, got {args.device!r}")
     if args.batch is not None and args.batch < 1:
@@ -89,11 +91,19 @@ def run(words: Sequence[str]) -> int:
     if not 0 < args.step < 1:
         raise UsageError(f"--step must lie between 0 and 1, got {args.step}")
     guessed, args.mode = args.mode is None, "max" if rises(args.monitor, args.mode) else "min"
-    cli = launch(Opened, ["fit", *recipes.with_paths(["--config", args.config]), *overrides])
+    with naming_flags(parser()):
+        cli = launch(Opened, ["fit", *recipes.with_paths(["--config", args.config]), *overrides])
     print(_direction(args, guessed), flush=True)
     with silence_device_messages():
         _Run(args, budget, words, overrides, cli).run()
     return 0
+
+
+def _check_no_checkpoint(overrides: Sequence[str]) -> None:
+    """Raise UsageError for a checkpoint that is given by its place, as without a goal."""
+    for before, word in zip(["", *overrides], overrides, strict=False):
+        if word.endswith(".ckpt") and not word.startswith("-") and not before.startswith("--"):
+            raise UsageError(f"with a goal ({', '.join(GIVEN)}) the dense network's checkpoint is given as --ckpt_path {word}")
 
 
 def _direction(args: argparse.Namespace, guessed: bool) -> str:
@@ -118,7 +128,8 @@ def _points(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}{cure}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of ``shrink`` with a goal."""
     parser = argparse.ArgumentParser(prog="lightning-sparse shrink", description=_ABOUT)
     parser.add_argument("--config", required=True, help="recipe or YAML of the model, data and trainer; its sparsify key is not used")
     parser.add_argument("--max_drop", type=_points, metavar="POINTS", help=_DROP)

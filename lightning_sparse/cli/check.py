@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule
+
 from lightning_sparse import duality
 from lightning_sparse.callbacks import Sparsifier, checks
-from lightning_sparse.cli import recipes
-from lightning_sparse.cli.training import RecipeCLI, launch
+from lightning_sparse.cli import recipes, scripted
+from lightning_sparse.cli.comparison.runs import check_script
+from lightning_sparse.cli.errors import UsageError
+from lightning_sparse.cli.training import MISTAKES, RecipeCLI, launch
 from lightning_sparse.structure import Element
 
+_USAGE = "lightning-sparse {} RECIPE [overrides as in fit, e.g. --sparsify.lam 1e-3] | [RECIPE] --script SCRIPT [its arguments]"
+_ABOUT = (
+    "Run every check that fit does before training, and train nothing: the keys and classes of the configuration, the callback's settings, "
+    "which weights it selects, the optimiser. Prints one line for each sparsity callback, with its penalty, its strength and the number of "
+    "weights. A configuration without a model, such as overlay/sparsify, is checked with a demo model."
+)
 _STAND_IN = ["--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
 
 
@@ -26,17 +38,25 @@ class CheckCLI(RecipeCLI):
 
 def run(verb: str, words: list[str]) -> int:
     """Print one line per sparsity callback. Raises UsageError for a recipe that cannot be trained."""
-    if not words or words[0] in ("-h", "--help"):
-        print(f"usage: lightning-sparse {verb} RECIPE [overrides as in fit, e.g. --sparsify.lam 1e-3]")
-        return 0 if words else 2
-    name, rest = words[0], words[1:]
+    parser = argparse.ArgumentParser(prog=f"lightning-sparse {verb}", usage=_USAGE.format(verb), description=_ABOUT, allow_abbrev=False)
+    parser.add_argument("--script", help=scripted.HELP)
+    if not words:
+        parser.print_usage()
+        return 2
+    name = None if words[0].startswith("-") else words[0]
+    args, rest = parser.parse_known_args(words if name is None else words[1:])
+    script = check_script(args.script, "your own training script")
+    if script is not None:
+        return _check_script(script, name, rest)
+    if name is None:
+        raise UsageError(f"give RECIPE first, a YAML file or a name that `lightning-sparse recipes` lists, got {words[0]}")
     path = recipes.find(name)
     words = recipes.with_paths(["--config", str(path), *rest])
     models = ["model" in recipes.content(Path(file)) for file in recipes.files_of(words)]
     overlay = not any(models) and not any(word.startswith("--model") for word in rest)
     cli = launch(CheckCLI, ["fit", *words, *(_STAND_IN if overlay else [])])
     for callback in cli.sparsifiers():
-        print(_line(callback, cli, overlay))
+        print(_line(callback, cli.model, cli.recorder.names, overlay))
     for added, replacing in cli.overruled:
         print(
             f"note: {replacing} follows {added}, and its 'callbacks:' list would replace the added callbacks. This command and SparseCLI "
@@ -46,13 +66,30 @@ def run(verb: str, words: list[str]) -> int:
     return 0
 
 
-def _line(callback: Sparsifier, cli: CheckCLI, overlay: bool) -> str:
-    chosen = {name: p for name, p in cli.model.named_parameters() if name in cli.recorder.names}
+def _check_script(script: str, config: str | None, words: list[str]) -> int:
+    """Print the lines for the callbacks of the script's Trainer. Raises UsageError for a script that cannot be trained."""
+    given = [] if config is None else ["fit", *recipes.with_paths(["--config", config])]
+    trainer, model, _ = scripted.reached(script, [*given, *words])
+    chosen = [callback for callback in trainer.callbacks if isinstance(callback, Sparsifier)]  # type: ignore[attr-defined]
+    try:
+        for callback in chosen:
+            callback.setup(trainer, model, "fit")
+        for callback in chosen:
+            print(_line(callback, model, list(callback.parameters), False))
+            callback.teardown(trainer, model, "fit")
+    except MISTAKES as error:
+        raise UsageError(str(error)) from error
+    print(f"ok: {Path(script).name}" + ("" if chosen else ", without a sparsity callback"))
+    return 0
+
+
+def _line(callback: Sparsifier, model: LightningModule, names: Sequence[str], overlay: bool) -> str:
+    chosen = {name: p for name, p in model.named_parameters() if name in names}
     kind = "weight matri" + ("x" if len(chosen) == 1 else "ces") if all(p.dim() == 2 for p in chosen.values()) else "tensors"
     size = f"{len(chosen)} {kind} with {sum(p.numel() for p in chosen.values()):,} weights"
     shape = f"; {duality.fine_print(callback.penalty)}" if callback.penalty.separable else ""
-    if not chosen and checks.is_built_later(cli.model):
-        size = f"{type(cli.model).__name__} builds its layers when training starts, so its weights were not checked"
+    if not chosen and checks.is_built_later(model):
+        size = f"{type(model).__name__} builds its layers when training starts, so its weights were not checked"
     where = "the recipe has no model, checked with a demo model" if overlay else size
     groups = "" if type(callback.structure) is Element else f", structure {callback.structure}"
     strength = f"lam {callback.lam:g}"

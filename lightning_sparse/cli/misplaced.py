@@ -11,14 +11,19 @@ import yaml
 
 from lightning_sparse.cli import recipes
 
+_WITH_SCRIPT = {"check": "CONFIG", "compare": "CONFIG", "path": "CONFIG", "sweep": "CONFIG"}
+_WITH_SCRIPT |= {"report": "CKPT", "shrink": "CKPT", "export": "CKPT"}
 _ENTRY = ("class_path", "init_args", "dict_kwargs")
 
 
 def hint(words: Sequence[str]) -> str:
     """Return what to write in the place of what the parser has refused; empty if nothing is found.
 
-    Looks for a configuration without ``--config``, arguments of ``sparsify`` without a callback, and arguments beside a ``class_path``.
+    Looks for a command of ``lightning-sparse`` in a script, a configuration without ``--config``, arguments of ``sparsify`` without a
+    callback, and arguments beside a ``class_path``.
     """
+    if words[:1] and words[0] in _WITH_SCRIPT:
+        return f"{words[0]!r} is a command of lightning-sparse: lightning-sparse {words[0]} {_WITH_SCRIPT[words[0]]} --script SCRIPT"
     for word in itertools.takewhile(lambda word: not word.startswith("-"), words[:2]):  # a subcommand, if there are any
         if word.endswith((".yaml", ".yml")) or word in recipes.names():
             return f"no key {word!r}; did you mean --config {word}?"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.saved import silence_device_messages
@@ -29,9 +29,9 @@ _PASSED = "arguments after SCRIPT are passed to it: --script train.py --seed 1"
 class _Reached(BaseException):
     """The script has called ``Trainer.fit``. No Exception, because a script may catch those."""
 
-    def __init__(self, model: Any, data: Any) -> None:
+    def __init__(self, trainer: Any, model: Any, data: Any) -> None:
         super().__init__()
-        self.model, self.data = model, data
+        self.trainer, self.model, self.data = trainer, model, data
 
 
 class _Loaders(LightningDataModule):
@@ -49,7 +49,13 @@ class _Loaders(LightningDataModule):
 
 
 def objects(script: str, words: Sequence[str]) -> tuple[LightningModule, Any]:
-    """Return the model and the data (a data module or None) that a script passes to ``Trainer.fit``; nothing is trained.
+    """Return the model and the data (a data module or None) that a script passes to ``Trainer.fit``, as :func:`reached` does."""
+    _, model, data = reached(script, words)
+    return model, data
+
+
+def reached(script: str, words: Sequence[str]) -> tuple[Trainer, LightningModule, Any]:
+    """Return the Trainer, the model and the data of a script's first call of ``Trainer.fit``; nothing is trained.
 
     ``words`` are the script's arguments. Raises UsageError if the script fails or ends before that call, and for a module of
     ``pytorch_lightning``.
@@ -65,7 +71,7 @@ def objects(script: str, words: Sequence[str]) -> tuple[LightningModule, Any]:
             raise UsageError(
                 f"{shown} trains a {type(found.model).__name__} that is no module of lightning.pytorch (pytorch_lightning is not read here)"
             ) from None
-        return found.model, found.data
+        return found.trainer, found.model, found.data
     except SystemExit as error:
         raise UsageError(f"{shown} ended with exit code {error.code} before it called Trainer.fit; {_PASSED}") from error
     except UsageError:
@@ -99,7 +105,7 @@ def _caught(source: str) -> Iterator[None]:
             found = train_dataloaders if datamodule is None else datamodule
             if found is not None and not hasattr(found, "train_dataloader"):
                 found = _Loaders(train_dataloaders, val_dataloaders)
-            raise _Reached(model, found)
+            raise _Reached(self, model, found)
 
         return fit
 

@@ -40,7 +40,8 @@ def run(verb: str, words: list[str]) -> int:
     args.output.write_text(yaml.safe_dump(described, sort_keys=False, allow_unicode=True), encoding="utf-8")
     print(f"{args.output}, to optimise {described['metric']['name']}\n")
     print("wandb login      # once" + ("" if _logs(args.config, overrides) else "; and the YAML needs a WandbLogger under trainer.logger"))
-    print(f"wandb sweep {args.output}      # prints the ID\nwandb agent ID")
+    agent = "" if args.script else "      # in a shell that finds lightning-sparse on its PATH"
+    print(f"wandb sweep {args.output}      # prints the ID\nwandb agent ID{agent}")
     return 0
 
 
@@ -58,7 +59,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("--search", choices=("bayes", "random", "grid"), default="bayes", help="(default: %(default)s)")
     parser.add_argument("--metric", help="the logged metric to optimise (default: a validation metric, an accuracy if there is one)")
     parser.add_argument("--mode", choices=("min", "max"), help="(default: guessed from the metric's name)")
-    parser.add_argument("--lam", type=float, nargs="+", help="two bounds for bayes and random, any number of values for grid")
+    parser.add_argument("--lam", type=float, nargs="+", help="two bounds for bayes and random, any number of values for grid; one is fixed")
     parser.add_argument("--target", type=float, nargs="+", help="target_sparsity, in the same way")
     parser.add_argument("--eps", type=float, nargs="+", help="the eps of the recipe's penalty, in the same way")
     parser.add_argument("--freeze", type=float, nargs="+", help="the last share of the run with a frozen support, in the same way")
@@ -91,6 +92,11 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     space = ({prefix: {"values": args.callbacks}} if args.callbacks else {}) | space
     if not space:
         raise UsageError("nothing to search: give at least one of --lam, --target, --eps, --freeze and --callbacks")
+    if all(len(one.get("values", ("min", "max"))) == 1 for one in space.values()):
+        raise UsageError(
+            "nothing to search: each of the given arguments has one value; give two bounds, such as --target 0.8 0.95, or a list with "
+            "--search grid"
+        )
     if args.target and not args.lam:
         overrides = [*overrides, *(f"--{names[name]}=null" for name in _STRENGTHS if name in _arguments(own))]
     samples = _samples(space)

@@ -165,6 +165,8 @@ def test_a_loss_may_rise_in_its_own_unit_and_an_accuracy_drop_in_points(capsys: 
 def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--for must be cpu or cuda, got 'tpu'" in refused(capsys, "shrink", "--config", "digits", "--speed_up", "2", "--for", "tpu")
     assert "speed_up must be larger than 1" in refused(capsys, "shrink", "--config", "digits", "--speed_up", "0.5")
+    assert "is given as --ckpt_path net.ckpt" in refused(capsys, "shrink", "net.ckpt", "--config", "digits", "--max_drop", "1")
+    assert "did you mean --epochs?" in refused(capsys, "shrink", "--config", "digits", "--max_drop", "1", "--epocs", "2")
     assert "--batch must be at least 1" in refused(capsys, "shrink", "--config", "digits", "--speed_up", "2", "--batch", "0")
     assert "max_drop must be at least 0" in refused(capsys, "shrink", "--config", "digits", "--max_drop", "-1")
     assert "--step must lie between 0 and 1" in refused(capsys, "shrink", "--config", "digits", "--max_drop", "1", "--step", "1")
@@ -177,6 +179,14 @@ def main_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     capsys.readouterr()
     assert main(["shrink", "--config", "digits", "--max_drop", "1", "--trainer.max_epochs", "1", *words]) == 2
     return capsys.readouterr().err
+
+
+def test_a_drop_in_per_cent_is_told_to_give_points(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = {"1%": "got '1%': give the points without %, 1 for 0.01 of an accuracy", "much": "must be a number, got 'much'"}
+    for word, said in cases.items():
+        with pytest.raises(SystemExit):
+            main(["shrink", "--config", "digits", "--max_drop", word])
+        assert said in capsys.readouterr().err
 
 
 class Encoder(LightningModule):

@@ -455,6 +455,7 @@ def test_a_sweep_has_log_uniform_strengths_and_uniform_shares(project, capsys):
     ("words", "said"),
     [
         ([], "nothing to search"),
+        (["--target", "0.8"], "has one value; give two bounds, such as --target 0.8 0.95"),
         (["--lam", "1e-3", "1e-2", "1e-1"], "needs two different bounds"),
         (["--lam", "0", "1"], "must be > 0"),
         (["--target", "80", "95"], "--target must lie in (0, 1), got 80.0; did you mean 0.8?"),

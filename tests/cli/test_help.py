@@ -52,7 +52,7 @@ def test_examples_are_accepted(words, capsys, monkeypatch):
 
 @pytest.mark.parametrize("words", HELPS, ids=" ".join)
 def test_quoted_yaml_is_yaml(words, capsys, monkeypatch):
-    quoted = re.findall(r"'([^']*\{[^']*)'", help_of(words, capsys, monkeypatch))
+    quoted = re.findall(r"(?<!\w)'([^']*\{[^']*)'", help_of(words, capsys, monkeypatch))
     assert bool(quoted) == (words[0] in ("compare", "plot"))
     for word in quoted:
         assert isinstance(yaml.safe_load(word), dict)
@@ -60,6 +60,26 @@ def test_quoted_yaml_is_yaml(words, capsys, monkeypatch):
             plot.read(word)
         elif word[0] != "{":
             assert compare.described(word, None, {"target_sparsity": 0.9})["init_args"]["target_sparsity"] == 0.9
+
+
+def test_the_help_of_shrink_shows_the_arguments_with_a_goal_too(capsys, monkeypatch):
+    text = help_of(["shrink"], capsys, monkeypatch)
+    for flag in ("--allow_branches", "--max_drop", "--epochs", "--step", "--stages", "--monitor", "--search"):
+        assert f"\n  {flag} " in text
+
+
+def test_the_help_of_check_says_what_it_does(capsys, monkeypatch):
+    text = help_of(["check"], capsys, monkeypatch)
+    assert "--script SCRIPT" in text
+    assert "train nothing" in text
+
+
+def test_shrink_without_a_checkpoint_and_without_a_goal_names_both(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["shrink", "--config", "digits"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "CKPT; or give a goal, such as --max_drop 1" in said
 
 
 def test_a_method_that_lacks_a_bracket_is_refused_with_their_numbers(capsys):

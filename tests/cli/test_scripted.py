@@ -149,3 +149,21 @@ def test_arguments_of_a_class_that_is_not_named_are_refused_with_the_line_to_wri
     Path("own.yaml").write_text(yaml.safe_dump(CONFIG))
     message = refused(capsys, "check", "own.yaml")
     assert "model: 'width' without a class_path: write `model: {class_path: my_module.MyModel, init_args: {width: ...}}`" in message
+
+
+def test_a_script_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    call = "Trainer(logger=False, enable_checkpointing=False, callbacks=[Sparsify(0.9, select={select})]).fit(Net())"
+    for select, said in {"None": "Sparsify with L1", "['nothing*']": "select pattern 'nothing*' matches no"}.items():
+        imports = "from lightning.pytorch import Trainer\nfrom lightning_sparse.callbacks import Sparsify"
+        source = f"{MODULES}\n{imports}\nif __name__ == '__main__':\n    {call}"
+        Path("train.py").write_text(source.replace("{select}", select))
+        before = sorted(Path.cwd().rglob("*"))
+        assert main(["check", "--script", "train.py"]) == (0 if select == "None" else 2)
+        assert said in "".join(capsys.readouterr())
+        assert [path for path in sorted(Path.cwd().rglob("*")) if "__pycache__" not in str(path)] == before
+    Path("train.py").write_text(
+        f"{MODULES}\nfrom lightning.pytorch.cli import LightningCLI\nif __name__ == '__main__':\n    LightningCLI(Net, Data)"
+    )
+    Path("own.yaml").write_text(yaml.safe_dump(CONFIG))
+    assert main(["check", "own.yaml", "--script", "train.py"]) == 0
+    assert "ok: train.py, without a sparsity callback" in capsys.readouterr().out

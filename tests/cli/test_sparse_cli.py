@@ -262,3 +262,10 @@ def test_a_checkpoint_of_another_model_with_a_fixed_class(capsys: pytest.Capture
     with pytest.raises(SystemExit):
         SparseCLI(Net, **(QUIETLY | {"run": True}), args=["test", "--ckpt_path", "other.ckpt"])
     assert "hyper_parameters of --ckpt_path: no key 'model.depth'; is it a file of another model?" in capsys.readouterr().err
+
+
+def test_a_command_of_lightning_sparse_is_answered_with_the_line_to_write(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, line in ((["check", "own.yaml"], "check CONFIG"), (["report", "a.ckpt"], "report CKPT")):
+        with pytest.raises(SystemExit):
+            SparseCLI(Net, **(QUIETLY | {"run": True}), args=words)
+        assert f"lightning-sparse {line} --script SCRIPT" in capsys.readouterr().err
