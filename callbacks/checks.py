@@ -212,7 +212,7 @@ def warn_skipped(options: Options, module: LightningModule) -> None:
     """Warn, once on rank 0, of weights that match the selection but are not parameters."""
     if reasons := left_out(module, options.select):
         first, reason = next(iter(reasons.items()))
-        more = f" ({len(reasons) - 1} more weights are left out)" if len(reasons) > 1 else ""
+        more = f" ({_checks.counted(len(reasons) - 1, 'more weight is', 'more weights are')} left out)" if len(reasons) > 1 else ""
         excluded = _excluding(options, list(reasons)[:5])
         rank_zero_warn(f"{options.form} leaves {first!r} out: it {reason}, or exclude it with select={excluded}{more}")
 

@@ -154,6 +154,11 @@ def more(found: Sized, shown: int = 5) -> str:
     return f" and {len(found) - shown} more" if len(found) > shown else ""
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """Return a count with its noun, such as ``"1 axis"`` and ``"3 axes"``."""
+    return f"{count} {one if count == 1 else many}"
+
+
 def closest(word: str, known: Iterable[str], count: int = 3) -> str:
     """Return a hint such as ``"; closest: 'a', 'b'"``, empty when nothing is near."""
     names = list(known)

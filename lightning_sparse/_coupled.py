@@ -58,8 +58,9 @@ class Found:
         """Describe what was left out."""
         listed = "; ".join(f"{axis}: {reason}" for axis, reason in list(self.left_out.items())[:5])
         more = f"; and {len(self.left_out) - 5} more" if len(self.left_out) > 5 else ""
+        axes = _checks.counted(len(self.groups.parts), "axis", "axes")
         return (
-            f"{structure!r} makes groups zero on {len(self.groups.parts)} axes and leaves out {len(self.left_out)} whose groups cannot be "
+            f"{structure!r} makes groups zero on {axes} and leaves out {len(self.left_out)} whose groups cannot be "
             f"removed exactly: {listed}{more}"
         )
 

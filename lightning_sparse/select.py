@@ -178,9 +178,11 @@ class _Selection:
         others = [name for name in self.every if fnmatchcase(name, pattern)]
         named = [name for name in others if not self._obstacle(name)]
         if named:
-            return f"; it matches only {named[:5]}, which are not selected by default: name them in full{_hint(pattern, self.reach)}"
+            listed = f"{named[:5]}{_checks.more(named)}"
+            return f"; it matches only {listed}, which are not selected by default: name them in full{_hint(pattern, self.reach)}"
         if others:
-            return f"; it matches only {others[:5]}, of which {others[0]!r} {self._obstacle(others[0])}{_hint(pattern, self.reach)}"
+            listed = f"{others[:5]}{_checks.more(others)}"
+            return f"; it matches only {listed}, of which {others[0]!r} {self._obstacle(others[0])}{_hint(pattern, self.reach)}"
         literal = pattern.replace("[", "[[]")
         if any(fnmatchcase(name, literal) for name in self.reach):
             return f"; a [ begins a set of characters in a pattern: write {literal!r}"
@@ -193,7 +195,7 @@ class _Selection:
             return ""
         what, inside = f"; it names a module ({', '.join(sorted(kinds)[:3])})", f"{pattern}.*"
         if weights := [name for name in (self.every if sign else self.reach) if fnmatchcase(name, inside)]:
-            return f"{what}: for its weights {weights[:5]} write {sign + inside!r}"
+            return f"{what}: for its weights {weights[:5]}{_checks.more(weights)} write {sign + inside!r}"
         return what + (self._why_none(inside) if any(fnmatchcase(name, inside) for name in self.every) else " without parameters")
 
     def _obstacle(self, name: str) -> str:
@@ -242,7 +244,7 @@ class _Selection:
     def _check(self, chosen: Iterable[str]) -> None:
         odd = [name for name in chosen if name in self.reasons]
         if odd:
-            more = f" ({len(odd) - 1} more weights are refused)" if len(odd) > 1 else ""
+            more = f" ({_checks.counted(len(odd) - 1, 'more weight is', 'more weights are')} refused)" if len(odd) > 1 else ""
             raise ValueError(f"{odd[0]!r} {self.reasons[odd[0]]}; or exclude it with select={['!' + name for name in odd[:5]]}{more}")
 
 
@@ -263,7 +265,7 @@ def _matching(pattern: str, names: Iterable[str], known: Container[str]) -> list
 
 
 def _hint(pattern: str, names: dict[str, nn.Parameter]) -> str:
-    return _checks.closest(pattern, names) or f"; selectable: {sorted(names)[:8]}"
+    return _checks.closest(pattern, names) or f"; selectable: {sorted(names)[:8]}{_checks.more(names, 8)}"
 
 
 def _once(chosen: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -167,3 +167,14 @@ def test_sources_of_computed_weights_are_left_out_and_refused_by_name(change, na
     with pytest.raises(ValueError, match=r"no selectable weight.*'0.weight' is computed by"):
         select(module[:1])
     assert sorted(countable(module)) == ["0.weight", "1.weight"]
+
+
+def test_lists_of_names_say_how_many_more_there_are():
+    many = nn.Sequential(*(nn.Linear(2, 2) for _ in range(11)))
+    with pytest.raises(ValueError, match=r"selectable: \[.*\] and 14 more$"):
+        select(many, ["xyz"])
+    with pytest.raises(ValueError, match=r"it matches only \['0.bias', .*\] and 6 more, which are not selected by default"):
+        select(many, ["*.bias"])
+    two = nn.Sequential(unfit("complex")[0], unfit("complex")[0], nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"\(1 more weight is refused\)$"):
+        select(two)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import Spy, Toy, several, trainer, weights
 
 from lightning_sparse import coupling, noise, penalties, surgery
+from lightning_sparse._coupled import Found
 from lightning_sparse.callbacks import (
     AdaptiveMask,
     AdaptiveProx,
@@ -301,3 +303,9 @@ def test_a_network_without_removable_groups_is_refused_with_the_reason() -> None
     module = Toy(nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 3)))
     with pytest.raises(ValueError, match=r"finds no groups that can be removed exactly.*changes by"):
         trainer(ReweightedPenalty(LOG_SUM, 0.1, structure=Channels())).fit(module, vectors())
+
+
+def test_one_axis_is_counted_in_the_singular() -> None:
+    for parts, said in ((("a",), "on 1 axis and leaves out 1"), (("a", "b"), "on 2 axes and leaves out 1")):
+        found = Found(SimpleNamespace(parts=parts), {}, {"output": "an output"})  # type: ignore[arg-type]
+        assert said in found.message(Channels())

@@ -83,7 +83,7 @@ def test_sparse_gradients_are_refused_before_training(form):
 @pytest.mark.parametrize("old", [False, True], ids=["parametrisation", "hook"])
 def test_computed_weights_are_left_out_with_one_warning_or_by_name_without(old):
     module, callback = Toy(Computed(old)), ReweightedPenalty(LOG_SUM, 0.5)
-    run, message = trainer(callback), r"leaves 'network.normed.weight' out: it is computed by WeightNorm from .*1 more weights"
+    run, message = trainer(callback), r"leaves 'network.normed.weight' out: it is computed by WeightNorm from .*1 more weight is left out"
     with pytest.warns(UserWarning, match=message) as said:
         run.fit(module, data())
     assert len([one for one in said if "leaves" in str(one.message)]) == 1
