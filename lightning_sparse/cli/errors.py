@@ -118,7 +118,10 @@ def _needed(where: str, owner: str, names: list[str]) -> str:
             flags[-1] = " ".join([f"--{where}.{name} {made[1]}", *(f"--{where}.{name}.{key} {given}" for key, _, given in arguments)])
         written.append(f"{name}: {value}")
     listed = " and ".join(map(repr, names))
-    return f"{owner.rpartition('.')[2]} needs {listed}, such as `init_args: {{{', '.join(written)}}}` in YAML, or {' '.join(flags)}"
+    name = owner.rpartition(".")[2]
+    path = name if owner.startswith(("lightning.", "lightning_sparse.")) else owner  # because their classes have short names
+    entry = f"{{class_path: {path}, init_args: {{{', '.join(written)}}}}}"
+    return f"{name} needs {listed}, such as `{entry}` in YAML, or {' '.join(flags)}"
 
 
 def _needed_at_the_top(names: list[str]) -> str:

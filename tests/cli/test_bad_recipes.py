@@ -32,7 +32,7 @@ WORDS = {
     "schedule's name": ([S + "lam", "Cubicc"], ["no class 'Cubicc'", "'Cubic'"]),
     "schedule's order": ([S + "lam", "Cubic", S + "lam.lam", "1", S + "lam.begin", "0.8"], ["end must lie in (0.8, 1]"]),
     "p": ([S + "penalty", "Lp", S + "penalty.p", "2"], ["p must lie in (0, 2), got 2.0"]),
-    "no p": ([S + "penalty", "Lp"], ["sparsify.penalty: Lp needs 'p', such as `init_args: {p: ", "or --sparsify.penalty.p "]),
+    "no p": ([S + "penalty", "Lp"], ["sparsify.penalty: Lp needs 'p', such as `{class_path: Lp, init_", "or --sparsify.penalty.p "]),
     "prior": ([S + "penalty", "VariationalDropout", S + "penalty.prior", "log_unifrom"], ["closest: 'log_uniform'"]),
     "nested": ([S + "penalty", SCALED], ["eps must be a finite number > 0, got -1.0"]),
     "not separable": ([S + "penalty", "TopK", S + "penalty.density", "0.5"], ["needs a separable penalty, TopK"]),
@@ -65,7 +65,7 @@ WORDS = {
     "threads": (["--threads", "0"], ["threads", "v>0"]),
     "a second recipe": (["--config", "nofile"], ["no recipe 'nofile'"]),
     "a missing file": (["--config", "nofile.yaml"], ["no file 'nofile.yaml', and no recipe of this name"]),
-    "no target": (["--sparsify", "Sparsify"], ["Sparsify needs 'target_sparsity', such as `init_args: {target_sparsity: 0.9}` in YAML"]),
+    "no target": (["--sparsify", "Sparsify"], ["Sparsify needs 'target_sparsity'", UNDER.removeprefix("write ")]),
     "arguments beside a class": (["--sparsify", "{class_path: Sparsify, target_sparsity: 0.9}"], [BESIDE, UNDER]),
     "optimiser": (["--optimizer", "LBFGS"], ["ReweightedPenalty cannot work with LBFGS"]),
 }  # fmt: skip

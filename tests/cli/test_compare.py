@@ -128,7 +128,7 @@ def test_the_exit_code_is_1_if_every_run_of_the_methods_failed(project, capsys):
 
 def test_a_method_that_cannot_be_built_is_refused_before_any_run(project, capsys):
     cases = {
-        "AdaptiveProx: {penalty: MCP}": ": penalty: MCP needs 'c', such as `init_args: {c: ",
+        "AdaptiveProx: {penalty: MCP}": ": penalty: MCP needs 'c', such as `{class_path: MCP, init_args: {c: ",
         "AdaptiveProx: {penalty: {class_path: MCP, init_args: {c: -1}}}": "c must be a finite number > 0, got -1",
         "AdaptiveProx: {metric: nonsense}": ": metric: must be one of",
     }
