@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401  (before a test captures stderr, because its log handler keeps the stream of its import)
 import pytest
 
 from lightning_sparse.cli import main
