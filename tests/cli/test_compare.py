@@ -427,7 +427,9 @@ def test_files_of_a_command_become_absolute_and_recipes_stay(project):
 def test_a_sweep_file_gives_commands_that_the_program_accepts(project, capsys):
     words = ["sweep", "digits", "--search", "grid", "--lam", "1e-3", "3e-3", "--eps", "0.5", "--callbacks", "AdaptiveProx"]
     assert main([*words, "--metric", "val/accuracy", "--trainer.logger", "false"]) == 0
-    assert "the YAML needs a WandbLogger" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the YAML needs a WandbLogger" in said
+    assert said.endswith("wandb agent ID      # in a shell that finds lightning-sparse on its PATH\n")
     file = yaml.safe_load(Path("sweep.yaml").read_text())
     assert file["metric"] == {"name": "val/accuracy", "goal": "maximize"}
     assert file["parameters"]["sparsify.init_args.lam"] == {"values": [1e-3, 3e-3]}
