@@ -218,7 +218,9 @@ def test_resuming_with_another_structure_names_both(resumed, tmp_path):
     run.fit(Toy(), data())
     run.save_checkpoint(tmp_path / "first.ckpt")
     now = repr(resumed.get("structure", "Element()")).strip("'")
-    with pytest.raises(ValueError, match=re.escape(f"was written with structure=Channels(), and this one has structure={now}. Resume")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"was written with structure=Channels(cost=weights), and this one has structure={now}. Resume")
+    ):
         trainer(Sparsify(0.5, **resumed), epochs=2).fit(Toy(), data(), ckpt_path=tmp_path / "first.ckpt")
 
 

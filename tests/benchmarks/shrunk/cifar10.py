@@ -112,9 +112,13 @@ def _scores(study: Study, model: ResNet, share: float) -> ResNet:
 
 
 def _sparsify(study: Study, model: ResNet, share: float) -> ResNet:
-    channels = Channels(cost="multiply_adds")
-    study.train(model, study.args.epochs, Sparsify(TARGETS[share], structure=channels, score=Fisher(), freeze=0.7))
+    study.train(model, study.args.epochs, recommended(share))
     return shrink(model, study.inputs, round_to=1)
+
+
+def recommended(share: float) -> Sparsify:
+    """Return the callback of the recipe ``cifar10/resnet20_channels_*`` that leaves this share of the multiply-adds."""
+    return Sparsify(TARGETS[round(share, 1)], structure=Channels(cost="multiply_adds"), score=Fisher(), freeze=0.7)
 
 
 def _groups(study: Study, model: ResNet, share: float) -> ResNet:
