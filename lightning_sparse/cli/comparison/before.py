@@ -49,7 +49,7 @@ def check_method(label: str, callback: Mapping[str, Any]) -> None:
     parser = Parser(exit_on_error=False)
     parser.add_subclass_arguments(Sparsifier, "method", required=False)
     try:
-        parser.instantiate_classes(parser.parse_object({"method": dict(callback)}))
+        parser.instantiate(parser.parse_object({"method": dict(callback)}))
     except argparse.ArgumentError as error:
         raise UsageError(f"method {label!r}: {_of_method(explain(str(error.message)))}") from error
     except MISTAKES as error:
