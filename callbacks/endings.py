@@ -112,7 +112,7 @@ def warn_untrained(options: Options, batches: int) -> None:
 def warn_no_training(options: Options, support: Support, trainer: Trainer) -> None:
     """Warn of a fit that was resumed at or beyond its end, if its zeros are not those of the target."""
     target = options.target_sparsity
-    share = None if target is None else reach.missing(support, target)
+    share = None if target is None or not trainer.global_step else reach.missing(support, target)
     if share is not None:
         rank_zero_warn(
             f"{options.form}: this fit trained no step, because the checkpoint is of epoch {trainer.current_epoch} and step "

@@ -81,7 +81,7 @@ def test_the_command_that_cuts_to_a_budget_names_its_flag():
         else:
             with pytest.raises(UsageError, match="Give --allow_branches if the path is always the same"):
                 budget._Run._groups(run, network)
-    assert budget._parser().parse_args(["--config", "x", "--allow_branches"]).allow_branches
+    assert budget.parser().parse_args(["--config", "x", "--allow_branches"]).allow_branches
 
 
 class Recurrent(nn.Module):
