@@ -16,6 +16,7 @@ from toys import Toy, data, trainer, weights
 from lightning_sparse import penalties, scores
 from lightning_sparse.callbacks import MagnitudePruning, ReweightedPenalty, Sparsify
 from lightning_sparse.callbacks.options import Options
+from lightning_sparse.gradient_squares import GradientSquares
 from lightning_sparse.scores import Ranked, keep_highest
 from lightning_sparse.structure import Rows
 from lightning_sparse.testing import ContractError, check_score
@@ -260,3 +261,19 @@ def test_a_score_is_part_of_the_settings_and_conversions_keep_it() -> None:
     callback.tol = 0.1  # a changed option leaves the others as they are
     assert callback.options.score == scores.Fisher(decay=0.9)
     assert isinstance(callback.options, Options)
+
+
+def test_squares_are_those_of_the_losss_gradients_whatever_their_scale() -> None:
+    w = nn.Parameter(torch.ones(2))
+    w.grad = torch.tensor([2.0, 4.0])  # of a loss that was multiplied by 2
+
+    class Store:
+        def members(self, optimizer: Any) -> list[Any]:
+            return [("w", w, {})]
+
+        def live(self, name: str) -> Tensor:
+            return w.detach()
+
+    squares = GradientSquares(scores.Fisher(decay=0.5), Store())  # type: ignore[arg-type]
+    squares.update(torch.optim.SGD([w], 0.1), None, scale=2.0)
+    assert squares.means["w"].tolist() == [0.5, 2.0]
