@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from lightning_sparse import elementwise
 from lightning_sparse.callbacks import endings, logging
 from lightning_sparse.callbacks.evaluation import Swaps
-from lightning_sparse.callbacks.form import SparsityCallback, peers_of
+from lightning_sparse.callbacks.form import peers_of
+from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.callbacks.weight_averaging import Averages, Snapshot, hooks_of, with_modes
+from lightning_sparse.methods.base import Method
 from lightning_sparse.select import owners
 from lightning_sparse.support import Support
 from lightning_sparse.weights import WeightStore
@@ -42,7 +44,7 @@ class Ending:
             return self.support.is_frozen
         return all(_lies_in(self.weights.live(name), kept) for name, kept in frozen.items())
 
-    def handle_changed_weights(self, callback: SparsityCallback, trainer: Trainer, hook: str, swaps: Swaps) -> None:
+    def handle_changed_weights(self, form: str, trainer: Trainer, hook: str, swaps: Swaps) -> None:
         """Prune an average that another callback's ``hook`` copied in, leave other changed weights alone, and log again."""
         changed = self._left.differs()
         if trainer.world_size > 1:
@@ -52,10 +54,11 @@ class Ending:
         lost = self.support.lost()
         if swaps.seen or lost <= SMALL:
             self.support.prune()
-        for peer in dict.fromkeys((callback, peers_of(trainer)[-1])):  # the last one logs the totals
-            logging.finish(peer, trainer)
+        peers = peers_of(trainer)
+        for peer in peers:
+            if peer.support is self.support or peer is peers[-1]:  # the last one logs the totals
+                logging.finish(peer, trainer)
         if not swaps.seen and lost > SMALL:
-            form = callback.options.form
             rank_zero_warn(
                 f"the weights were changed in {hook} ({', '.join(hooks_of(trainer, [hook])) or 'of another callback'}), after "
                 f"{form} had set its zeros; setting them again would remove {lost:.0%} of the new weights' squared norm, so they "
@@ -72,68 +75,86 @@ class EndOfFit:
     """Ends a callback's fit: prunes to the target or warns, makes the zeros true, and handles weights that others change afterwards.
 
     Args:
-        callback: the callback.
+        options: the callback's shared arguments.
+        settings: returns all its arguments, by name.
+        method: how it trains.
+        support: its support, with the weights and the strength.
         swaps: the exchanges of weights in its validations.
         freeze: freezes the supports of all parameters at its target.
         unreached: describes the goals that the run has not met.
     """
 
-    def __init__(self, callback: SparsityCallback, swaps: Swaps, freeze: Callable[[], None], unreached: Callable[[], list[str]]) -> None:
-        self.callback, self.swaps, self.freeze, self.unreached = callback, swaps, freeze, unreached
+    def __init__(
+        self,
+        options: Options,
+        settings: Callable[[], dict[str, Any]],
+        method: Method,
+        support: Support,
+        swaps: Swaps,
+        freeze: Callable[[], None],
+        unreached: Callable[[], list[str]],
+    ) -> None:
+        self.options, self.settings, self.method, self.support = options, settings, method, support
+        self.swaps, self.freeze, self.unreached = swaps, freeze, unreached
+        self.weights, self.strength = support.weights, support.strength
         self.fit = Fit()
         self.ending: Ending | None = None  # training is over
 
     def filed(self, name: str) -> Tensor:
         """Return what a file written now holds of a parameter: thresholded weights in training, later the module's own."""
         own = self.ending is not None and self.ending.has_final(name)
-        return self.callback.weights.live(name) if own else self.callback.support.thresholded(name)
+        return self.weights.live(name) if own else self.support.thresholded(name)
 
     @property
     def is_frozen(self) -> bool:
         """Return True if the support is frozen and the weights that a file written now holds lie in it."""
-        return self.callback.frozen if self.ending is None else self.ending.is_frozen
+        return self.support.is_frozen if self.ending is None else self.ending.is_frozen
 
-    def complete_file(self, checkpoint: dict[str, Any], module: LightningModule, waits: bool) -> None:
-        """Write thresholded weights into a file that no hook has thresholded; ``waits``: a loaded state is not restored yet."""
-        callback = self.callback
-        if callback.attachment is None and not self.is_done and callback.parameters and not waits:  # after an exception hooks are removed
-            write_view(checkpoint["state_dict"], module, callback.parameters, self.filed)
+    def complete_file(self, checkpoint: dict[str, Any], module: LightningModule, key: str, waits: bool) -> None:
+        """Write thresholded weights into a file that no hook has thresholded, and drop the state under ``key`` from one of another module.
+
+        ``waits``: a loaded state is not restored yet.
+        """
+        parameters = self.weights.parameters
+        if self.weights.attachment is None and not self.is_done and parameters and not waits:  # after an exception hooks are removed
+            write_view(checkpoint["state_dict"], module, parameters, self.filed)
         own = {id(parameter) for parameter in module.parameters()}
-        if self.ending is not None and any(id(parameter) not in own for parameter in callback.parameters.values()):
-            checkpoint.get("callbacks", {}).pop(callback.state_key, None)  # the file holds another module than the trained one
+        if self.ending is not None and any(id(parameter) not in own for parameter in parameters.values()):
+            checkpoint.get("callbacks", {}).pop(key, None)  # the file holds another module than the trained one
 
     @property
     def is_done(self) -> bool:
         """Return True if training has ended without an error."""
         return self.ending is not None and not self.ending.failed
 
-    def state_for_next(self, trainer: Trainer, module: LightningModule) -> dict[str, Any] | None:
+    def state_for_next(self, trainer: Trainer, module: LightningModule, state: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """Return the state that a second fit continues from; None if the first took no step or its zeros were changed since."""
-        callback = self.callback
-        if not self.fit.continues(trainer, module) or not callback.strength.step or was_changed(callback.weights, callback.support):
+        if not self.fit.continues(trainer, module) or not self.strength.step or was_changed(self.weights, self.support):
             return None
-        return state_for_next_fit(callback.state_dict(), callback.weights)
+        return state_for_next_fit(state(), self.weights)
 
-    def end_training(self, trainer: Trainer, averages: Averages | None, idle: int | None) -> None:
-        """Meet the target if that is wanted, or warn, and make the zeros true; ``idle``: batches, if no optimiser has stepped."""
-        for optimizer in with_modes(self.callback.weights.optimizers):
+    def end_training(self, trainer: Trainer, averages: Averages | None, idle: int | None, due: float) -> None:
+        """Meet the target if that is wanted, or warn, and make the zeros true.
+
+        ``idle``: batches, if no optimiser has stepped. ``due``: share of the run by which all goals were to be met.
+        """
+        for optimizer in with_modes(self.weights.optimizers):
             optimizer.eval()  # because a later eval() must change nothing
         if idle:
-            endings.warn_untrained(self.callback.options, idle)
-        self._meet_target(trainer)
-        self.callback.prune()
+            endings.warn_untrained(self.options, idle)
+        self._meet_target(trainer, due)
+        self.support.prune()
         if averages is not None:
             averages.copy_to_module(trainer)
-        endings.warn_collapsed(self.callback.options, self.callback.support, self.callback.strength, self.callback.settings())
+        endings.warn_collapsed(self.options, self.support, self.strength, self.settings())
 
-    def _meet_target(self, trainer: Trainer) -> None:
+    def _meet_target(self, trainer: Trainer, due: float) -> None:
         """Prune to the target at the end if ``finish="prune"``, else warn once of what the run did not reach.
 
         A schedule that is behind because a GradScaler skipped steps gives no warning: only one that was cut short does.
         """
-        callback = self.callback
-        options, support, strength = callback.options, callback.support, callback.strength
-        if not callback.parameters:
+        options, support, strength = self.options, self.support, self.strength
+        if not self.weights.parameters:
             return
         missed = self.unreached() if strength.step < strength.total and not support.is_frozen else []
         missed += endings.schedule_left(options, support, strength) if trainer.should_stop else []
@@ -141,38 +162,38 @@ class EndOfFit:
         if prunes:
             self.freeze()
         if missed:
-            endings.warn_target_missed(options, strength, missed, callback.planned_end, support if prunes else None)
+            endings.warn_target_missed(options, strength, missed, due, support if prunes else None)
         elif not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            endings.warn_few_zeros(options, support, strength, callback.settings(), callback.method.movement())
+            endings.warn_few_zeros(options, support, strength, self.settings(), self.method.movement())
 
     def end_fit(self, trainer: Trainer, averages: Averages | None) -> None:
         """Handle what the hooks on_train_end of others did to the weights."""
         if self.ending is None:  # a run resumed at its end has no on_train_end
-            endings.warn_no_training(self.callback.options, self.callback.support, trainer)
-            self.callback.prune()
+            endings.warn_no_training(self.options, self.support, trainer)
+            self.support.prune()
         else:
-            self.ending.handle_changed_weights(self.callback, trainer, "on_train_end", self.swaps)
+            self.ending.handle_changed_weights(self.options.form, trainer, "on_train_end", self.swaps)
         if averages is not None:
             averages.prune()
         self.record()
-        if peers_of(trainer)[-1:] == [self.callback] and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if peers_of(trainer)[-1].support is self.support and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             endings.say_what_next(trainer)
 
     def tear_down(self, trainer: Trainer) -> None:
         """Handle what the hooks on_fit_end of others did to the weights."""
         if self.ending is None:  # because a tuner stopped before training
-            self.callback.weights.restore()
+            self.weights.restore()
             self.record()
         elif not self.ending.failed:
-            self.ending.handle_changed_weights(self.callback, trainer, "on_fit_end", self.swaps)
+            self.ending.handle_changed_weights(self.options.form, trainer, "on_fit_end", self.swaps)
 
     def record(self) -> None:
         """Record what the module holds now that training has ended."""
-        self.ending = Ending(self.callback.weights, self.callback.support)
+        self.ending = Ending(self.weights, self.support)
 
     def record_failure(self) -> None:
         """Record what the module holds when training has failed."""
-        self.ending = self.ending or Ending(self.callback.weights, self.callback.support, failed=True)
+        self.ending = self.ending or Ending(self.weights, self.support, failed=True)
 
 
 class Fit:

@@ -63,7 +63,9 @@ class Sparsifier(SparsityCallback):
         self.watch = consistency.Watch(self.options, self.steps, self.settings)
         self.connections = Connections(self.run, self.method, self.options.compile)
         self.evaluation = evaluation.Evaluation(self.options.form, self.weights)
-        self.end_of_fit = end_of_fit.EndOfFit(self, self.evaluation.swaps, self._freeze, self.unreached)
+        self.end_of_fit = end_of_fit.EndOfFit(
+            self.options, self.settings, self.method, self.support, self.evaluation.swaps, self._freeze, self.unreached
+        )
         self.began_at_zero = checks.ZeroStart(self.options, self.support)
         self._moments = self.method.moments()  # those of a step at which the method acts
         self._batch: tuple[Any, int] | None = None  # last training batch, for the duality gap
@@ -74,11 +76,11 @@ class Sparsifier(SparsityCallback):
         return self.weights.live(name) if self.averages is None else self.averages.evaluated(name)
 
     def figures(self) -> dict[str, float]:
-        """Return the logged values, as fractions in [0, 1] where they are shares."""
+        """Return the logged values, with shares in [0, 1]."""
         return logging.figures(self)
 
     def unreached(self) -> list[str]:
-        """Describe the goals that the run has not met, one phrase each; of a frozen support only a target that it misses."""
+        """Describe the goals that the run has not met."""
         return endings.unreached(self.options, self.support, self.strength)
 
     # -- a fit starts --------------------------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ class Sparsifier(SparsityCallback):
             raise TypeError("Sparsifier is the base class and trains no zeros; use ReweightedPenalty, AdaptiveProx or AdaptiveMask")
         if stage == "fit":
             self.connections.detach_all()
-            again = self.end_of_fit.state_for_next(trainer, pl_module) if self.clock.begun else None
+            again = self.end_of_fit.state_for_next(trainer, pl_module, self.state_dict) if self.clock.begun else None
             self._reset()
             self.saved.restored, self.end_of_fit.fit = again, end_of_fit.Fit(trainer, pl_module)
             weight_averaging.move_to_front(self, trainer)
@@ -213,8 +215,7 @@ class Sparsifier(SparsityCallback):
 
     def _end_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Handle the end of an optimiser's step."""
-        listed = self in trainer.callbacks  # type: ignore[attr-defined] # False in a tuner's trial run, which is undone
-        skipped = is_skipped(optimizer)
+        listed, skipped = self in trainer.callbacks, is_skipped(optimizer)  # type: ignore[attr-defined] # not in a tuner's trial run
         if listed and not skipped and (self.clock.is_prepared(optimizer) or not is_idle(optimizer)):
             self._after_step(optimizer)
         self.clock.end_step(optimizer, stepped=not skipped)
@@ -241,7 +242,6 @@ class Sparsifier(SparsityCallback):
             self._count_step()
 
     def _count_step(self) -> None:
-        """Count one step."""
         self.clock.count()
         self._advance(self.strength.target is not None and self.search.follow(self.options.freeze))
 
@@ -297,7 +297,7 @@ class Sparsifier(SparsityCallback):
     # -- a fit ends ------------------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.end_of_fit.end_training(trainer, self.averages, self.clock.idle)
+        self.end_of_fit.end_training(trainer, self.averages, self.clock.idle, self.planned_end)
         self.began_at_zero.check_end(pl_module)
         logging.finish(self, trainer)
         self.end_of_fit.record()
@@ -331,7 +331,7 @@ class Sparsifier(SparsityCallback):
         return self.saved.collect(self.end_of_fit.filed, self.end_of_fit.is_frozen, self.recipe(), self.averages)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.end_of_fit.complete_file(checkpoint, pl_module, self.saved.is_waiting)
+        self.end_of_fit.complete_file(checkpoint, pl_module, self.state_key, self.saved.is_waiting)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         consistency.on_rank_zero(trainer, partial(archive.check, trainer.ckpt_path))
