@@ -227,6 +227,8 @@ def warn_coverage(options: Options, weights: WeightStore, trainer: Trainer, modu
         _warn(coverage.tied_message(found, who, patterns))
     if not unfreezes(trainer):
         _warn(coverage.frozen_message(found, who, patterns))
+        if note := coverage.frozen_note(found, who):
+            rank_zero_info(note)
 
 
 def warn_counted(who: str, patterns: list[str] | None, module: LightningModule, names: Iterable[str]) -> None:

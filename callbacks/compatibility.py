@@ -10,7 +10,7 @@ is imported, because its Trainer calls ``isinstance`` on a callback that is not 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import callbacks
 from lightning_utilities.core.overrides import is_overridden
@@ -50,6 +50,9 @@ class CallbackClass(Constructed):
     @property
     def state_key(self) -> str:  # which a Trainer reads of each callback before it calls a hook
         raise NoInstance(f"the Trainer's callbacks hold the class {self.__name__}: create an instance, {self.__name__}(...)")
+
+    def __iter__(self) -> NoReturn:  # which a Trainer calls if the class is given without a list
+        raise NoInstance(f"callbacks={self.__name__} is a class: create an instance, callbacks=[{self.__name__}(...)]")
 
 
 class _AddsBases:

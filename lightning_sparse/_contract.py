@@ -14,6 +14,18 @@ class ContractError(AssertionError):
     """A penalty or a mask rule breaks the contract of its base class."""
 
 
+def described(subject: object) -> None:
+    """Check that recipes, resumed runs and cached kernels can tell the subject by its fields: that it is a frozen dataclass."""
+    kind = type(subject)
+    parameters = getattr(kind, "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen:
+        found = "a dataclass that is not frozen" if parameters else "no dataclass"
+        raise ContractError(
+            f"{kind.__name__} is {found}: recipes and resumed runs know it by its fields. Write @dataclass(frozen=True) above the class, "
+            "and its numbers as fields"
+        )
+
+
 def fail(subject: object, what: str, w: Tensor, wrong: Tensor, detail: str = "") -> None:
     """Raise ContractError naming the first w where ``wrong`` is True."""
     if wrong.any():

@@ -136,6 +136,16 @@ def frozen_message(found: Coverage, who: str, patterns: Sequence[str] | None = N
     return f"{text}. To accept that, {remedy}"
 
 
+def frozen_note(found: Coverage, who: str) -> str:
+    """Write that some weights, fewer than are selected, are frozen; empty if none are."""
+    if not 0 < found.frozen <= sum(found.selected.values()):
+        return ""
+    return (
+        f"{who} {found.share:.1%} of the module's parameters; {found.frozen / found.parameters:.1%} are matrices that are frozen "
+        "(requires_grad=False), which do not change and are not counted in sparsity/total"
+    )
+
+
 def is_asked(name: str, patterns: Sequence[str] | None) -> bool:
     """Return True if ``patterns`` would select a matrix of this name if it were trainable."""
     given = [*(patterns or ())]

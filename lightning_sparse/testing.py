@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import _checks, _penalty_contract, duality, numeric, scores
-from lightning_sparse._contract import DTYPES, ContractError, close, same_kind, weights
+from lightning_sparse._contract import DTYPES, ContractError, close, described, same_kind, weights
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.scores import Ranked, Score
 from lightning_sparse.structure import Structure
@@ -32,13 +32,15 @@ __all__ = ["ContractError", "check_callback", "check_mask_rule", "check_penalty"
 def check_penalty(penalty: Penalty) -> None:
     """Raise ContractError unless ``penalty`` keeps the contract of :class:`~lightning_sparse.duality.Penalty`.
 
-    Checked: shape and dtype (float64, float32, bfloat16), evenness, omega(0) == 0, no NaN at 0, denormals and inf, a prox that keeps NaN,
-    eta_hat >= 0 and non-decreasing, autograd and integral of omega against w / eta_hat, the dual against a grid search,
-    the eta-trick identity, the dual's slope against (w / eta)^2 and against the dual, and the prox against a grid search.
+    Checked: that it is a frozen dataclass; shape and dtype (float64, float32, bfloat16), evenness, omega(0) == 0, no NaN at 0,
+    denormals and inf, a prox that keeps NaN, eta_hat >= 0 and non-decreasing, autograd and integral of omega against w / eta_hat,
+    the dual against a grid search, the eta-trick identity, the dual's slope against (w / eta)^2 and against the dual, and the prox
+    against a grid search.
     TypeError unless given a Penalty.
     """
     if not isinstance(penalty, Penalty):
         raise TypeError(f"check_penalty takes a Penalty, got {_checks.shown(penalty, Penalty)}")
+    described(penalty)
     if not penalty.separable:
         _penalty_contract.coupled(penalty)
         return
@@ -49,12 +51,13 @@ def check_penalty(penalty: Penalty) -> None:
 def check_mask_rule(rule: MaskRule) -> None:
     """Raise ContractError unless ``rule`` keeps the contract of :class:`~lightning_sparse.duality.MaskRule`.
 
-    Checked: alpha in [0, 1], even, non-decreasing in |w|, its shape and dtype, eta_hat = lam alpha / (1 - alpha), the
-    penalty from ``to_penalty`` against the quadrature of t (1 - alpha) / alpha and by :func:`check_penalty`, and the conversion
-    back. TypeError unless given a MaskRule.
+    Checked: that it is a frozen dataclass; alpha in [0, 1], even, non-decreasing in |w|, its shape and dtype,
+    eta_hat = lam alpha / (1 - alpha), the penalty from ``to_penalty`` against the quadrature of t (1 - alpha) / alpha and by
+    :func:`check_penalty`, and the conversion back. TypeError unless given a MaskRule.
     """
     if not isinstance(rule, MaskRule):
         raise TypeError(f"check_mask_rule takes a MaskRule, got {_checks.shown(rule, MaskRule)}")
+    described(rule)
     try:
         numeric.check_rule(rule.keep_probability)
     except ValueError as error:

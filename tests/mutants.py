@@ -194,11 +194,11 @@ PENALTIES: list[tuple[Penalty, str]] = [
 ]
 
 
+@dataclass(frozen=True)
 class Rule(MaskRule):
     """A mask rule from a function of |w|."""
 
-    def __init__(self, alpha: Any) -> None:
-        self.alpha = alpha
+    alpha: Any
 
     def keep_probability(self, w):
         return self.alpha(w.abs())

@@ -161,6 +161,16 @@ def test_tied_embeddings_are_named_unless_they_are_asked_for_by_name():
     assert coverage.measure(module, select(module, ["*", "head.weight"]), ["*", "head.weight"]).tied == {}
 
 
+def test_fewer_frozen_weights_than_selected_are_noted_and_not_warned_of():
+    module = nn.Sequential(nn.Linear(10, 9), nn.Linear(9, 5, bias=False).requires_grad_(False), nn.Linear(5, 20, bias=False))
+    found = coverage.measure(module, select(module))
+    note = coverage.frozen_note(found, "It selects")
+    assert f"It selects {190 / 244:.1%} of the module's parameters; {45 / 244:.1%} are matrices that are frozen" in note
+    assert coverage.frozen_message(found, "It selects") == ""
+    named = ["0.*", "2.*"]
+    assert coverage.frozen_note(coverage.measure(module, select(module, named), named), "It selects") == ""
+
+
 def test_a_mostly_frozen_module_says_what_share_is_selected():
     module = nn.Sequential(nn.Linear(8, 90).requires_grad_(False), nn.Linear(90, 1))
     text = coverage.frozen_message(coverage.measure(module, select(module)), "It selects")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import types
 
@@ -92,6 +93,31 @@ def test_the_contract_checks_refuse_other_objects() -> None:
         testing.check_penalty(mask_rules.Standout())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="takes a MaskRule"):
         testing.check_mask_rule(penalties.L1())  # type: ignore[arg-type]
+
+
+class Bare(Penalty):
+    """L1 as a plain class."""
+
+    def omega(self, w):
+        return w.abs()
+
+    def eta_hat(self, w):
+        return w.abs()
+
+
+@dataclasses.dataclass
+class Thawed(Penalty):
+    """L1 as a dataclass whose fields may change."""
+
+    omega, eta_hat = Bare.omega, Bare.eta_hat
+
+
+def test_a_penalty_that_recipes_cannot_describe_is_rejected() -> None:
+    with pytest.raises(testing.ContractError, match=r"Bare is no dataclass: .* Write @dataclass\(frozen=True\)"):
+        testing.check_penalty(Bare())
+    with pytest.raises(testing.ContractError, match="Thawed is a dataclass that is not frozen"):
+        testing.check_penalty(Thawed())
+    testing.check_penalty(dataclasses.dataclass(frozen=True)(type("Described", (Bare,), {}))())
 
 
 def test_every_class_is_exported_and_has_examples() -> None:

@@ -67,7 +67,7 @@ def _places(error: Exception) -> list[str]:
 def in_words(error: Exception) -> str:
     """Return an error's text in one line, after the name of its class if the text alone is unclear."""
     text = " ".join(str(error).split())
-    clear = isinstance(error, (ValueError, TypeError, RuntimeError, FloatingPointError)) and " " in text
+    clear = isinstance(error, (ValueError, TypeError, RuntimeError, FloatingPointError, ImportError)) and " " in text
     if not _places(error)[-1].startswith("lightning_sparse.") and len(text) > _LONGEST:  # because our own messages end with the remedy
         text = f"{text[:_LONGEST]} ..."
     return text if clear else f"{type(error).__name__}: {text}"

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from toys import Toy, data, hooks, trainer, weights
 
@@ -254,4 +255,6 @@ def test_the_tables_are_as_long_as_promised():
 def test_a_class_among_the_callbacks_is_refused_by_name(kind):
     with pytest.raises(TypeError, match=rf"callbacks hold the class {kind.__name__}: create an instance, {kind.__name__}\(...\)"):
         trainer(kind).fit(Toy(), data())
+    with pytest.raises(TypeError, match=rf"callbacks={kind.__name__} is a class: create an instance, callbacks=\[{kind.__name__}\(...\)\]"):
+        Trainer(callbacks=kind, logger=False, accelerator="cpu")
     assert not hasattr(kind, "state_key")  # so that help() and tools like it pass over it
