@@ -19,10 +19,10 @@ class MiniLM(LightningModule):
     """A sentence encoder: BERT, the mean over tokens, length 1. With the defaults it has the sizes of all-MiniLM-L6-v2.
 
     x has shape (batch, length), token ids with 0 for padding; the embeddings have shape (batch, width). Training minimises 1 - cos to
-    the embeddings of the dense encoder, which has the ``weights`` (without them: as it was when the fit started); labels are not
-    needed. Logs ``train/loss``, ``val/loss``, ``{val,test}/cosine``, its mean over sentences, and ``{val,test}/agreement``: the share
-    of sentences whose nearest other sentence of the batch is the same for both encoders. Trained by AdamW; the learning rate decays
-    to 0 as half a cosine.
+    the embeddings of the dense encoder, which has the ``weights`` (without them: as it was when the fit started), plus ``tokens`` times
+    the mean of 1 - cos over the features of each token after each layer; labels are not needed. Logs ``train/loss``, ``val/loss``,
+    ``{val,test}/cosine``, its mean over sentences, and ``{val,test}/agreement``: the share of sentences whose nearest other sentence of
+    the batch is the same for both encoders. Trained by AdamW; the learning rate decays to 0 as half a cosine.
 
     Args:
         weights: a folder with ``model.safetensors`` of such an encoder, that file, or a Hugging Face name such as
@@ -33,6 +33,7 @@ class MiniLM(LightningModule):
         depth: number of layers.
         heads: attention heads per layer.
         inner: hidden width of the perceptrons.
+        tokens: weight of the features of single tokens in the loss; 0 compares embeddings only.
         dropout: share of features dropped after the embeddings, the attention and the perceptron in training. With 0 the first
             gradients of the distillation are 0, and step sizes that are relative to them (Adam's, the proximal step's) mean nothing.
         lr: the initial learning rate.
@@ -50,6 +51,7 @@ class MiniLM(LightningModule):
         depth: int = 6,
         heads: int = 12,
         inner: int = 1536,
+        tokens: float = 1.0,
         dropout: float = 0.1,
         lr: float = 1e-4,
         weight_decay: float = 0.0,
@@ -62,6 +64,7 @@ class MiniLM(LightningModule):
         if width % heads:
             raise ValueError(f"width must be a multiple of heads, got width={width} and heads={heads}")
         self.lr, self.weight_decay = _checks.positive("lr", lr), _checks.between("weight_decay", weight_decay, 0, float("inf"), closed="l")
+        self.tokens = _checks.between("tokens", tokens, 0, float("inf"), closed="l")
         _checks.between("dropout", dropout, 0, 1, closed="l")
         self.bert = Bert(vocabulary, positions, width, depth, heads, inner, dropout)
         if weights is not None:
@@ -71,7 +74,7 @@ class MiniLM(LightningModule):
             self._keep_dense()  # now, because a checkpoint that is loaded later has zeros
 
     def forward(self, x: Tensor) -> Tensor:
-        return embedding(self.bert, x)
+        return pooled(self.bert(x), x)
 
     def on_fit_start(self) -> None:
         if not self._dense:
@@ -80,15 +83,19 @@ class MiniLM(LightningModule):
     def _keep_dense(self) -> None:
         self._dense = [copy.deepcopy(self.bert).eval().requires_grad_(False)]
 
-    def _targets(self, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _targets(self, x: Tensor) -> list[Tensor]:
+        """Return the dense encoder's features of the tokens after each layer."""
         if not self._dense:
             raise ValueError("there is no dense encoder to compare with: give --model.weights")
-        (dense,) = self._dense
-        with torch.no_grad():
-            return embedding(dense.to(x.device), x)
+        return self._dense[0].to(x.device).states(x)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        loss: Tensor = 1 - (self(batch[0]) * self._targets(batch[0])).sum(-1).mean()
+        x = batch[0]
+        own, dense = self.bert.states(x), self._targets(x)
+        loss: Tensor = 1 - (pooled(own[-1], x) * pooled(dense[-1], x)).sum(-1).mean()
+        if self.tokens:
+            loss = loss + self.tokens * (1 - agreement_of_tokens(own, dense, x != 0))
         self.log("train/loss", loss)
         return loss
 
@@ -103,7 +110,7 @@ class MiniLM(LightningModule):
         return embeddings
 
     def _evaluate(self, stage: str, x: Tensor) -> None:
-        own, dense = self(x), self._targets(x)
+        own, dense = self(x), pooled(self._targets(x)[-1], x)
         cosine = (own * dense).sum(-1).mean()
         values = {"loss": 1 - cosine, "cosine": cosine, "agreement": (nearest(own) == nearest(dense)).float().mean()}
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, batch_size=len(x))
@@ -115,11 +122,16 @@ class MiniLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def embedding(bert: Bert, x: Tensor) -> Tensor:
-    """Return the mean over the tokens of each sentence that are no padding, divided by its length."""
+def pooled(states: Tensor, x: Tensor) -> Tensor:
+    """Return the mean of the features (batch, length, width) over the tokens of each sentence that are no padding, scaled to length 1."""
     real = (x != 0).unsqueeze(-1)
-    tokens = bert(x)
-    return functional.normalize((tokens * real).sum(1) / real.sum(1).clamp(min=1), dim=-1)
+    return functional.normalize((states * real).sum(1) / real.sum(1).clamp(min=1), dim=-1)
+
+
+def agreement_of_tokens(own: list[Tensor], dense: list[Tensor], real: Tensor) -> Tensor:
+    """Return the mean cosine, over layers and the tokens that are ``real`` (batch, length), of the features of two encoders."""
+    cosines = [functional.cosine_similarity(one.float(), other.float(), dim=-1)[real].mean() for one, other in zip(own, dense, strict=True)]
+    return torch.stack(cosines).mean()
 
 
 def nearest(embeddings: Tensor) -> Tensor:
@@ -137,11 +149,17 @@ class Bert(nn.Module):
         self.layers = nn.ModuleList([Layer(width, heads, inner, dropout) for _ in range(depth)])
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.states(x)[-1]
+
+    def states(self, x: Tensor) -> list[Tensor]:
+        """Return the features of the tokens (batch, length, width) after each layer."""
         seen = (x != 0)[:, None, None, :]
         tokens: Tensor = self.drop(self.norm(self.words(x) + self.positions.weight[: x.shape[1]]))
+        found = []
         for layer in self.layers:
             tokens = layer(tokens, seen)
-        return tokens
+            found.append(tokens)
+        return found
 
 
 class Layer(nn.Module):

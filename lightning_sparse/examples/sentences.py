@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from lightning_sparse.examples.files import fetched
 
 class Sentences(LightningDataModule):
     """Token ids x of shape (batch, length), 0 for padding, and y, the number of each sentence. Split by a seed into three parts.
+
+    A training batch holds sentences of similar length and is as long as its longest one, so that little time goes into padding.
 
     Args:
         file: a text file with one sentence a line; a file ``data.noun``, ``data.verb``, ``data.adj`` or ``data.adv`` of WordNet, or a
@@ -66,8 +69,8 @@ class Sentences(LightningDataModule):
         parts = zip(ids.split(sizes), order.split(sizes), strict=True)
         self.parts = dict(zip(("validation", "test", "training"), parts, strict=True))
 
-    def train_dataloader(self) -> ShuffledBatches:
-        return ShuffledBatches(*self.parts["training"], self.batch_size, torch.initial_seed() % 2**31)
+    def train_dataloader(self) -> SimilarLengths:
+        return SimilarLengths(*self.parts["training"], self.batch_size, torch.initial_seed() % 2**31)
 
     def val_dataloader(self) -> Batches:
         return Batches(*self.parts["validation"], 500)
@@ -77,6 +80,20 @@ class Sentences(LightningDataModule):
 
     def predict_dataloader(self) -> Batches:
         return Batches(*self.parts["test"], 500)
+
+
+class SimilarLengths(ShuffledBatches):
+    """Shuffled batches of sentences of similar length, cut to the longest: those of POOL batches, drawn at random, are sorted by length."""
+
+    POOL = 32
+
+    def __iter__(self) -> Iterator[Batch]:
+        lengths = (self.x != 0).sum(1)
+        pools = self.order().split(self.batch_size * self.POOL)
+        parts = [part for pool in pools for part in pool[lengths[pool].argsort(stable=True)].split(self.batch_size)]
+        for index in torch.randperm(len(parts), generator=self._generator(2**40)).tolist():
+            part = parts[index]
+            yield self.x[part, : int(lengths[part].max())], self.y[part]
 
 
 def encoded(lines: list[str], tokenizer: str, length: int) -> torch.Tensor:

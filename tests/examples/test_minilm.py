@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,55 @@ def test_missing_texts_and_too_few_sentences_are_refused(folder: Path) -> None:
         sentences.read(str(folder / "none"))
     with pytest.raises(ValueError, match="leave 90 to train on, too few"):
         ready(folder, sentences=91)
+
+
+def test_training_batches_hold_similar_lengths_and_no_more_padding_than_needed(folder: Path) -> None:
+    lines = [" ".join(["w1"] * (1 + i % 5)) + f" w{i // 20} w{i % 20}" for i in range(400)]
+    (folder / "lines.txt").write_text("\n".join(lines))
+    loader = ready(folder, length=9).train_dataloader()
+    batches = list(loader)
+    numbers = torch.cat([y for _, y in batches])
+    assert len(batches) == len(loader)
+    assert sorted(numbers.tolist()) == sorted(loader.y.tolist())
+    lengths = [(x != 0).sum(1) for x, _ in batches]
+    assert [x.shape[1] for x, _ in batches] == [int(own.max()) for own in lengths]
+    spread = sum(float(own.float().std()) for own in lengths) / len(lengths)
+    assert spread < 0.4 < float((loader.x != 0).sum(1).float().std())
+    again = torch.cat([y for _, y in loader])
+    loader.set_epoch(1)
+    assert torch.equal(again, numbers)
+    assert not torch.equal(torch.cat([y for _, y in loader]), numbers)
+
+
+def features(net: MiniLM, sentence: torch.Tensor) -> torch.Tensor:
+    """Return what each layer puts out (layers, length, width) for one sentence without padding."""
+    bert, found = net.bert, []
+    h = bert.norm(bert.words(sentence) + bert.positions.weight[: sentence.shape[1]])
+    for layer in bert.layers:
+        h = layer(h, torch.ones(1, 1, 1, sentence.shape[1], dtype=torch.bool))
+        found.append(h[0])
+    return torch.stack(found)
+
+
+def test_the_loss_compares_embeddings_and_the_tokens_of_every_layer() -> None:
+    dense = tiny(dropout=0.0)
+    net = copy.deepcopy(dense)
+    net.on_fit_start()
+    net.log = lambda *_: None  # type: ignore[method-assign,assignment]
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    with torch.no_grad():
+        apart = float(1 - (net(x) * dense(x)).sum(-1).mean())
+        one, other = (torch.cat([features(m, sentence) for sentence in (x[:1], x[1:, :2])], 1) for m in (net, dense))
+        angles = 1 - nn.functional.cosine_similarity(one, other, dim=-1)  # 2 layers, 5 tokens
+    for tokens in (0.0, 0.5):
+        net.tokens = tokens
+        expected = apart + tokens * float(angles.mean())
+        assert net.training_step((x, torch.arange(2)), 0).item() == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match=r"tokens must lie in \[0, inf\)"):
+        tiny(tokens=-1.0)
 
 
 def test_a_loaded_checkpoint_is_compared_with_the_given_weights(folder: Path) -> None:
