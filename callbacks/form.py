@@ -13,7 +13,6 @@ from torch.nn import Parameter
 from lightning_sparse._construction import typed
 from lightning_sparse.callbacks.compatibility import AnyCallback, CallbackClass
 from lightning_sparse.callbacks.options import (
-    FINE_TUNED,
     Finish,
     Options,
     check_compile,
@@ -63,14 +62,14 @@ class SparsityCallback(AnyCallback, metaclass=CallbackClass):
             Callbacks of one class on one network need different ones.
         tol: a weight counts as zero when its keep probability is below ``tol``.
         freeze: the last share of the optimiser steps, trained without penalty or noise and with the support frozen. With a
-            ``target_sparsity`` 0 stands for 0.25, a quarter.
+            ``target_sparsity`` 0 stands for 0.25, or for 0.7 where the network was trained before: where a norm's biases differ.
         threshold: weights of at most this magnitude also count as zero; required by penalties that only shrink.
         gap_samples: masks drawn at each epoch's end to log ``sparsity/duality_gap``; 0 does not measure it.
         keep_zeros: weights that are zero when the fit starts stay zero (one byte a weight); else they may become non-zero again.
         target_sparsity: the share of zeros to reach, instead of a value for lam. At each point of a ramp lam is solved for, so that the
             share of zeros is the ramp's, but bounded by a scale read off gradients and weights; it starts at ``lam`` if that is given.
             Zeros that are then missing are removed by rank along the same ramp. The ramp ends where the last share ``freeze`` of the
-            run begins, 0.25 where it is 0: the target is met there and the support frozen.
+            run begins: the target is met there and the support frozen.
         compile: compute the work on each weight by a kernel that torch's AOTInductor compiles before training starts. Steps take less
             time, the start takes ten to forty seconds, and a compiler is needed, on the CPU a C++ one. Results differ by rounding, and
             masks on weights use other random numbers. For ReweightedPenalty, AdaptiveProx and AdaptiveMask.
@@ -114,7 +113,6 @@ class SparsityCallback(AnyCallback, metaclass=CallbackClass):
         self.strength = self._make_strength(admitted, lam, target_sparsity)
         self.options = Options.checked(
             form,
-            fine_tuned=0.0 if self.strength.target is None else FINE_TUNED,
             select=select, tol=tol, freeze=freeze, threshold=threshold, gap_samples=gap_samples, keep_zeros=keep_zeros,
             target_sparsity=target_sparsity, compile=compile, finish=finish, score=score, least_kept=least_kept, structure=structure,
         )  # fmt: skip
@@ -219,7 +217,12 @@ class SparsityCallback(AnyCallback, metaclass=CallbackClass):
     @property
     def planned_end(self) -> float:
         """Return the share of the run by which all goals are to be met."""
-        return 1 - self.options.freeze
+        return 1 - self.frozen_share
+
+    @property
+    def frozen_share(self) -> float:
+        """Return the last share of the run, which is trained with the support frozen: ``freeze``, or the default with a target."""
+        return self.strength.frozen_share(self.options.freeze)
 
     # -- conversion ----------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,6 @@ from lightning_sparse.step import Strength
 from lightning_sparse.structure import Element, Structure
 
 Finish = Literal["keep", "prune"]
-FINE_TUNED = 0.25  # default share of a run to a target sparsity that is trained with its support frozen
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,14 @@ class Options:
     structure: Structure = Element()  # noqa: RUF009 - frozen
 
     @classmethod
-    def checked(cls, form: str, fine_tuned: float = 0.0, **given: Any) -> Options:
-        """Check the arguments and return the options; raise TypeError or ValueError, naming the argument, for a value not accepted.
-
-        ``fine_tuned`` replaces a ``freeze`` of 0.
-        """
+    def checked(cls, form: str, **given: Any) -> Options:
+        """Check the arguments and return the options; raise TypeError or ValueError, naming the argument, for a value not accepted."""
         target, threshold = given["target_sparsity"], given["threshold"]
-        freeze = _checks.share("freeze", given["freeze"], closed="l")
         return cls(
             form,
             select=patterns(given["select"]),
             tol=_checks.between("tol", given["tol"], 0, 1),
-            freeze=freeze or fine_tuned,
+            freeze=_checks.share("freeze", given["freeze"], closed="l"),
             threshold=None if threshold is None else _checks.between("threshold", threshold, 0, float("inf"), closed="l"),
             gap_samples=_checks.whole("gap_samples", given["gap_samples"], 0),
             keep_zeros=_checks.truth("keep_zeros", given["keep_zeros"]),

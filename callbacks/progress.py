@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import move_data_to_device
+from lightning.pytorch.utilities import move_data_to_device, rank_zero_info
 from torch.nn import Parameter
 
+from lightning_sparse import _roles
 from lightning_sparse.callbacks.compatibility import those_of
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.weight_averaging import extra_epochs
-from lightning_sparse.schedules import Constant
+from lightning_sparse.schedules import FINE_TUNED, FINE_TUNED_AGAIN, Constant, TargetSparsity
 from lightning_sparse.select import select
 from lightning_sparse.step import Clock, Strength
 from lightning_sparse.weights import WeightStore
@@ -63,7 +64,7 @@ def total_steps(trainer: Trainer, drift: int, options: Options, strength: Streng
     if total == trainer.max_steps:  # because max_steps counts the steps of all optimisers
         total = math.ceil(total / max(len(trainer.optimizers), 1))
     trains = trainer.limit_train_batches != 0 and trainer.num_training_batches > 0
-    if not math.isfinite(total) and trains and (options.freeze or not isinstance(strength.schedule, Constant)):
+    if not math.isfinite(total) and trains and (strength.frozen_share(options.freeze) or not isinstance(strength.schedule, Constant)):
         has_epochs, has_length = trainer.max_epochs not in (None, -1), math.isfinite(trainer.num_training_batches)
         why = "its training loader has no length" if has_epochs else "neither epochs nor steps are given"
         ways = "max_epochs, such as max_epochs=20, or max_steps" if has_length else "max_steps, or limit_train_batches beside max_epochs"
@@ -79,6 +80,21 @@ def _shares(options: Options, strength: Strength) -> str:
         return f"target_sparsity={options.target_sparsity:g}"
     schedule = "" if isinstance(strength.schedule, Constant) else repr(strength.schedule)
     return " and ".join(part for part in (f"freeze={options.freeze:g}" if options.freeze else "", schedule) if part)
+
+
+def begin_search(options: Options, target: TargetSparsity, zeros: float, module: LightningModule) -> None:
+    """Record the share of ``zeros`` at the start; end the ramp to the target earlier, and log it, for a network that was trained before.
+
+    A given ``freeze`` is kept.
+    """
+    target.began = zeros
+    if not options.freeze and _roles.is_trained(module):
+        target.fine_tuned = FINE_TUNED_AGAIN
+        rank_zero_info(
+            f"{options.form}: the network was trained before (the biases of its norms differ), so the ramp to target_sparsity="
+            f"{target.target:g} takes the first {1 - FINE_TUNED_AGAIN:.0%} of the run and the rest fine-tunes. freeze={FINE_TUNED:g} gives "
+            f"{1 - FINE_TUNED:.0%} to the ramp"
+        )
 
 
 def of_epochs(trainer: Trainer, drift: int = 0) -> float:

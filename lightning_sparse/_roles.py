@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lightning_sparse import _unfit
+from lightning_sparse import _unfit, elementwise
 
 _LISTS = (nn.ParameterList, nn.ParameterDict)
 _EMBEDDING_WORDS = frozenset({"emb", "embs", "embed", "embeds", "pos", "position", "positions", "positional", "token", "tokens", "cls"})
@@ -44,6 +44,23 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
     if isinstance(parameter, nn.UninitializedParameter):
         return True
     return parameter.is_floating_point() and sum(size > 1 for size in parameter.shape) >= 2
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Return True if the biases of a norm differ within a layer (of one without, its weights): they start out equal.
+
+    A network without norms counts as not trained. Weights that are split over processes are gathered.
+    """
+    for part in module.modules():
+        if "norm" in type(part).__name__.lower():
+            own = dict(part.named_parameters(recurse=False))
+            shown = own.get("bias", own.get("weight"))
+            if shown is None or isinstance(shown, nn.UninitializedParameter) or not shown.is_floating_point():
+                continue
+            values = elementwise.full_tensor(shown.detach())
+            if values.numel() and bool((values != values.flatten()[0]).any()):
+                return True
+    return False
 
 
 def is_other(layer: nn.Module) -> bool:

@@ -18,6 +18,8 @@ from lightning_sparse import _checks
 from lightning_sparse._construction import Constructed, typed
 
 START = 1e-5  # initial lam if none is given
+# share of a run after the search for a target, by default; the second of a network that was trained before, which need not learn first
+FINE_TUNED, FINE_TUNED_AGAIN = 0.25, 0.7
 RISE = 1.0  # share of the search over which the ramp rises; the support is frozen at its end
 ROUNDS, FEWEST, APART = 50, 20, 10  # points of the ramp: at most, at least, and the steps between them in between
 NEAR = 0.002  # tolerance of a share of zeros that is there already
@@ -156,6 +158,7 @@ class TargetSparsity:
         self.ranked = 0.0  # share of the weights that were removed by rank before they were zero
         self.began = 0.0  # share of the weights that were zero when the run started
         self.gradient, self.free = 0.0, 0.0  # running means; 0 before the first measurement
+        self.fine_tuned = FINE_TUNED  # share of the run after the search, where none is given
 
     def observe_gradients(self, mean_square: float, free: float = 0.0) -> None:
         """Update the running mean square of the loss's gradients, and the share of the weights whose scale does not matter."""
@@ -213,6 +216,7 @@ class TargetSparsity:
         """Return the numbers that continue the search exactly."""
         first = {} if self.ramp is None else {"first": self.ramp.start}
         first |= {"began": self.began} if self.began else {}
+        first |= {"fine_tuned": self.fine_tuned} if self.fine_tuned != FINE_TUNED else {}
         first |= {"floor": self._floor} if self.ramp is not None and self._floor > self.ramp(min(self._t, 1.0), 1.0) else {}
         numbers = {"log_lam": self.log_lam, "t": self._t, "ranked": self.ranked, "gradient": self.gradient, "free": self.free}
         return numbers | {"error": 0.0} | first  # error, because earlier releases read it
@@ -222,6 +226,7 @@ class TargetSparsity:
         self.log_lam, self._t = float(state["log_lam"]), float(state["t"])
         self.ranked, self.gradient = float(state.get("ranked", 0.0)), float(state.get("gradient", 0.0))
         self.free, self.began = float(state.get("free", 0.0)), float(state.get("began", 0.0))
+        self.fine_tuned = float(state.get("fine_tuned", FINE_TUNED))
         self.ramp, self._floor = None, 0.0
         if "first" in state:
             before = Cubic(target or self.target, 0.0, RISE, start=min(state["first"], 0.999 * (target or self.target)))

@@ -52,6 +52,10 @@ class Strength:
         lam = self.schedule.lam if isinstance(self.schedule, Constant) else self.schedule(self.step, self.total)
         return max(lam, self.least) * self.factor
 
+    def frozen_share(self, freeze: float) -> float:
+        """Return the last share of the run whose support is frozen: ``freeze``, or, where that is 0, the default with a target."""
+        return freeze or (0.0 if self.target is None else self.target.fine_tuned)
+
     @property
     def is_constant(self) -> bool:
         """Return True if lam is one number throughout."""

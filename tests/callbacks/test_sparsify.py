@@ -63,7 +63,7 @@ def test_with_sgd_it_is_the_exact_prox_of_l1_to_a_target():
 
 def test_its_settings_are_those_that_it_takes():
     callback = Sparsify(0.9, score=scores.Magnitude(), least_kept=0.01)
-    assert repr(callback) == "Sparsify(target_sparsity=0.9, freeze=0.25, score=Magnitude(), least_kept=0.01)"
+    assert repr(callback) == "Sparsify(target_sparsity=0.9, score=Magnitude(), least_kept=0.01)"
     assert Sparsify(**callback.settings()).settings() == callback.settings()
     penalty = callback.to_penalty()
     assert isinstance(penalty, ReweightedPenalty)
