@@ -63,11 +63,21 @@ def call(module: nn.Module, inputs: Any) -> Any:
 
 def outputs(module: nn.Module, inputs: Any) -> list[Tensor]:
     """Return the tensors in a module's output, in evaluation mode, without gradients and from one fixed seed."""
-    training = {part: part.training for part in module.modules()}
+    with evaluating(module), torch.no_grad(), seeded():
+        return flat(call(module, inputs))
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put modules in evaluation mode, and restore the mode of each of their parts afterwards.
+
+    In training mode a call would change running statistics, and a batch norm refuses a batch of one sample.
+    """
+    training = {part: part.training for module in modules for part in module.modules()}
     try:
-        module.eval()
-        with torch.no_grad(), seeded():
-            return flat(call(module, inputs))
+        for module in modules:
+            module.eval()
+        yield
     finally:
         for part, mode in training.items():
             part.training = mode

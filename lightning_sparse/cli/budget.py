@@ -311,7 +311,7 @@ class _Run:
         widths = changed_widths(*(self._groups(network) for network in (self.cli.model, module)))
         pairs = [(int(dense[name]), int(last[name])) for name in ("parameters", "multiply_adds")]
         report = Report(widths, pairs[0], pairs[1], 0.0, samples=1)
-        table = shrunk_table.show(self.saved, Shrunk(module.eval(), report), self.folder, tuned=True, device=budget.device)
+        table = shrunk_table.show(self.saved, Shrunk(module, report), self.folder, tuned=True, device=budget.device)
         missed = budget.missed(last, dense)
         notes = [f"not reached within these stages: {self._goals(missed)}"] if missed else []
         if last.get("milliseconds"):

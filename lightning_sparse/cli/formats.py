@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_sparse import export
+from lightning_sparse import export, surgery
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.saved import Saved
 from lightning_sparse.cli.text import as_flags
@@ -144,12 +144,13 @@ def semi_structured(saved: Saved) -> Format:
 def latencies(
     formats: Sequence[Format], inputs: tuple[Any, ...], budget: float = 1.0, batches: Sequence[int] = BATCHES
 ) -> dict[int, dict[str, latency.Timing]]:
-    """Time the formats against the dense one, in interleaved rounds, at these batch sizes."""
+    """Time the formats against the dense one, in interleaved rounds in evaluation mode, at these batch sizes."""
     found = {}
+    modules = [one.call for one in formats if isinstance(one.call, nn.Module)]
     for batch in batches:
         given = sized(inputs, batch)
         arms = {one.title: call(one.call, given) for one in formats if one.call is not None}
-        with torch.inference_mode():
+        with surgery.evaluating(*modules), torch.inference_mode():
             try:
                 found[batch] = latency.measure(arms, DENSE, budget, clock=time.perf_counter if _first(inputs).is_cuda else None)
             except Exception as error:
@@ -188,9 +189,11 @@ def metrics(saved: Saved, one: Format) -> dict[str, float]:
 
 
 def difference(saved: Saved, one: Format, inputs: tuple[Any, ...]) -> float:
-    """Return the largest difference of the outputs from the dense network's, relative to the largest output."""
-    with torch.inference_mode():
-        return relative_difference((one.call or one.tested)(*inputs), saved.module(*inputs))
+    """Return the largest difference of the outputs from the dense network's in evaluation mode, relative to the largest output."""
+    function = one.call or one.tested
+    modules = [module for module in (function, saved.module) if isinstance(module, nn.Module)]
+    with surgery.evaluating(*modules), torch.inference_mode():
+        return relative_difference(function(*inputs), saved.module(*inputs))
 
 
 def show(saved: Saved, formats: Sequence[Format], budget: float = 1.0, batches: Sequence[int] = BATCHES) -> None:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lightning_sparse import export
+from lightning_sparse import export, surgery
 from lightning_sparse.cli import formats
 from lightning_sparse.cli.failures import in_words
 from lightning_sparse.cli.formats import Format
@@ -36,11 +36,16 @@ class Shown:
 
 
 def show(saved: Saved, found: Shrunk[Any], folder: Path, tuned: bool = False, device: str = "cpu") -> Shown:
-    """Write ``model.pt2``, measure both networks, and print the table and how to load the files.
+    """Write ``model.pt2``, measure both networks in evaluation mode, and print the table and how to load the files.
 
     ``tuned`` is for a network that was fine-tuned: adds a column of dynamic int8 of the given network, and ``model.onnx``, and compares
-    no outputs. Latency is measured on ``device``; metrics on the CPU.
+    no outputs. Latency is measured on ``device``; metrics on the CPU. Both networks keep the mode that they are in.
     """
+    with surgery.evaluating(saved.module, found.module):  # a fit leaves its network in training mode
+        return _shown(saved, found, folder, tuned, device)
+
+
+def _shown(saved: Saved, found: Shrunk[Any], folder: Path, tuned: bool, device: str) -> Shown:
     inputs, name = saved.inputs(), type(saved.module).__name__
     load = f"lightning_sparse.load_shrunk({str(folder)!r}, {name})"
     notes = [*found.report.notes(), f"shrunk: {load}", *_programs(found.module, inputs, folder)]
@@ -82,7 +87,7 @@ def _programs(module: torch.nn.Module, inputs: tuple[Any, ...], folder: Path) ->
     path = folder / "model.pt2"
     path.unlink(missing_ok=True)  # because one of an earlier run would not belong to these weights
     try:
-        limit = program.save(module.eval(), inputs, path).limit
+        limit = program.save(module, inputs, path).limit
     except Exception as error:  # torch.export may refuse a forward with any error
         return [f"no {path.name}: {in_words(error)[:120]}"]
     load = f"without this package: torch.export.load({str(path)!r}).module()"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
 import tempfile
 import time
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_sparse
-from lightning_sparse import counts, coupling, export
+from lightning_sparse import counts, coupling, export, surgery
 from lightning_sparse.cli import formats
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.failures import in_words
@@ -26,7 +25,8 @@ from lightning_sparse.export.gains import Gain, Table
 _SECONDS = 2.0  # for measuring layers; as much again for the whole network
 _SAMPLES = 64  # on which the shrunk network is compared
 _FEW = 0.01  # share of zeros below which a network is dense
-_SMALLER = 0.95  # a second step is named for the smallest file if it makes it at most so large
+_SMALLER = 0.95  # a second step, or shrink without rounding, is named if it makes a file or the network at most so large
+_UNROUNDED = "--round_to 1"
 _FASTER = 1.05  # a smaller ratio is no gain worth a command
 _SLOW = 0.05  # seconds of one call; slower batch sizes are left to `export`
 
@@ -36,6 +36,13 @@ class _Best(NamedTuple):
 
     times_faster: float
     batch: int
+    command: str
+
+
+class _Cut(NamedTuple):
+    """A shrunk network, and the command that makes it."""
+
+    module: nn.Module
     command: str
 
 
@@ -64,11 +71,16 @@ def at_end(saved: Saved) -> None:
 
 def lines(saved: Saved, more: list[str] | None = None) -> list[str]:
     """Return the report: zeros, shrink, files, sparse layers, and the commands for the best. ``more`` is added to each command."""
+    with surgery.evaluating(saved.module):
+        return _lines(saved, more)
+
+
+def _lines(saved: Saved, more: list[str] | None) -> list[str]:
     began = time.perf_counter()
     words = " ".join([shlex.quote(str(saved.file)), *(more or [])])
     command = f"lightning-sparse export {words}"
     found = [*_zeros(saved.module, saved.selected)]
-    why, small, unmeasured = "", None, ""
+    why, cuts, unmeasured = "", list[_Cut](), ""
     best: list[_Best] = []
     batches: Sequence[int] = ()
     try:
@@ -82,16 +94,17 @@ def lines(saved: Saved, more: list[str] | None = None) -> list[str]:
             shapes = [tuple(x.shape) for x in inputs if isinstance(x, Tensor)]
             inputs, why = None, f"the network fails for inputs of the shapes {shapes}: {in_words(error)[:200]}"
     if inputs is not None:
-        line, small, unmeasured = _shrunk(saved, inputs, batches, words, best)
+        line, cuts, unmeasured = _shrunk(saved, inputs, batches, words, best)
         found.append(line)
-    size, smaller = _files(saved.module, small, command, f"lightning-sparse shrink {words}")
+    size, smaller = _files(saved.module, cuts, command)
     found.append(size)
     found += [f"sparse layers:  not measured, {why}"] if inputs is None else _layers(saved.module, inputs, batches, command, best)
     most = max(best, default=None)
     faster = f"for the most speed:     {most.command}  ({most.times_faster:.1f}x at batch {most.batch})" if most else ""
     if inputs is not None and most is None and counts.share(counts.count_zeros(_matrices(saved.module))) >= _FEW:
+        remedy = "to more zero channels (structure=Channels())" if cuts else "with structure=Channels() and shrink"
         faster = (
-            "nothing is faster here with these zeros: for speed train with structure=Channels() and shrink, or Linear layers to more zeros"
+            f"nothing is faster here with these zeros: for speed train {remedy}, or Linear layers to more zeros"
             if not unmeasured
             else f"sparse layers are not faster here with these zeros, and shrink was not measured: {unmeasured}"
         )
@@ -128,38 +141,59 @@ def _matrices(module: nn.Module) -> dict[str, Tensor]:
 
 def _shrunk(
     saved: Saved, inputs: tuple[Any, ...], batches: Sequence[int], words: str, best: list[_Best]
-) -> tuple[str, nn.Module | None, str]:
-    """Return the line about shrink, the shrunk network if there is one, and what to do where a remedy is known; add to ``best``."""
-    command = f"lightning-sparse shrink {words}" if "shrink" in _verbs() else "lightning_sparse.shrink(module, example_inputs) in Python"
+) -> tuple[str, list[_Cut], str]:
+    """Return the line about shrink, the shrunk networks, and what to do where a remedy is known; add to ``best``.
+
+    There are up to two networks: with widths rounded as by default, and without rounding where that is much smaller, or all that can go.
+    """
+    command = f"lightning-sparse shrink {words}"
     try:
-        small = lightning_sparse.shrink(conversion.copied(saved.module), program.sized(inputs, _SAMPLES))
+        cuts = _cuts(conversion.copied(saved.module), program.sized(inputs, _SAMPLES), command)
     except ImportError as error:
-        return f"shrink:         not measured, {error}", None, "pip install 'lightning-sparse[shrink]'"
+        return f"shrink:         not measured, {error}", [], "pip install 'lightning-sparse[shrink]'"
     except coupling.ForwardBranches as error:
-        return f"shrink:         not measured, {as_flags(str(error))}", None, f"{command} --allow_branches"
+        return f"shrink:         not measured, {as_flags(str(error))}", [], f"{command} --allow_branches"
     except Exception as error:  # a report names the reason and goes on
-        return f"shrink:         {in_words(error)}", None, ""
-    before, after = (sum(p.numel() for p in module.parameters()) for module in (saved.module, small))
-    times = _timings({"shrunk": small}, saved.module, inputs, batches)
-    for batch, timing in times.items():
-        _compare(timing, "shrunk", batch, command, best)
-    speeds = "; ".join(f"batch {batch}: {_ratio(timing, 'shrunk')}" for batch, timing in times.items())
-    return f"shrink:         {before:,} -> {after:,} parameters; {speeds}", small, ""
+        return f"shrink:         {in_words(error)}", [], ""
+    times = _timings({cut.command: cut.module for cut in cuts}, saved.module, inputs, batches)
+    said = []
+    for number, cut in enumerate(cuts):
+        for batch, timing in times.items():
+            # without rounding only where that is clearly faster than with it
+            if not number or timing[cut.command].times_faster >= _FASTER * timing[cuts[0].command].times_faster:
+                _compare(timing, cut.command, batch, cut.command, best)
+        speeds = "; ".join(f"batch {batch}: {_ratio(timing, cut.command)}" for batch, timing in times.items())
+        option = f" with {_UNROUNDED}" if cut.command.endswith(_UNROUNDED) else ""
+        said.append(f"{_size(cut.module):,} parameters{option}; {speeds}")
+    return f"shrink:         {_size(saved.module):,} -> {', or '.join(said)}", cuts, ""
 
 
-def _verbs() -> Iterable[str]:
-    return importlib.import_module("lightning_sparse.cli")._VERBS  # type: ignore[no-any-return]
+def _cuts(module: nn.Module, inputs: tuple[Any, ...], command: str) -> list[_Cut]:
+    """Return the shrunk networks, of the default rounding first. Raises an error of ``shrink`` if nothing can go without rounding."""
+    groups = coupling.groups(module, inputs)
+    tight = lightning_sparse.shrink(module, inputs, 1, groups=groups)
+    try:
+        cuts = [_Cut(lightning_sparse.shrink(module, inputs, groups=groups), command)]
+    except ValueError:  # rounding keeps every zero group
+        cuts = []
+    if not cuts or _size(tight) <= _SMALLER * _size(cuts[0].module):
+        cuts.append(_Cut(tight, f"{command} {_UNROUNDED}"))
+    return cuts
 
 
-def _files(module: nn.Module, small: nn.Module | None, command: str, shrink: str) -> tuple[str, list[str]]:
-    """Return the line about files, and lines on the smallest one: of the network, and of the ``small`` one that ``shrink`` gives."""
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _files(module: nn.Module, cuts: Sequence[_Cut], command: str) -> tuple[str, list[str]]:
+    """Return the line about files, and lines on the smallest one: of the network, and of the first of the shrunk ones."""
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense"
         torch.save(module.state_dict(), dense)
         whole = dense.stat().st_size
         try:
             sizes = _compact(module, Path(folder))
-            shrunk = None if small is None else _compact(small, Path(folder))
+            shrunk = _compact(cuts[0].module, Path(folder)) if cuts else None
         except (ImportError, ValueError) as error:
             return f"compact file:   not measured, {in_words(error)}", []
     exact, half = sizes
@@ -174,7 +208,7 @@ def _files(module: nn.Module, small: nn.Module | None, command: str, shrink: str
     if shrunk and min(shrunk) < min(_SMALLER * size, whole):
         rounded = shrunk[1] < shrunk[0]
         kind = ', "fp16"' if rounded else ""
-        words = f"{shrink}, then in Python export.save_compact(load_shrunk(FOLDER, ...), FILE{kind})"
+        words = f"{cuts[0].command}, then in Python export.save_compact(load_shrunk(FOLDER, ...), FILE{kind})"
         found.append(f"for a smaller one yet:  {words}  {_bytes(min(shrunk), rounded)}")
     return line, found
 

@@ -52,7 +52,7 @@ def measure(
     Each second round runs backwards, so that a machine that slows down burdens no function more than another.
 
     Args:
-        arms: the functions.
+        arms: the functions. A module among them is called in the mode that it is in: put it in evaluation mode first.
         base: the name of the function that the others are compared with.
         budget: seconds that all rounds may take; the least number of rounds is run in any case.
         rounds: the least and the largest number of rounds.

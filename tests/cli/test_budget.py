@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_sparse import coupling, load_shrunk, surgery
-from lightning_sparse.cli import budget, main, shrunk_table
+from lightning_sparse.cli import budget, formats, main, shrunk_table
 from lightning_sparse.cli.formats import Format
 from lightning_sparse.cli.saved import Saved
+from lightning_sparse.examples.digits import Digits
 from lightning_sparse.examples.mlp import MLP
-from lightning_sparse.shrinking import remove
+from lightning_sparse.shrinking import remove, save_shrunk, shrink_and_report
 
 pytestmark = [*QUIET, pytest.mark.slow]
 SHORT = ["--config", "digits", "--trainer.max_epochs", "4", "--epochs", "2", "--max_drop", "6", "--step", "0.4", "--stages", "3"]
@@ -187,6 +188,51 @@ def test_a_drop_in_per_cent_is_told_to_give_points(capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             main(["shrink", "--config", "digits", "--max_drop", word])
         assert said in capsys.readouterr().err
+
+
+class Normed(MLP):
+    """Batch norms behind the hidden layer, whose first half of neurons is zero."""
+
+    def __init__(self) -> None:
+        super().__init__([64, 32, 10])
+        self.layers.insert(2, nn.BatchNorm1d(32))
+        for tensor in (self.layers[1].weight, self.layers[1].bias, self.layers[2].weight, self.layers[2].bias):
+            tensor.data[:16] = 0.0
+        self.layers[2].running_mean.fill_(0.5)
+
+
+def test_the_table_measures_both_networks_in_evaluation_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit leaves its network in training mode: measured in it, batch norm fails for one sample, and running statistics change."""
+    torch.manual_seed(0)
+    for written in ("_programs", "_onnx"):
+        monkeypatch.setattr(shrunk_table, written, lambda *_: [])
+    given = Normed().train()
+    given.layers[3].eval()  # a part in another mode than the rest
+    data = Digits()
+    data.setup("test")
+    found = shrink_and_report(given, torch.randn(4, 64), seconds=0)
+    save_shrunk(found.module, tmp_path)
+    before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    right = Saved(tmp_path / "net.ckpt", surgery.duplicate(given).eval(), data).test()["test/accuracy"]
+    shown = shrunk_table.show(Saved(tmp_path / "net.ckpt", given, data), found, tmp_path, tuned=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in given.state_dict().items())
+    assert (given.training, given.layers[2].training, given.layers[3].training, found.module.training) == (True, True, False, True)
+    rows = {row[0]: row[1:] for row in shown.rows}
+    assert len(rows["latency at batch 1"]) == 3
+    assert rows["test/accuracy"][0] == f"{right:.4f}"
+    assert rows["test/accuracy"][0] == rows["test/accuracy"][1]
+
+
+def test_latencies_and_differences_leave_the_modules_as_they_are(tmp_path: Path) -> None:
+    """Also outside of the table of shrink."""
+    given = Normed().train()
+    before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    saved, x = Saved(tmp_path / "net.ckpt", given, None), torch.randn(4, 64)
+    column = formats.dense(saved, tmp_path)
+    assert set(formats.latencies([column], (x,), 0.0, (1,))[1]) == {formats.DENSE, "A/A"}
+    assert formats.difference(saved, column, (x,)) == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in given.state_dict().items())
+    assert given.training
 
 
 class Encoder(LightningModule):

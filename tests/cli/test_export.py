@@ -198,12 +198,13 @@ def test_a_config_elsewhere_and_overrides_are_used(trained, tmp_path, capsys):
 def known(monkeypatch, gain, faster, shrunk=None):
     """Replace measurements: every layer gains ``gain`` and the whole network is ``faster[batch]`` times faster; the same of shrink."""
 
-    def shrink(module, inputs):
+    def shrink(module, inputs, round_to=8, groups=None):
         if shrunk is None:
             raise ValueError("nothing to remove")
         return module
 
     monkeypatch.setitem(vars(lightning_sparse), "shrink", shrink)
+    monkeypatch.setattr(worth.coupling, "groups", lambda *_: [])
     monkeypatch.setattr(worth, "_SLOW", float("inf"))
     monkeypatch.setattr(worth._Spot, "_measure", lambda *_: Gain(gain, gain, 1.0))
     batches = iter([*(shrunk or []), *faster])
@@ -266,11 +267,11 @@ def test_no_gain_is_promised_that_was_not_measured(monkeypatch):
     ],
 )
 def test_a_shrink_that_was_not_measured_is_not_called_slow(monkeypatch, error, line, remedy):
-    def shrink(module, inputs):
+    def groups(module, inputs):
         raise error
 
     known(monkeypatch, 0.5, [])
-    monkeypatch.setitem(vars(lightning_sparse), "shrink", shrink)
+    monkeypatch.setattr(worth.coupling, "groups", groups)
     lines = report(_network(0.9))
     assert f"  shrink:         {line}" in lines
     assert lines[-2] == f"  sparse layers are not faster here with these zeros, and shrink was not measured: {remedy}"
@@ -311,6 +312,25 @@ def rows_left(count):
     with torch.no_grad():
         network.layers[1].weight[count:] = network.layers[1].bias[count:] = 0
     return network.eval()
+
+
+@pytest.mark.parametrize(("left", "alone"), [(297, True), (97, False)])  # a multiple of 8 is 304, more than the 300 there are; 104
+def test_shrink_without_rounding_is_measured_where_rounding_keeps_zero_neurons(monkeypatch, left, alone):
+    monkeypatch.setattr(worth, "_SECONDS", -1.0)
+    monkeypatch.setattr(worth, "_SLOW", float("inf"))
+
+    def measure(arms, base, budget):
+        rates = {name: 2.0 if name.endswith("--round_to 1") else 1.5 for name in arms if name != base}
+        return {name: Timing(1.0, *[rates.get(name, 1.0)] * 3) for name in [*arms, latency.AGAIN]}
+
+    monkeypatch.setattr(worth.latency, "measure", measure)
+    lines = report(rows_left(left))
+    (line,) = [line for line in lines if "  shrink: " in line]
+    tight = 65 * left + (left + 1) * 100 + 1010
+    assert f" {tight:,} parameters with --round_to 1; batch 1: 2.00x" in line
+    assert ("-> 18,270 parameters; batch 1: 1.50x" in line) != alone
+    (best,) = [line for line in lines if "for the most speed" in line]
+    assert best.endswith("lightning-sparse shrink 'some folder/net.ckpt' --config digits --round_to 1  (2.0x at batch 256)")
 
 
 def test_the_smallest_file_is_the_smallest_of_those_that_were_measured(monkeypatch):
