@@ -18,6 +18,7 @@ from lightning_sparse.cli import formats
 from lightning_sparse.cli.failures import in_words
 from lightning_sparse.cli.formats import Format
 from lightning_sparse.cli.saved import Saved
+from lightning_sparse.cli.text import as_flags
 from lightning_sparse.export import conversion, latency, program
 from lightning_sparse.shrinking import Shrunk
 
@@ -48,7 +49,7 @@ def show(saved: Saved, found: Shrunk[Any], folder: Path, tuned: bool = False, de
 def _shown(saved: Saved, found: Shrunk[Any], folder: Path, tuned: bool, device: str) -> Shown:
     inputs, name = saved.inputs(), type(saved.module).__name__
     load = f"lightning_sparse.load_shrunk({str(folder)!r}, {name})"
-    notes = [*found.report.notes(), f"shrunk: {load}", *_programs(found.module, inputs, folder)]
+    notes = [*map(as_flags, found.report.notes()), f"shrunk: {load}", *_programs(found.module, inputs, folder)]
     with tempfile.TemporaryDirectory() as scratch:
         columns = [formats.dense(saved, Path(scratch)), Format("shrunk", folder / "model.pt", found.module, found.module, load)]
         quantised = (_int8(saved, Path(scratch)) if device == "cpu" else "torch has it for CPUs only") if tuned else None

@@ -40,7 +40,8 @@ def print_utf8() -> None:
 
 def as_flags(message: str) -> str:
     """Return a message of a function in Python with the command line's flags in the place of its arguments."""
-    return message.replace("Pass allow_branches=True", "Give --allow_branches").replace("dynamic_batch=False", "--fixed_batch")
+    message = message.replace("Pass allow_branches=True", "Give --allow_branches").replace("dynamic_batch=False", "--fixed_batch")
+    return re.sub(r"\bround_to='?(\w+)'?", r"--round_to \1", message)
 
 
 def unencodable_name(tree: Any, key: str = "") -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_sparse import surgery
+from lightning_sparse import _checks, surgery
 from lightning_sparse.coupling import Group
 from lightning_sparse.export import latency
 
@@ -35,6 +35,8 @@ class Report:
         constants: constant groups that stay, with the reason.
         timings: median seconds before, again (A/A) and after, and the ratios; empty if not measured.
         rounding: what the multiple of the widths was chosen by, if it was measured.
+        stayed: {axis: (number, kind)} of zero groups that stay because widths are rounded up to multiples of ``unit``.
+        unit: that multiple.
         samples: number of samples in the example inputs, by which ``multiply_adds`` is divided in the printed rows; None if unknown.
     """
 
@@ -47,6 +49,8 @@ class Report:
     constants: dict[str, str] = field(default_factory=dict)
     timings: dict[str, latency.Timing] = field(default_factory=dict)
     rounding: str = ""
+    stayed: dict[str, tuple[int, str]] = field(default_factory=dict)
+    unit: int = 1
     samples: int | None = None
 
     def __str__(self) -> str:
@@ -61,11 +65,22 @@ class Report:
         return [(name, f"{a:,}", f"{b:,}", f"{a / b:.2f}x" if b else "-") for name, (a, b) in counted.items()]
 
     def notes(self) -> list[str]:
-        """Return lines about the rounding, about constants and about what was left out."""
+        """Return lines about the rounding and the zero groups that it keeps, about constants and about what was left out."""
         lines = [self.rounding] if self.rounding else []
+        lines += [self._kept_zeros()] if self.stayed else []
         lines += [f"{self.folded} constant groups were added to biases"] if self.folded else []
         lines += [f"kept {name}: {why}" for name, why in list(self.constants.items())[:5]]
         return lines + [f"left out: {count} group{'s'[: count != 1]} of {axis}: {why}" for axis, count, why in self.left_out]
+
+    def _kept_zeros(self) -> str:
+        """Say how many zero groups stay because of the rounding, and what removes them."""
+        count, kinds = sum(number for number, _ in self.stayed.values()), dict.fromkeys(kind for _, kind in self.stayed.values())
+        groups = " and ".join(kind if count == 1 else f"{kind}s" for kind in kinds)
+        stay, them = ("stays", "it") if count == 1 else ("stay", "them")
+        return (
+            f"{count} zero {groups} of {_checks.counted(len(self.stayed), 'axis', 'axes')} {stay}, because widths are rounded up to "
+            f"multiples of {self.unit}: round_to=1 removes {them}"
+        )
 
     def lines(self) -> list[str]:
         """Return the whole report as lines of text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -94,7 +95,8 @@ def shrink_and_report(
     if smaller is None:
         raise ValueError(_nothing(module, found, dead, unit))
     _check(smaller, inputs, reference, model)
-    return Shrunk(smaller, replace(_report(module, smaller, example_inputs, found, dead, removed, seconds), rounding=said))
+    report = _report(module, smaller, example_inputs, found, dead, removed, seconds)
+    return Shrunk(smaller, replace(report, rounding=said, stayed=_stayed(dead, removed), unit=unit))
 
 
 def _cut(module: Module, dead: Dead, removed: list[Group]) -> Module | None:
@@ -126,10 +128,22 @@ def rounded(found: Iterable[Group], removed: Iterable[Group], round_to: int) -> 
     return chosen
 
 
+def _stayed(dead: Dead, removed: Iterable[Group]) -> dict[str, tuple[int, str]]:
+    """Return {axis: (number, kind)} of the dead groups that are not removed."""
+    gone = {group.name for group in removed}
+    kinds = {group.axis: group.kind for group in dead.removed}
+    left = Counter(group.axis for group in dead.removed if group.name not in gone)
+    return {axis: (count, kinds[axis]) for axis, count in left.items()}
+
+
 def _nothing(module: nn.Module, found: list[Group], dead: Dead, round_to: int) -> str:
     name, exact = type(module).__name__, sum(group.exact for group in found)
     if dead.removed:
-        return f"{len(dead.removed)} groups of {name} are zero, but none can go with round_to={round_to}: give a smaller round_to"
+        zero = _checks.counted(len(dead.removed), f"group of {name} is zero", f"groups of {name} are zero")
+        return (
+            f"{zero}, but none can go with round_to={round_to}, which rounds widths up to multiples of {round_to}: give round_to=1, which "
+            f"removes all of them, or round_to={rounding.FASTEST!r}, which measures several multiples"
+        )
     if dead.constants:
         group, why = next(iter(dead.constants.items()))
         return f"nothing to remove from {name}: {group} stays, because {why} ({len(dead.constants)} such groups)"

@@ -46,6 +46,7 @@ def network() -> MLP:
 def test_the_files_give_back_the_smaller_network(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shrink", str(trained), "--out", "small"]) == 0
     shown = capsys.readouterr().out
+    assert "4 zero neurons of 1 axis stay, because widths are rounded up to multiples of 8: --round_to 1 removes them" in shown
     parameters = 104 * 65 + 100 * 105 + 1010
     for part in ("neurons of layers.1", f"{parameters:,}", "multiply-adds of one sample", "latency at batch 256", "test/accuracy", "A/A"):
         assert part in shown
@@ -82,3 +83,6 @@ def test_wrong_checkpoints_are_refused_and_nothing_is_written(trained: Path, cap
     (tmp_path / "cut.ckpt").write_bytes(trained.read_bytes()[:5000])
     assert "cut.ckpt" in refused(capsys, "shrink", "cut.ckpt")
     assert "round_to must be a whole number >= 1" in refused(capsys, "shrink", str(trained), "--round_to", "0")
+    message = refused(capsys, "shrink", str(trained), "--round_to", "512")
+    assert "none can go with --round_to 512, " in message
+    assert "give --round_to 1, which removes all of them, or --round_to fastest, which measures several multiples" in message

@@ -150,8 +150,17 @@ def test_rounding_keeps_zero_neurons() -> None:
     assert found.module[0].out_features == 4
     assert int((found.module[0].weight == 0).all(1).sum()) == 1
     same(model, found.module, X)
-    with pytest.raises(ValueError, match="none can go with round_to=8"):
+    assert found.report.stayed == {"0": (1, "neuron")}
+    assert "1 zero neuron of 1 axis stays, because widths are rounded up to multiples of 4: round_to=1 removes it" in found.report.lines()
+    assert not small(model, X).report.stayed
+    with pytest.raises(ValueError, match=r"1 group of Sequential is zero, but none can go with round_to=8, .*: give round_to=1, .*'fastest'"):
         small(network_with_zero_row(), X, round_to=8)
+
+
+def test_zero_groups_that_rounding_keeps_are_counted() -> None:
+    report = Report({}, (4, 2), (40, 20), 0.0, stayed={"a": (30, "channel"), "b": (2, "neuron")}, unit=8)
+    said = "32 zero channels and neurons of 2 axes stay, because widths are rounded up to multiples of 8: round_to=1 removes them"
+    assert report.notes() == [said]
 
 
 def network_with_zero_row() -> nn.Sequential:
