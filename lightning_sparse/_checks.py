@@ -110,6 +110,15 @@ def path(value: object, name: str, call: str) -> None:
         raise TypeError(f"{name} of {_name(call)} must be a path, got {described(value)}{_order(call)}")
 
 
+def file(value: object, name: str, call: str, example: str) -> None:
+    """Raise TypeError as :func:`path`, and ValueError, with an ``example`` of a file's name, for a folder that exists."""
+    path(value, name, call)
+    if isinstance(value, (str, os.PathLike)) and os.path.isdir(value):
+        inside = os.path.join(os.fspath(value), example)
+        given = os.fspath(value)
+        raise ValueError(f"{name} of {_name(call)} must be a file, got the folder {given!r}: give a file in it, such as {inside!r}")
+
+
 def tensors(value: object, call: str, listed: bool = False) -> None:
     """Raise TypeError, with what to give, unless ``value`` is a mapping or, with ``listed``, another iterable of tensors."""
     if isinstance(value, Mapping) or (listed and isinstance(value, Iterable) and not isinstance(value, (nn.Module, str))):

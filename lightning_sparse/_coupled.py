@@ -103,7 +103,7 @@ def find(structure: Coupled, module: nn.Module, selected: Iterable[str], example
         else:
             parts[axis], along[axis] = _parts(members, module, known)
     if not parts:
-        why = _why_none(structure, left_out | outputs | uncut, others, bool(elsewhere))
+        why = _why_none(structure, left_out | outputs | uncut, others, bool(elsewhere), _of_torch(module, uncut))
         raise ValueError(f"{structure!r} finds no groups that can be removed exactly in {type(module).__name__}{why}")
     names = {part.name for listed in (parts, along) for of in listed.values() for part in of}
     costs = _multiply_adds(module, example_inputs) if structure.cost == "multiply_adds" else None
@@ -128,7 +128,15 @@ def _multiply_adds(module: nn.Module, example_inputs: Any) -> dict[str, float]:
     return found
 
 
-def _why_none(structure: Coupled, reasons: Mapping[str, str], others: Mapping[str, str], elsewhere: bool) -> str:
+def _of_torch(module: nn.Module, axes: Iterable[str]) -> dict[str, nn.MultiheadAttention]:
+    """Return the attentions of torch among the layers that cannot be cut, by name."""
+    layers = dict(module.named_modules())
+    return {axis: layer for axis in axes if isinstance(layer := layers.get(axis), nn.MultiheadAttention)}
+
+
+def _why_none(
+    structure: Coupled, reasons: Mapping[str, str], others: Mapping[str, str], elsewhere: bool, fixed: Mapping[str, nn.MultiheadAttention]
+) -> str:
     """Return why a network has no groups of a structure, and what to do.
 
     Args:
@@ -136,6 +144,7 @@ def _why_none(structure: Coupled, reasons: Mapping[str, str], others: Mapping[st
         reasons: why layers and axes have none.
         others: axes that are not selected, and a parameter that produces them.
         elsewhere: there are groups of the other structure.
+        fixed: attentions whose heads cannot be removed, by name.
     """
     listed = "".join(f"; {axis}: {reason}" for axis, reason in list(reasons.items())[:5])
     if others:
@@ -143,6 +152,12 @@ def _why_none(structure: Coupled, reasons: Mapping[str, str], others: Mapping[st
         return f"{listed}. None of the selected weights produces groups; these would: {names[:5]}{_checks.more(names)}. Add them to select"
     if structure.heads and any(reason.startswith(coupling.FAILS) for reason in reasons.values()):
         return listed  # with its cure
+    if structure.heads and fixed:
+        first, names = next(iter(fixed.values())), [f"{name}.out_proj.weight" for name in fixed]
+        return (
+            f"{listed}. For heads that are zero and stay in the network: structure=Blocks(({first.embed_dim}, {first.head_dim})), a block "
+            f"for each head, with select={names[:5]}{_checks.more(names)}"
+        )
     if structure.heads and not listed:
         listed = (
             "; it has no attention whose queries, keys and values are Linear layers and whose number of heads is an attribute such as "

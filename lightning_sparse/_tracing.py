@@ -55,7 +55,7 @@ def _uncovered(model: nn.Module, axes: list[list[list[Group]]]) -> Iterator[Grou
         kind = type(layer).__name__
         reason = f"{kind} is not among the layers that can be cut"
         if isinstance(layer, nn.MultiheadAttention):
-            reason = "nn.MultiheadAttention keeps its width at heads times features: its heads can be zero, not removed"
+            reason = "nn.MultiheadAttention keeps its width: to remove heads, write it with nn.Linear and scaled_dot_product_attention"
         elif isinstance(layer, nn.Linear):
             reason = "it is not on the traced path"
         name = path or kind

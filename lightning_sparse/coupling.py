@@ -154,10 +154,12 @@ class _Watch(TorchDispatchMode):
 def prepare(module: nn.Module, inputs: Any, allow_branches: bool = False) -> tuple[nn.Module, Any]:
     """Return a trainable copy in evaluation mode, and the inputs, both in float64 if the module runs in it.
 
-    Raises ValueError for missing inputs, a forward that fails on them, and one that branches on values unless that is allowed.
+    Raises ValueError for missing inputs and those on which outputs cannot be compared, a forward that fails on them, and one that
+    branches on values unless that is allowed.
     """
     if inputs is None:
         raise ValueError("example_inputs are missing: give a tensor, a tuple of arguments or a dict of keyword arguments")
+    surgery.refuse_void_inputs(inputs)
     model: nn.Module = surgery.duplicate(module).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -170,6 +172,7 @@ def prepare(module: nn.Module, inputs: Any, allow_branches: bool = False) -> tup
         raise ForwardFails(type(module).__name__, _words(error)) from error
     if not tensors:
         raise ValueError(f"{type(module).__name__} returns no tensor on the example inputs")
+    surgery.refuse_void_outputs(model, inputs, tensors)
     if watch.seen and not allow_branches:
         raise ForwardBranches(
             f"the forward of {type(module).__name__} takes values out of tensors ({', '.join(sorted(watch.seen))}), as control flow that "

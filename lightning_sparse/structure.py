@@ -251,7 +251,8 @@ class Heads(Coupled):
     """Heads of attention whose queries, keys and values are Linear layers; masked at the columns of the output projection.
 
     The size r_g of a head is the root mean square of all its d_g weights: those columns, and the rows and biases of q, k and v.
-    Found and proved as the groups of :class:`Channels`. nn.MultiheadAttention has no heads that can be removed.
+    Found and proved as the groups of :class:`Channels`. nn.MultiheadAttention has no heads that can be removed; the
+    error says how its heads become zero.
     """
 
     heads: ClassVar[bool] = True

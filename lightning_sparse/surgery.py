@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from lightning_sparse import _checks
+
 Indices = Mapping[str, Mapping[int, Collection[int]]]  # {tensor name: {dim: indices}}
 
 _HOST = ("_trainer", "_fabric", "_jit_module")  # what a LightningModule refers to and a copy must not take along
@@ -98,6 +100,43 @@ def flat(output: Any) -> list[Tensor]:
     leaves = _pytree.tree_leaves(output)
     opened = [flat(vars(leaf)) if hasattr(leaf, "__dataclass_fields__") and not isinstance(leaf, type) else [leaf] for leaf in leaves]
     return [tensor for part in opened for tensor in part if isinstance(tensor, Tensor)]
+
+
+def refuse_void_inputs(inputs: Any) -> None:
+    """Raise ValueError for example inputs on which a comparison of outputs says nothing: empty ones, and a tensor of NaN alone."""
+    found = flat(inputs)
+    if found and not any(tensor.numel() for tensor in found):
+        raise ValueError(
+            f"example_inputs must hold at least one sample, got {_checks.described(found[0])}: outputs are compared on them, so give a "
+            "batch, such as x[:8]"
+        )
+    for tensor in found:
+        if tensor.numel() and bool(_isnan(tensor).all()):
+            raise _nan_inputs(tensor, "that is NaN throughout")
+
+
+def refuse_void_outputs(module: nn.Module, inputs: Any, outputs: list[Tensor]) -> None:
+    """Raise ValueError where a comparison of outputs says nothing: without a finite number in them, or with NaN from the inputs."""
+    cannot = f"the outputs of {type(module).__name__} on the example inputs %s, so they cannot be compared: "
+    held = [tensor for tensor in outputs if tensor.numel()]
+    if not held:
+        raise ValueError(f"{cannot % 'are empty'}give more samples")
+    missing = next((tensor for tensor in flat(inputs) if bool(_isnan(tensor).any())), None)
+    if missing is not None and any(bool(_isnan(tensor).any()) for tensor in held):
+        raise _nan_inputs(missing, "with NaN that reach the outputs")
+    if not any(bool(tensor.isfinite().any()) for tensor in held):
+        weights = (name for name, tensor in module.named_parameters() if not bool(tensor.isfinite().all()))
+        cure = next((f"{name} is NaN or infinite" for name in weights), "give other example_inputs")
+        raise ValueError(f"{cannot % 'hold no finite number'}{cure}")
+
+
+def _isnan(tensor: Tensor) -> Tensor:
+    return tensor.isnan() if tensor.is_floating_point() else torch.zeros((), dtype=torch.bool)
+
+
+def _nan_inputs(tensor: Tensor, which: str) -> ValueError:
+    given = _checks.described(tensor)
+    return ValueError(f"example_inputs must hold numbers, got {given} {which}: outputs are compared on them, so give samples without NaN")
 
 
 def difference(first: list[Tensor], second: list[Tensor]) -> float:

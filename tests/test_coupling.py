@@ -232,7 +232,7 @@ def test_layers_that_cannot_be_cut_are_named() -> None:
 
     reasons = {axis: reason for axis, _, reason in left_out(groups(Recurrent(), TOKENS))}
     assert "GRU" in reasons["rnn"]
-    assert "heads can be zero, not removed" in reasons["attention"]
+    assert "to remove heads, write it with nn.Linear and scaled_dot_product_attention" in reasons["attention"]
 
 
 def test_grouped_query_heads_and_gated_neurons_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

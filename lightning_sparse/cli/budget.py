@@ -86,10 +86,9 @@ def run(words: Sequence[str]) -> int:
     try:
         args.round_to = (rounding.FASTEST if budget.is_timed else 8) if args.round_to is None else args.round_to
         rounding.check(args.round_to)
+        _checks.share("--step", args.step)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if not 0 < args.step < 1:
-        raise UsageError(f"--step must lie between 0 and 1, got {args.step}")
     guessed, args.mode = args.mode is None, "max" if rises(args.monitor, args.mode) else "min"
     with naming_flags(parser()):
         cli = launch(Opened, ["fit", *recipes.with_paths(["--config", args.config]), *overrides])

@@ -139,9 +139,7 @@ def _matrices(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in module.named_parameters() if p.dim() > 1}
 
 
-def _shrunk(
-    saved: Saved, inputs: tuple[Any, ...], batches: Sequence[int], words: str, best: list[_Best]
-) -> tuple[str, list[_Cut], str]:
+def _shrunk(saved: Saved, inputs: tuple[Any, ...], batches: Sequence[int], words: str, best: list[_Best]) -> tuple[str, list[_Cut], str]:
     """Return the line about shrink, the shrunk networks, and what to do where a remedy is known; add to ``best``.
 
     There are up to two networks: with widths rounded as by default, and without rounding where that is much smaller, or all that can go.

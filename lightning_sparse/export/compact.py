@@ -31,7 +31,8 @@ def save_compact(state: nn.Module | Mapping[str, Any], path: str | Path, dtype: 
 
     Tied tensors are stored once. NaN and integers are kept as they are; -0.0 becomes 0.0.
 
-    Raises ValueError for entries that are not dense tensors (quantised layers), and for values that overflow in fp16.
+    Raises ValueError for a folder as path, for entries that are not dense tensors (quantised layers, a whole checkpoint), and for values
+    that overflow in fp16.
 
     Args:
         state: a module (sparse layers of this package give their dense matrices) or a state dict.
@@ -40,7 +41,7 @@ def save_compact(state: nn.Module | Mapping[str, Any], path: str | Path, dtype: 
             original data type.
     """
     call = "save_compact(state, path)"
-    _checks.path(path, "path", call)
+    _checks.file(path, "path", call, "model.safetensors")
     if not isinstance(state, Mapping):
         _checks.module(state, call, " or a state dict")
     if dtype not in (None, "fp16"):
@@ -48,10 +49,7 @@ def save_compact(state: nn.Module | Mapping[str, Any], path: str | Path, dtype: 
     if isinstance(state, nn.Module):
         refuse_quantised(state, "save_compact")
         state = state.state_dict()
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-            kind = f"a {tensor.layout} or quantised tensor" if isinstance(tensor, Tensor) else f"of type {type(tensor).__name__}"
-            raise ValueError(f"compact files hold dense tensors, but {name!r} is {kind}: give the state dict before quantisation")
+    _check_dense(state)
     stored: dict[str, Tensor] = {}
     manifest: dict[str, Any] = {}
     first: dict[tuple[object, ...], str] = {}
@@ -101,6 +99,18 @@ def load_compact(path: str | Path) -> dict[str, Tensor]:
     for name, entry in manifest["tensors"].items():
         state[name] = state[entry["tied"]] if "tied" in entry else _whole(name, entry, stored)
     return state
+
+
+def _check_dense(state: Mapping[str, Any]) -> None:
+    """Raise ValueError for an entry that is no dense tensor; name the state dict within a checkpoint."""
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized:
+            continue
+        kind = f"a {tensor.layout} or quantised tensor" if isinstance(tensor, Tensor) else f"of type {type(tensor).__name__}"
+        inner = [key for key, value in state.items() if isinstance(value, Mapping) and any(isinstance(t, Tensor) for t in value.values())]
+        key = "state_dict" if "state_dict" in inner else next(iter(inner), None)
+        cure = "give the state dict before quantisation" if key is None else f"this is a checkpoint, give checkpoint[{key!r}]"
+        raise ValueError(f"compact files hold dense tensors, but {name!r} is {kind}: {cure}")
 
 
 def _parts(name: str, tensor: Tensor, dtype: str | None) -> dict[str, Tensor]:

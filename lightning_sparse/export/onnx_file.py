@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_sparse import _checks
+from lightning_sparse import _checks, surgery
 from lightning_sparse.export import _extra
 from lightning_sparse.export.conversion import copied, refuse_quantised, to_dense
 from lightning_sparse.export.program import CAUSE, batch_size, exported_program, has_batch, quiet, relative_difference
@@ -29,8 +29,9 @@ def to_onnx(
     Sparse layers of this package become dense first, because ONNX has no sparse product. ONNX Runtime is not faster for zeros in a
     dense matrix: remove rows and columns (shrink) or use :func:`to_sparse` for that. The given module is not changed.
 
-    Raises ImportError without the extra ``export``, ValueError without example inputs, for quantised layers, for a forward that torch
-    cannot export (the message says where), and if ONNX Runtime's outputs differ by more than ``tolerance``; no file is written then.
+    Raises ImportError without the extra ``export``, ValueError for a folder as path, without example inputs, for inputs on which outputs
+    cannot be compared (empty, or NaN), for quantised layers, for a forward that torch cannot export (the message says where),
+    and if ONNX Runtime's outputs differ by more than ``tolerance``; no file is written then.
 
     Args:
         module: the module; exported in eval mode.
@@ -42,10 +43,11 @@ def to_onnx(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _extra.load(package, "to_onnx")
     call = "to_onnx(module, path, example_inputs)"
-    _checks.path(path, "path", call)
+    _checks.file(path, "path", call, "model.onnx")
     _checks.module(module, call)
     refuse_quantised(module, "to_onnx")
     inputs = as_inputs(module, example_inputs)
+    surgery.refuse_void_inputs(inputs)
     model = to_dense(copied(module)).eval().cpu().requires_grad_(False)
     batches = [inputs, _twice(inputs)] if dynamic_batch else [inputs]
     for batch in batches:
@@ -96,13 +98,14 @@ def session(path: str | Path, threads: int | None = None) -> Any:
 def _try(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     try:
         with torch.no_grad():
-            model(*inputs)
+            outputs = surgery.flat(model(*inputs))
     except Exception as error:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
         raise ValueError(
             f"{type(model).__name__}.forward fails for inputs of the shapes {shapes}: {' '.join(str(error).split())[:300]}. Give "
             "example_inputs that it accepts; if it takes one batch size only, give dynamic_batch=False too"
         ) from error
+    surgery.refuse_void_outputs(model, inputs, outputs)
 
 
 def _written(model: nn.Module, batches: list[tuple[Any, ...]], path: Path, tolerance: float) -> float:

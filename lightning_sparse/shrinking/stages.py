@@ -52,7 +52,7 @@ class Budget:
         if self.max_params is not None:
             _checks.whole("max_params", self.max_params, 1)
         if self.max_multiply_adds is not None:
-            _checks.between("max_multiply_adds", self.max_multiply_adds, 0, 1)
+            _checks.share("max_multiply_adds", self.max_multiply_adds)
         if self.max_latency is not None:
             _checks.positive("max_latency", self.max_latency)
         if self.speed_up is not None and not self.speed_up > 1:
@@ -162,7 +162,7 @@ class Stages:
         self.folder, self.dense, self.inputs, self.budget, self.mode = Path(folder), dense, inputs, budget, mode
         self.cut, self.tune, self.validate = cut, tune, validate
         self.timed_inputs = inputs if timed_inputs is None else timed_inputs
-        self.step, self.most = _checks.between("step", step, 0, 1), _checks.whole("most", most, 1)
+        self.step, self.most = _checks.share("step", step), _checks.whole("most", most, 1)
         self.state = resumed(self.folder, {**asdict(budget), "mode": mode, "step": step, "most": most, **(settings or {})})
 
     def run(self) -> Any:

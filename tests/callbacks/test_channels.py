@@ -25,7 +25,7 @@ from lightning_sparse.callbacks import (
     VariationalDropout,
     wandb_run,
 )
-from lightning_sparse.structure import Channels, Heads, Structure
+from lightning_sparse.structure import Blocks, Channels, Heads, Structure
 
 pytest.importorskip("torch_pruning")
 LOG_SUM = penalties.LogSum(eps=2.0)
@@ -282,7 +282,13 @@ class Attended(nn.Module):
 
 NONE: dict[str, tuple[Any, Any, list[str] | None, str]] = {
     "no attention": (lambda: network(), Heads(), None, r"it has no attention whose queries, .* Use Channels\(\), Rows\(\) or Columns\(\)"),
-    "of torch": (Attended, Heads(), None, r"attention: nn.MultiheadAttention keeps its width .*: its heads can be zero, not removed"),
+    "of torch": (
+        Attended,
+        Heads(),
+        None,
+        r"attention: nn.MultiheadAttention keeps its width: to remove heads, write it with nn.Linear .*"
+        r"For heads that are zero .*structure=Blocks\(\(8, 4\)\), .* with select=\['network.attention.out_proj.weight'\]$",
+    ),
     "not selected": (
         lambda: nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)),
         Channels(),
@@ -297,6 +303,14 @@ def test_a_structure_without_groups_says_why(make: Any, structure: Structure, se
     batches = images() if said.startswith("it has no attention") else vectors()
     with pytest.raises(ValueError, match=said):
         trainer(MagnitudePruning(0.3, structure=structure, select=select)).fit(Toy(make()), batches)
+
+
+def test_heads_of_torch_become_zero_as_the_refusal_says() -> None:
+    module = Toy(Attended())
+    blocks = MagnitudePruning(0.5, structure=Blocks((8, 4)), select=["network.attention.out_proj.weight"])
+    trainer(blocks, epochs=2).fit(module, vectors())
+    weight = module.network.attention.out_proj.weight
+    assert sorted(bool(part.any()) for part in weight.split(4, dim=1)) == [False, True]  # one head of two is left
 
 
 def test_a_network_without_removable_groups_is_refused_with_the_reason() -> None:

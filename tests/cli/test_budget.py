@@ -170,7 +170,9 @@ def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean --epochs?" in refused(capsys, "shrink", "--config", "digits", "--max_drop", "1", "--epocs", "2")
     assert "--batch must be at least 1" in refused(capsys, "shrink", "--config", "digits", "--speed_up", "2", "--batch", "0")
     assert "max_drop must be at least 0" in refused(capsys, "shrink", "--config", "digits", "--max_drop", "-1")
-    assert "--step must lie between 0 and 1" in refused(capsys, "shrink", "--config", "digits", "--max_drop", "1", "--step", "1")
+    assert "--step must lie in (0, 1), got 1.0" in refused(capsys, "shrink", "--config", "digits", "--max_drop", "1", "--step", "1")
+    said = refused(capsys, "shrink", "--config", "digits", "--max_multiply_adds", "50")
+    assert "max_multiply_adds must lie in (0, 1), got 50.0; did you mean 0.5?" in said
     assert "no checkpoint 'absent.ckpt'" in main_error(capsys, "--ckpt_path", "absent.ckpt")
     words = ["--config", "digits", "--max_drop", "1", "--trainer.max_epochs", "100000", "--monitor", "val/f1"]  # would never end
     assert "--monitor val/f1 is not among the validation metrics ['val/accuracy'" in refused(capsys, "shrink", *words)

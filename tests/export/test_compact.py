@@ -129,7 +129,16 @@ def test_what_cannot_be_saved_is_refused_and_leaves_no_file(tmp_path):
     for message, (state, dtype) in cases.items():
         with pytest.raises(ValueError, match=message):
             save_compact(state, tmp_path / "file", dtype)
+    with pytest.raises(ValueError, match=r"path of save_compact must be a file, got the folder '(.*)': .*'\1.model.safetensors'"):
+        save_compact(mlp(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_state_dict_within_a_checkpoint_is_named(tmp_path):
+    weights = dict(mlp().state_dict())
+    for key, others in (("state_dict", {"loops": {"a": torch.zeros(1)}}), ("model", {"args": {"lr": 0.1}})):
+        with pytest.raises(ValueError, match=rf"'epoch' is of type int: this is a checkpoint, give checkpoint\['{key}'\]$"):
+            save_compact({"epoch": 3, **others, key: weights}, tmp_path / "file")
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

@@ -128,6 +128,15 @@ def test_bad_input_is_refused_before_the_export(tmp_path, monkeypatch):
     quantised = torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear})
     with pytest.raises(ValueError, match="quantised layer"):
         to_onnx(quantised, tmp_path / "net.onnx", torch.randn(2, 64))
+    monkeypatch.setattr(onnx_file, "_export", lambda *_: pytest.fail("exported"))
+    for x, said in ((torch.full((2, 64), torch.nan), "NaN throughout"), (torch.zeros(0, 64), "at least one sample")):
+        with pytest.raises(ValueError, match=f"example_inputs must hold .*{said}"):
+            to_onnx(mlp(), tmp_path / "net.onnx", x)
+    with pytest.raises(ValueError, match="the outputs of Sequential on the example inputs hold no finite number"):
+        to_onnx(mlp(), tmp_path / "net.onnx", torch.full((2, 64), torch.inf))
+    with pytest.raises(ValueError, match=r"path of to_onnx must be a file, got the folder '(.*)': give .*, such as '\1.model.onnx'"):
+        to_onnx(mlp(), tmp_path, torch.randn(2, 64))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_names_the_extra():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import Toy, data, trainer
 
 import lightning_sparse
-from lightning_sparse import coupling
+from lightning_sparse import coupling, surgery
 from lightning_sparse.export.latency import Timing
 from lightning_sparse.shrinking import Report, Shrunk, dead, shrink_and_report
 from lightning_sparse.shrinking.report import count_multiply_adds, count_samples
@@ -153,7 +153,7 @@ def test_rounding_keeps_zero_neurons() -> None:
     assert found.report.stayed == {"0": (1, "neuron")}
     assert "1 zero neuron of 1 axis stays, because widths are rounded up to multiples of 4: round_to=1 removes it" in found.report.lines()
     assert not small(model, X).report.stayed
-    with pytest.raises(ValueError, match=r"1 group of Sequential is zero, but none can go with round_to=8, .*: give round_to=1, .*'fastest'"):
+    with pytest.raises(ValueError, match=r"1 group of Sequential is zero, but none can go with round_to=8, .*: give round_to=1.*'fastest'"):
         small(network_with_zero_row(), X, round_to=8)
 
 
@@ -351,6 +351,51 @@ def test_only_a_network_with_few_zeros_is_asked_whether_it_is_the_sparse_one() -
     with pytest.raises(ValueError, match=r"Its zeros \((?:4|5)\d.\d%\) are spread .*: train with structure=Channels\(\)") as refusal:
         small(sparse, X)
     assert "Is this" not in str(refusal.value)
+
+
+class Filled(nn.Module):
+    """Zeros in the place of NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.nan_to_num(0.0)
+
+
+class Summed(nn.Module):
+    """A forward that gives a number for a batch without samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network_with_zero_row()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x).sum(0)
+        return out
+
+
+def test_inputs_on_which_outputs_cannot_be_compared_are_refused() -> None:
+    """Because NaN counts as equal to NaN, and nothing as equal to nothing."""
+    partly = X.clone()
+    partly[0] = torch.nan
+    nan = r"example_inputs must hold numbers, got a tensor of the shape \(7, 5\) %s: .* give samples without NaN"
+    empty = r"example_inputs must hold at least one sample, got a tensor of the shape \(0, 5\): .*, so give a batch, such as x\[:8\]"
+    cases = (X * torch.nan, nan % "that is NaN throughout"), (partly, nan % "with NaN that reach the outputs"), (X[:0], empty)
+    for x, said in cases:
+        for module in (network_with_zero_row(), Summed()):
+            with pytest.raises(ValueError, match=said):
+                lightning_sparse.shrink(module, x)
+        with pytest.raises(ValueError, match=said):
+            coupling.groups(network_with_zero_row(), {"input": x})
+    cures = {"hold no finite number, .*: give other example_inputs": (network_with_zero_row(), X * torch.inf)}
+    diverged = network_with_zero_row()
+    diverged[2].bias.data.fill_(torch.nan)
+    cures["hold no finite number, .*: 2.bias is NaN or infinite"] = (diverged, X)
+    for said, (module, x) in cures.items():
+        with pytest.raises(ValueError, match=said):
+            lightning_sparse.shrink(module, x)
+    with pytest.raises(ValueError, match="the outputs of Sequential on the example inputs are empty"):
+        surgery.refuse_void_outputs(diverged, X, [torch.zeros(0, 2)])
+    model = nn.Sequential(Filled(), network_with_zero_row())
+    assert small(model, partly).module[1][0].out_features == 7  # a forward may take NaN for values that are missing
 
 
 def test_refusals_say_what_to_do() -> None:

@@ -185,6 +185,7 @@ def test_a_measured_budget(tmp_path: Path) -> None:
         ({"max_drop": float("nan")}, "max_drop must be at least 0"),
         ({"max_params": 0}, "max_params must be a whole number >= 1"),
         ({"max_multiply_adds": 1.5}, r"max_multiply_adds must lie in \(0, 1\)"),
+        ({"max_multiply_adds": 50}, r"max_multiply_adds must lie in \(0, 1\), got 50; did you mean 0.5\?"),
         ({"max_latency": 0}, "max_latency must be a finite number > 0"),
         ({"speed_up": 1}, "speed_up must be larger than 1"),
         ({"speed_up": 2, "device": "tpu"}, "'cpu' or 'cuda', got 'tpu'"),
