@@ -131,7 +131,8 @@ def refuse_void_outputs(module: nn.Module, inputs: Any, outputs: list[Tensor]) -
 
 
 def _isnan(tensor: Tensor) -> Tensor:
-    return tensor.isnan() if tensor.is_floating_point() else torch.zeros((), dtype=torch.bool)
+    plain = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested
+    return tensor.isnan() if plain else torch.zeros((), dtype=torch.bool)
 
 
 def _nan_inputs(tensor: Tensor, which: str) -> ValueError:
