@@ -25,6 +25,7 @@ from lightning_sparse.structure import Coupled, Structure, check_groups
 from lightning_sparse.weights import Attachment, Member, Place, WeightStore
 
 Values = Callable[[str], Tensor]
+Tensors = Mapping[str, Tensor]
 
 
 class Groups:
@@ -115,7 +116,7 @@ class Groups:
         return min(max(1, round(least * count)), count)
 
     def keep_highest(
-        self, scores: Mapping[str, Tensor], values: Mapping[str, Tensor], zeros: float, least: float = 0.0
+        self, scores: Tensors, values: Tensors, zeros: float, least: float = 0.0, held: Tensors | None = None
     ) -> dict[str, Tensor]:
         """Return the boolean masks of ``values`` that leave the share ``zeros`` of them zero, and up to one group more.
 
@@ -127,6 +128,7 @@ class Groups:
             values: tensors of the parameters' shapes, by name.
             zeros: share of the weights.
             least: share of each leader's groups that stay.
+            held: masks of the weights that may be non-zero, by name; the others count as zero also where their group stays.
         """
         known = {leader: score.float().reshape(-1) for leader, score in scores.items()}
         for leader, score in known.items():
@@ -135,18 +137,17 @@ class Groups:
         every = torch.cat(list(known.values()))
         place = torch.empty(len(every), dtype=torch.long)  # of each group in the order of removal
         place[every.cpu().argsort(stable=True)] = torch.arange(len(every))
-        total = sum(value.numel() for value in values.values())
 
         def removed(count: int) -> dict[str, Tensor]:
             gone = (place < count) & every.cpu().isfinite()
-            parts = zip(scores.values(), gone.split([len(score) for score in known.values()]), strict=True)
-            found = [part.reshape(score.shape).to(score.device) for score, part in parts]
-            return self.zeros(dict(zip(known, found, strict=True)), values, scores)
+            parts = zip(scores.items(), gone.split([len(score) for score in known.values()]), strict=True)
+            return self.zeros({name: part.reshape(score.shape).to(score.device) for (name, score), part in parts}, values, scores)
 
         def reaches(count: int) -> bool:
-            return sum(int(mask.sum()) for mask in removed(count).values()) >= round(zeros * total)
+            gone = (mask | ~held[name] if held and name in held else mask for name, mask in removed(count).items())
+            return sum(int(mask.sum()) for mask in gone) >= round(zeros * sum(value.numel() for value in values.values()))
 
-        count = bisect_left(range(len(every)), True, key=reaches)
+        count = bisect_left(range(len(every) + 1), True, key=reaches)
         return {name: ~mask for name, mask in removed(count).items()}
 
 

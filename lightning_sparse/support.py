@@ -309,7 +309,8 @@ class Support:
     def keep_highest(self, alive: Mapping[str, Tensor], zeros: float) -> dict[str, Tensor]:
         """Return the masks of these whole parameters that leave a share of ``zeros``, ranked by the score; a collective."""
         if self.groups is not None:
-            return self.groups.keep_highest(self._scores_of_groups(self.groups, alive), alive, zeros, self.least)
+            held = {name: elementwise.full_tensor(self.held[name]).to(alive[name].device) for name in alive if name in self.held}
+            return self.groups.keep_highest(self._scores_of_groups(self.groups, alive), alive, zeros, self.least, held)
         scores = {name: checked(self.score, self._ranked(name, where), self._scored) for name, where in alive.items()}
         if self.structure.ranks_within:  # what the structure keeps ranks above all that it does not
             gone = {name: self.structure.project(torch.zeros_like(alive[name]), score) for name, score in scores.items()}
