@@ -22,7 +22,7 @@ from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.duality import MaskRule, Penalty
 from lightning_sparse.methods.base import Method
 from lightning_sparse.schedules import NEAR
-from lightning_sparse.select import left_out, owners
+from lightning_sparse.select import default_selection, left_out, owners
 from lightning_sparse.step import Strength
 from lightning_sparse.step_sizes import Doubt
 from lightning_sparse.structure import Coupled, Heads
@@ -225,10 +225,23 @@ def warn_coverage(options: Options, weights: WeightStore, trainer: Trainer, modu
     _report_skipped(found, who, patterns, module)
     if coverage.is_general(patterns):
         _warn(coverage.tied_message(found, who, patterns))
+    if options.keep_zeros:
+        _warn_of_lost_zeros(options, {id(parameter) for own in [weights.parameters, *chosen] for parameter in own.values()}, module)
     if not unfreezes(trainer):
         _warn(coverage.frozen_message(found, who, patterns))
         if note := coverage.frozen_note(found, who):
             rank_zero_info(note)
+
+
+def _warn_of_lost_zeros(options: Options, selected: set[int], module: LightningModule) -> None:
+    """Warn that ``keep_zeros`` does not keep the zeros of weights that no callback selects."""
+    others = {name: parameter for name, parameter in default_selection(module).items() if id(parameter) not in selected}
+    zeros, size = counts.share(found := counts.count_zeros(others)), sum(number for _, number in found.values())
+    if size and zeros >= MANY:
+        rank_zero_warn(
+            f"keep_zeros=True keeps the zeros of the weights that {options.form} selects; {zeros:.1%} of the {size} others are zero and "
+            f"are trained again, such as {_listed(list(others)[:1], module)}: select them too, or give them a callback of their own"
+        )
 
 
 def warn_counted(who: str, patterns: list[str] | None, module: LightningModule, names: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from lightning_sparse.methods.base import Method
 from lightning_sparse.schedules import START, Constant, Schedule, TargetSparsity, as_schedule
 from lightning_sparse.scores import LAMP, Score
 from lightning_sparse.step import Strength
-from lightning_sparse.structure import Element, Structure
+from lightning_sparse.structure import NM, Element, Structure
 
 Finish = Literal["keep", "prune"]
 
@@ -133,6 +133,11 @@ def check_structure(options: Options, method: Method, given: Penalty | MaskRule)
         raise ValueError(
             f"structure={structure!r} fixes the share of zeros: give a callback such as ReweightedPenalty lam and freeze=0.25 instead of "
             "target_sparsity, or use MagnitudePruning"
+        )
+    if isinstance(structure, NM) and options.target_sparsity is not None and options.target_sparsity < 1 - structure.n / structure.m:
+        raise ValueError(
+            f"structure={structure!r} makes {1 - structure.n / structure.m:.0%} of the weights zero by itself: target_sparsity must be at "
+            f"least {1 - structure.n / structure.m:.4g}, got {options.target_sparsity:g}"
         )
 
 

@@ -43,6 +43,11 @@ class SparseCheckpoint(AnyModelCheckpoint, metaclass=CallbackClass):
         self._settings = settings
         if self.save_last == "link":
             raise ValueError("save_last='link' would link to a best file that may not exist yet; use save_last=True")
+        if "mode" not in settings and self.monitor is not None and _checks.is_larger_better(self.monitor.replace("score", "")):
+            rank_zero_warn(
+                f"SparseCheckpoint(monitor={self.monitor!r}) without a mode keeps the file of the smallest value, as ModelCheckpoint does; "
+                "give mode='max' to keep that of the largest"
+            )
         self.highest, self.held = 0.0, False
         self._names: list[str] = []  # parameters whose exact zeros are counted without a sparsity callback
 

@@ -16,8 +16,8 @@ class Sparsify(Sparsifier):
     The share of zeros rises as gradual pruning's cubic; weights of the lowest ``score`` are removed for good and the others recover
     from each cut. Up to the end of the ramp the exact prox of an L1 penalty runs after each optimiser step. Its lam is bounded in units of
     the loss's gradients: at a twentieth of them where the scale of the weights does not matter, as in convolutions before a batch norm, and
-    near 0 where it does. So it needs no strength and works alike under Adam and SGD. The last share ``freeze`` of the run, a
-    quarter by default (where it is 0), trains the weights that are left, without penalty.
+    near 0 where it does. So it needs no strength and works alike under Adam and SGD. The last share ``freeze`` of the run (where it is
+    0: a quarter, or 0.7 if the network was trained before) trains the weights that are left, without penalty.
 
     It is ``AdaptiveProx(penalties.L1(), exact=True, target_sparsity=...)`` whose steps move a weight by at most the learning rate.
     Source of the ramp: Zhu and Gupta, arXiv 1710.01878. Raises ValueError unless 0 < target_sparsity < 1.

@@ -38,7 +38,7 @@ class VariationalDropout(Sparsifier):
         target_sparsity: the share of zeros to reach, in place of a kl_weight to guess, which then starts at ``kl_weight`` (1e-5 by
             default), stays there and is logged as ``sparsity/lam``. The zeros that it does not make in time are removed by rank along a
             ramp. The support is frozen as soon as the target is met, after 0.8 of the share ``1 - freeze`` of the run (``freeze`` is
-            then 0.25 where it is 0).
+            then 0.25 where it is 0, or 0.7 in a network that was trained before).
         learned_lr: the learning rate of log eta or log sigma, under the weights' schedule; None is the weights' own.
         log_start: what log sigma ("additive") or -log eta (the others) starts at.
 

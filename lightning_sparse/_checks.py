@@ -174,3 +174,12 @@ def closest(word: str, known: Iterable[str], count: int = 3) -> str:
     lowered = {name.lower(): name for name in names}
     near = [lowered[hit] for hit in difflib.get_close_matches(word.lower(), lowered, n=count, cutoff=0.4)]
     return "; closest: " + ", ".join(repr(name) for name in near) if near else ""
+
+
+_RISING = ("acc", "f1", "auc", "auroc", "precision", "recall", "map", "iou", "dice", "r2", "bleu", "rouge", "score")
+_FALLING = ("loss", "error", "mape")  # although they may hold one of the words above
+
+
+def is_larger_better(metric: str) -> bool:
+    """Return True if larger values of a metric are better, guessed from its name."""
+    return any(word in metric.lower() for word in _RISING) and not any(word in metric.lower() for word in _FALLING)

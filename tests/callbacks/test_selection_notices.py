@@ -282,3 +282,25 @@ def test_many_zeros_at_the_start_that_are_trained_again_are_logged(form, again, 
     lines = [record.getMessage() for record in caplog.records if "are trained again; keep_zeros=True keeps them" in record.getMessage()]
     assert len(lines) == (again and share == 0.5)
     assert all("50.0% of the selected weights are zero at the start" in line for line in lines)
+
+
+def half_zero():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    with torch.no_grad():
+        for layer in (network[0], network[2]):
+            layer.weight *= torch.rand_like(layer.weight) > 0.5
+    return Toy(network)
+
+
+def test_zeros_that_keep_zeros_does_not_keep_are_named(recwarn):
+    share = float((half_zero().network[2].weight == 0).float().mean())
+    said = rf"keeps the zeros of the weights that Sparsify selects; {share:.1%} of the 48 others are zero .* such as 'network.2.weight'"
+    with pytest.warns(UserWarning, match=said):
+        trainer(Sparsify(0.7, keep_zeros=True, select=["network.0.weight"])).fit(half_zero(), data())
+    recwarn.clear()
+    both = [Sparsify(0.7, keep_zeros=True, select=[f"network.{i}.weight"]) for i in (0, 2)]
+    trainer(*both).fit(half_zero(), data())
+    trainer(Sparsify(0.7, keep_zeros=True)).fit(half_zero(), data())
+    trainer(Sparsify(0.7, select=["network.0.weight"])).fit(half_zero(), data())
+    assert not [one for one in recwarn if "others are zero" in str(one.message)]

@@ -256,3 +256,11 @@ def test_a_target_above_that_of_the_callback_is_reported_before_training(tmp_pat
 @pytest.mark.parametrize("target", [0.8, 0.7])
 def test_a_target_that_the_callback_meets_is_not(target, tmp_path):
     fit(every(tmp_path, target), Sparsify(0.8))
+
+
+def test_a_metric_that_rises_without_a_mode_is_reported(recwarn):
+    for monitor, mode in (("val_loss", None), ("val/mape", None), (None, None), ("val/accuracy", "max"), ("val/accuracy", "min")):
+        SparseCheckpoint(0.8, monitor=monitor, **({} if mode is None else {"mode": mode}))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"monitor='val/accuracy'\) without a mode keeps the file of the smallest .* give mode='max'"):
+        SparseCheckpoint(0.8, monitor="val/accuracy")

@@ -143,6 +143,11 @@ def test_conversion_keeps_the_structure() -> None:
         (lambda: ReweightedPenalty(LOG_SUM, 0.1, structure=Rows(), compile=True), ValueError, "compile=True is for single"),
         (lambda: ReweightedPenalty(LOG_SUM, 0.1, structure=Rows(), gap_samples=2), ValueError, "gap_samples draws masks of single"),
         (lambda: ReweightedPenalty(LOG_SUM, target_sparsity=0.5, structure=NM(2, 4)), ValueError, "fixes the share of zeros"),
+        (
+            lambda: MagnitudePruning(0.3, structure=NM(2, 4)),
+            ValueError,
+            r"makes 50% of the weights zero by itself: .* at least 0\.5, got 0\.3",
+        ),
     ],
 )
 def test_refusals(make: Any, error: type[Exception], text: str) -> None:

@@ -11,13 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_sparse import plots
+from lightning_sparse import _checks, plots
 from lightning_sparse.cli.comparison.runs import Run
 from lightning_sparse.cli.errors import UsageError
 
 Record = dict[str, Any]
-_RISING = ("acc", "f1", "auc", "auroc", "precision", "recall", "map", "iou", "dice", "r2", "bleu", "rouge", "score")
-_FALLING = ("loss", "error", "mape")  # although they may hold one of the words above
 NO_SPREAD = "one seed: no spread is known"
 _LONGEST = 260  # characters of a footnote
 _LONGEST_CELL = 200  # of a reason in the table
@@ -64,9 +62,7 @@ def metric_of(records: Iterable[Record], given: str | None) -> str:
 
 def rises(name: str, mode: str | None = None) -> bool:
     """Return True if larger is better: as ``mode`` ("max" or "min") says, else guessed from the name."""
-    if mode is not None:
-        return mode == "max"
-    return any(word in name.lower() for word in _RISING) and not any(word in name.lower() for word in _FALLING)
+    return _checks.is_larger_better(name) if mode is None else mode == "max"
 
 
 def cells(runs: Sequence[Run], records: Sequence[Record], metric: str) -> list[Cell]:
