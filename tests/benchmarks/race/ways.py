@@ -25,8 +25,8 @@ DENSE = "dense"
 Make = Callable[[float, int], list[Callback]]
 
 
-def _pruning(score: scores.Score) -> Make:
-    return lambda target, epochs: [MagnitudePruning(target_sparsity=target, every=20, score=score)]
+def _pruning(score: scores.Score, end: float = 0.75) -> Make:
+    return lambda target, epochs: [MagnitudePruning(target_sparsity=target, every=20, score=score, end=end)]
 
 
 def _lightnings(target: float, epochs: int) -> list[Callback]:
@@ -44,8 +44,10 @@ WAYS: dict[str, Make] = {
     DENSE: lambda target, epochs: [],
     "Sparsify": lambda target, epochs: [Sparsify(target)],
     "Sparsify, ramp to 60 %": lambda target, epochs: [Sparsify(target, freeze=0.4)],
+    "Sparsify, ramp to 75 %": lambda target, epochs: [Sparsify(target, freeze=0.25)],  # the default but for trained networks
     "MagnitudePruning": _pruning(scores.Magnitude()),
     "pruning, LAMP": _pruning(scores.LAMP()),
+    "pruning, LAMP, ramp to 30 %": _pruning(scores.LAMP(), 0.3),
     "AdaptiveMask": lambda target, epochs: [AdaptiveMask(LOG_SUM, target_sparsity=target)],
     "ReweightedPenalty": lambda target, epochs: [ReweightedPenalty(LOG_SUM, target_sparsity=target)],
     "AdaptiveProx": lambda target, epochs: [AdaptiveProx(LOG_SUM, target_sparsity=target)],
@@ -60,6 +62,7 @@ WAYS: dict[str, Make] = {
 OURS = (
     "Sparsify",
     "Sparsify, ramp to 60 %",
+    "Sparsify, ramp to 75 %",
     "AdaptiveMask",
     "ReweightedPenalty",
     "AdaptiveProx",
