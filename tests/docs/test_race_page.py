@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from race import one, page, problems, records, run, table
+from race import again, one, page, problems, records, run, table
 from race.problems import BUDGETS, PROBLEMS, Problem
 from race.ways import DENSE, WAYS
 from torch import nn
@@ -124,3 +125,27 @@ def test_an_exception_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PROBLEMS, "broken", Problem("broken", lambda folder: [][0], nn.Module, "adamw", 1.0))
     record = one.train({"problem": "broken", "budget": "short", "target": 0.9, "method": "Sparsify", "seed": 0}, Path())
     assert record["error"].startswith("IndexError")
+
+
+def test_a_network_is_trained_and_then_once_more_for_each_row_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
+    part = (x, (x[:, 0] > 0).long())
+
+    def net(weights: Path | None) -> nn.Module:
+        return nn.Sequential(nn.Linear(10, 30), nn.ReLU(), nn.Linear(30, 2))
+
+    monkeypatch.setitem(PROBLEMS, "toy", Problem("toy", lambda folder: (part, part, part), net, "adamw", 1e-2, batch=20))
+    monkeypatch.setitem(BUDGETS, "short", 60)
+    given = argparse.Namespace(data=Path(), weights=None, steps=30, rate=0.5, target=0.8, forms=["Sparsify"], freeze=[0.25, 0.5])
+    rows = [*again.run(given, "toy", 0, [])]
+    assert [row["freeze"] for row in rows] == [0.25, 0.5]
+    assert all(row["validation_error"] < 40 for row in rows)
+    assert [*again.run(given, "toy", 0, rows[1:])] == rows[:1]
+    assert [*again.run(given, "toy", 0, rows)] == []
+    assert len([*again.run(given, "toy", 1, rows)]) == 2
+    other = {**rows[0], "seed": 1, "validation_error": rows[0]["validation_error"] + 2}
+    mean = rows[0]["validation_error"] + 1
+    assert again.table([rows[0], other, {**rows[1], "form": "AdaptiveMask"}]).splitlines()[2:] == [
+        f"| toy | 30 | 80% | Sparsify | {mean:.2f} |  | 2 |",
+        f"| toy | 30 | 80% | AdaptiveMask |  | {rows[1]['validation_error']:.2f} | 1 |",
+    ]

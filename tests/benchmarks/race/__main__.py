@@ -8,6 +8,7 @@ from pathlib import Path
 COMMANDS = {
     "run": "train what is missing, two runs side by side, and add a record of each",
     "table": "print the tables of the records",
+    "again": "fine-tune trained networks with ramps of several lengths",
     "page": "write docs/race.md and its pictures from the records",
 }
 

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean
 
-from race import records
+from race import again, records
 from race.problems import BUDGETS, PROBLEMS
 from race.records import Record
 from race.run import TARGETS
@@ -30,6 +30,7 @@ def page(runs: list[Record]) -> str:
     filled = {
         "tables": "\n\n".join(parts),
         "verdicts": verdicts(runs),
+        "again": again.table(again.read()),
         "missing": missing(runs),
         "failed": failed(runs),
         "versions": "; ".join(versions),
