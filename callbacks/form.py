@@ -217,12 +217,7 @@ class SparsityCallback(AnyCallback, metaclass=CallbackClass):
     @property
     def planned_end(self) -> float:
         """Return the share of the run by which all goals are to be met."""
-        return 1 - self.frozen_share
-
-    @property
-    def frozen_share(self) -> float:
-        """Return the last share of the run, which is trained with the support frozen: ``freeze``, or the default with a target."""
-        return self.strength.frozen_share(self.options.freeze)
+        return 1 - self.strength.frozen_share(self.options.freeze)
 
     # -- conversion ----------------------------------------------------------------------------------------------------------
 

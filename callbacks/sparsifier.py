@@ -195,7 +195,7 @@ class Sparsifier(SparsityCallback):
             self.clock.idle = None
         if self.watch.checks_gradients and not elementwise.are_finite(grads):
             self.watch.check_gradients(trainer, optimizer)
-        if self.strength.target is not None and self.search.is_due(self.frozen_share, ahead=1):
+        if self.strength.target is not None and self.search.is_due(self.options.freeze, ahead=1):
             self.search.measure_gradients(optimizer, step.grad_scale)
         if self.support.frozen is None:
             if self.support.score.needs_squares:
@@ -243,13 +243,13 @@ class Sparsifier(SparsityCallback):
 
     def _count_step(self) -> None:
         self.clock.count()
-        self._advance(self.strength.target is not None and self.search.follow(self.frozen_share))
+        self._advance(self.strength.target is not None and self.search.follow(self.options.freeze))
 
     def _advance(self, arrived: bool = False) -> None:
         """Do what is due at this step: update the method, and freeze if the target was met (``arrived``) or the time has come."""
         if "progress" in self._moments:
             self.method.progress()
-        freeze = self.frozen_share
+        freeze = self.strength.frozen_share(self.options.freeze)
         if freeze and self.support.frozen is None and (arrived or self.strength.step >= round(self.strength.total * (1 - freeze))):
             before = self.support.share_of_zeros()
             self._freeze()

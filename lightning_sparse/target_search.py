@@ -38,9 +38,10 @@ class TargetSearch:
     def is_due(self, freeze: float, ahead: int = 0) -> bool:
         """Return True if lam is solved for after this step, or the one ``ahead`` of it.
 
-        The search ends where the last share ``freeze`` of the run begins. See :func:`lightning_sparse.schedules.rounds`.
+        The search ends where the last share ``freeze`` of the run begins (0: the default's). See
+        :func:`lightning_sparse.schedules.rounds`.
         """
-        step, way = self.strength.step + ahead, self.strength.total * (1 - freeze)
+        step, way = self.strength.step + ahead, self.strength.total * (1 - self.strength.frozen_share(freeze))
         points = rounds(way)
         return self.strength.target is not None and not self.support.is_frozen and step * points // way != (step - 1) * points // way
 
@@ -51,7 +52,7 @@ class TargetSearch:
         if target is None or not self.is_due(freeze):
             return False
         zeros = support.share_of_zeros()
-        wanted = target.advance(zeros, self.strength.step / (self.strength.total * (1 - freeze)))
+        wanted = target.advance(zeros, self.strength.step / (self.strength.total * (1 - self.strength.frozen_share(freeze))))
         if support.method.solvable:
             target.solve(support.share_of_zeros, self.largest_lam())
             zeros = support.share_of_zeros()
