@@ -83,7 +83,7 @@ def usage() -> str:
 def main(args: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code. Errors are one line on stderr.
 
-    0: success; 1: the run failed (for example a non-finite loss or a full disk); 2: invalid input.
+    0: success; 1: the run failed (for example a non-finite loss or a full disk); 2: invalid input; 130: interrupted by Ctrl-C.
     """
     print_utf8()
     words = list(sys.argv[1:] if args is None else args)
@@ -95,6 +95,12 @@ def main(args: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         return _stop_printing()
+    except KeyboardInterrupt as error:
+        return _stop(str(error))
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # the Trainer ends so, with exit code 1
+            return _stop("")
+        raise
     except (RunError, UsageError) as error:
         if isinstance(error.__cause__, BrokenPipeError):
             return _stop_printing()
@@ -105,6 +111,13 @@ def main(args: Sequence[str] | None = None) -> int:
 def _tell(words: list[str]) -> int:
     print(__version__ if words[:1] == ["--version"] else usage())
     return 0 if words else 2
+
+
+def _stop(state: str) -> int:
+    """Say that the command was interrupted, and return the exit code of a shell for that."""
+    below = "\n" if sys.stderr.isatty() else ""  # where the terminal shows ^C
+    print(f"{below}interrupted{': ' if state else ''}{state}", file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 def _stop_printing() -> int:

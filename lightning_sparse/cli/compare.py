@@ -57,10 +57,14 @@ def run(verb: str, words: list[str]) -> int:
     print(f"{len(runs)} runs, {left} to go, files in {settings.out}", flush=True)
     if args.metric is not None and left == len(runs) and getattr(args, "engine", "local") == "local":
         settings.check_metric(runs[0])
-    if verb == "path":  # one after the other, because each starts from the last
-        records = [record for run in runs for record in engines.run_all([run], "local", 1, _tell)]
-    else:
-        records = engines.run_all(runs, args.engine, args.jobs, _tell, args.engine_options)
+    try:
+        if verb == "path":  # one after the other, because each starts from the last
+            records = [record for run in runs for record in engines.run_all([run], "local", 1, _tell)]
+        else:
+            records = engines.run_all(runs, args.engine, args.jobs, _tell, args.engine_options)
+    except KeyboardInterrupt:
+        done = sum(run.result() is not None for run in runs)
+        raise KeyboardInterrupt(f"{done} of {len(runs)} runs done; the same command goes on") from None
     setting = "lam" if verb == "path" else "target"
     metric = results.metric_of(records, args.metric)
     up = results.rises(metric, args.mode)

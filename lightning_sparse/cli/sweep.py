@@ -200,8 +200,8 @@ def _check(name: str, words: list[str]) -> None:
 class _Trial(Run):
     """A run whose own configuration comes last, because ``--trainer.callbacks.lam`` sets an argument of the last callback before it."""
 
-    def words(self, verb: str = "fit") -> list[str]:
-        words = super().words(verb)
+    def words(self, verb: str = "fit", resumed: Path | None = None) -> list[str]:
+        words = super().words(verb, resumed)
         return [*words[:3], *words[5:], *words[3:5]]
 
 

@@ -106,14 +106,14 @@ class _Workers:
     """Executes runs in threads that wait for a process each; a run waits while less memory is free than the largest one used."""
 
     def __init__(self) -> None:
-        self._running, self._processes, self._lock = 0, set[Any](), Lock()
+        self._running, self._processes, self._lock, self._stopped = 0, set[Any](), Lock(), False
 
     def execute(self, run: Run) -> Record:
         """Execute a run when memory allows."""
         while not self._may_start():
             time.sleep(_LOOK)
         try:
-            return execute(run, self._processes.add)
+            return {"failed": "stopped"} if self._stopped else execute(run, self._add)
         finally:
             with self._lock:
                 self._running -= 1
@@ -125,8 +125,14 @@ class _Workers:
             self._running += allowed
             return allowed
 
+    def _add(self, process: Any) -> None:
+        self._processes.add(process)
+        if self._stopped:  # while it was started
+            process.kill()
+
     def kill(self) -> None:
-        """Kill the processes of all runs."""
+        """Kill the processes of all runs, and start no more."""
+        self._stopped = True
         for process in list(self._processes):
             process.kill()
 

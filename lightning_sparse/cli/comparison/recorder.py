@@ -15,7 +15,8 @@ from lightning_sparse import counts, select
 from lightning_sparse.callbacks import Sparsifier, user_warnings
 
 FINAL, RESUME, METRICS, PROGRESS = "final.ckpt", "resume.ckpt", "metrics.json", "progress.json"
-EVERY = 10.0  # seconds between two checkpoints to resume from
+ENDED = "lightning_sparse_run_ended"  # of a checkpoint, from which a resumed run would train and log nothing
+SHARE = 0.05  # of the time, at most, goes into checkpoints to resume from
 
 
 class Recorder(Callback):
@@ -23,7 +24,7 @@ class Recorder(Callback):
 
     =================  ==================================================================================================
     ``progress.json``  epoch and epochs, after every epoch
-    ``resume.ckpt``    a checkpoint, at an epoch's end, at most every 10 seconds; removed at the end
+    ``resume.ckpt``    a checkpoint, at the end of every epoch if that takes less than 5 % of the time; removed at the end
     ``final.ckpt``     the trained module
     ``metrics.json``   what the run logged last (``sparsity/...`` left out), zeros of the selected weights in [0, 1] in all
                        and by parameter, steps, seconds, the step of the last validation, and warnings of this package
@@ -39,7 +40,7 @@ class Recorder(Callback):
     def __init__(self, folder: str, start_from: str | None = None) -> None:
         self.folder, self.start_from = Path(folder), start_from
         self.validated: int | None = None
-        self._before, self._began, self._saved = 0.0, 0.0, 0.0
+        self._before, self._began, self._due = 0.0, 0.0, 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and self.start_from is not None:
@@ -47,7 +48,7 @@ class Recorder(Callback):
             pl_module.load_state_dict(state)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began = self._saved = time.perf_counter()
+        self._began = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validated = trainer.global_step
@@ -56,13 +57,17 @@ class Recorder(Callback):
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs
         if trainer.is_global_zero:
             _write(self.folder / PROGRESS, {"epoch": epoch, "epochs": epochs})
-        due = time.perf_counter() - self._saved > EVERY and epoch != epochs
-        if trainer.strategy.broadcast(due):
-            self._saved = time.perf_counter()
+        began = time.perf_counter()
+        if trainer.strategy.broadcast(began > self._due and not _at_end(trainer)):
             part = self.folder / f"{RESUME}.part"
             trainer.save_checkpoint(part)
             if trainer.is_global_zero:
                 os.replace(part, self.folder / RESUME)
+            ended = time.perf_counter()
+            self._due = ended + (ended - began) / SHARE
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[ENDED] = _at_end(trainer)  # also in the files of a ModelCheckpoint
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds(), "validated": self.validated}
@@ -101,6 +106,14 @@ class Recorder(Callback):
             record = json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
             found = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("sparsity/")}
             _write(self.folder / METRICS, record | {"test": found})
+
+
+def _at_end(trainer: Trainer) -> bool:
+    """Return True if no batch is left to train."""
+    if trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
+        return True
+    last = trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
+    return last and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from lightning_sparse import _checks
-from lightning_sparse.cli.comparison import recorder
+from lightning_sparse.cli import recipes
+from lightning_sparse.cli.comparison import recorder, resuming
 from lightning_sparse.cli.errors import UsageError, explain
 
 OVERLAY, LOG = "overlay.yaml", "log.txt"
@@ -86,8 +87,8 @@ class Run:
             return 0.0
         return progress["epoch"] / progress["epochs"] if progress["epochs"] and progress["epochs"] > 0 else 0.0
 
-    def words(self, verb: str = "fit") -> list[str]:
-        """Return the command line of a verb, after the program's name."""
+    def words(self, verb: str = "fit", resumed: Path | None = None) -> list[str]:
+        """Return the command line of a verb, after the program's name; ``resumed`` is the checkpoint that fit continues from."""
         words = [verb, "--config", self.config, "--config", str(self.path / OVERLAY), *self.overrides]
         words += [
             "--trainer.default_root_dir",
@@ -99,28 +100,35 @@ class Run:
         words += ["--sparsify", "null"] if self.removes else []
         if verb == "test":
             words += ["--ckpt_path", str(self.path / recorder.FINAL)]
-        elif (self.path / recorder.RESUME).is_file():
-            words += ["--ckpt_path", str(self.path / recorder.RESUME)]
+        elif resumed is not None:
+            words += ["--ckpt_path", str(resumed)]
         return words
 
-    def write_overlay(self) -> None:
-        """Write the configuration that adds the callbacks."""
+    def overlay(self) -> dict[str, Any]:
+        """Return the configuration that adds the callbacks."""
         added = [] if self.callback is None else [dict(self.callback)]
         start = {} if self.start_from is None else {"start_from": self.start_from}
         added.append({"class_path": f"{recorder.Recorder.__module__}.Recorder", "init_args": {"folder": self.folder} | start})
+        return {"trainer": {"callbacks+": added}}
+
+    def begin(self) -> Path | None:
+        """Write the overlay and return the checkpoint that the run continues from; None if it starts from the beginning."""
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / OVERLAY).write_text(yaml.safe_dump({"trainer": {"callbacks+": added}}, allow_unicode=True), encoding="utf-8")
+        (self.path / OVERLAY).write_text(yaml.safe_dump(self.overlay(), allow_unicode=True), encoding="utf-8")
+        if (self.path / recorder.METRICS).is_file():
+            return None
+        return resuming.start(self.path, [recipes.content(Path(self.config)), self.overlay(), self.script, self.words()])
 
 
 def execute(run: Run, started: Callable[[Any], None] = lambda process: None) -> dict[str, Any]:
     """Execute a run in a process of its own and return its record, or ``{"failed": reason}``. A finished run is only read.
 
-    An interrupted run continues from its last checkpoint. ``started`` gets the process, which ends when this one does.
+    An interrupted run continues from its newest checkpoint. ``started`` gets the process, which ends when this one does.
     """
     if (known := run.result()) is not None:
         return known
-    run.write_overlay()
-    if not (run.path / recorder.METRICS).is_file() and (reason := _call(run, "fit", started)):
+    resumed = run.begin()
+    if not (run.path / recorder.METRICS).is_file() and (reason := _call(run, "fit", started, resumed)):
         return {"failed": reason}
     _keep_config(run)
     if run.test and (reason := _call(run, "test", started)):
@@ -135,9 +143,9 @@ def _keep_config(run: Run) -> None:
         shutil.copyfile(files[-1], run.path / "config.yaml")
 
 
-def _call(run: Run, verb: str, started: Callable[[Any], None]) -> str:
+def _call(run: Run, verb: str, started: Callable[[Any], None], resumed: Path | None = None) -> str:
     """Run a verb in another process, with its output in LOG; return the reason if it fails, else an empty string."""
-    program = [sys.executable, "-m", "lightning_sparse.cli.comparison.worker", run.script or "-", *run.words(verb)]
+    program = [sys.executable, "-m", "lightning_sparse.cli.comparison.worker", run.script or "-", *run.words(verb, resumed)]
     threads = {name: str(run.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     group = {"WANDB_RUN_GROUP": run.group, "WANDB_NAME": run.name} if run.group else {}
     for saved in run.path.rglob("config.yaml"):  # because LightningCLI refuses to write it again
