@@ -10,7 +10,7 @@ from typing import Any
 from lightning_sparse.cli import checkpoints, recipes, scripted
 from lightning_sparse.cli.comparison.runs import check_script
 from lightning_sparse.cli.errors import UsageError
-from lightning_sparse.cli.report import run_folder
+from lightning_sparse.cli.folders import run_folder
 from lightning_sparse.cli.saved import Saved, silence_device_messages
 from lightning_sparse.cli.training import RecipeCLI, launch
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_sparse import counts
 from lightning_sparse.callbacks import Sparsifier
+from lightning_sparse.cli.folders import CONFIG, run_folder
 from lightning_sparse.cli.saved import Saved, silence_device_messages
 from lightning_sparse.cli.table import Result, Trained, show
 from lightning_sparse.cli.text import decode_names
@@ -36,7 +37,7 @@ class RunRecorder(Callback):
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
         if folder and trainer.is_global_zero:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            (run_folder(Path(folder)) / "config.yaml").write_text(self.recipe, encoding="utf-8")
+            (run_folder(Path(folder)) / CONFIG).write_text(self.recipe, encoding="utf-8")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -53,11 +54,6 @@ class RunRecorder(Callback):
 def _line(entry: dict[str, float], epochs: int | None) -> str:
     shown = [f"{name} {entry[name]:.4f}" for name in entry if name in ("sparsity/total", "train/loss") or name.startswith("val")]
     return f"epoch {entry['epoch']}/{epochs}  " + "  ".join(shown)
-
-
-def run_folder(checkpoints: Path) -> Path:
-    """Return the folder of a run, given the folder of its checkpoints."""
-    return checkpoints.parent if checkpoints.name == "checkpoints" else checkpoints
 
 
 class Reported(Protocol):

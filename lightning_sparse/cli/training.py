@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_sparse.callbacks import Sparsifier, checks
-from lightning_sparse.cli import checkpoints
+from lightning_sparse.cli import checkpoints, folders
 from lightning_sparse.cli.errors import UsageError, class_of, explain
 from lightning_sparse.cli.failures import in_one_line
 from lightning_sparse.cli.report import Report, RunRecorder
@@ -99,6 +99,7 @@ class RecipeCLI(SparseCLI):
 
     def fit(self, **given: Any) -> None:
         """Call the Trainer's method. Errors that do not come from the user's code become one-line messages."""
+        folders.choose(self.trainer, self.recorder.recipe, given.get("ckpt_path"))
         self._launch(self.trainer.fit, given)
 
     def validate(self, **given: Any) -> None:
