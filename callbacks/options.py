@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any, Literal
 
+from torch import Tensor
+
 from lightning_sparse import _checks, duality, scores, structure
 from lightning_sparse._construction import brief
 from lightning_sparse._plain import plain
@@ -79,10 +81,17 @@ def patterns(select: Any) -> list[str] | None:
     if select is None:
         return None
     if isinstance(select, str) or not isinstance(select, Sequence) or not all(isinstance(item, str) for item in select):
-        raise TypeError(f"select must be a list of patterns such as ['*', '!head.*'], got {select!r}")
+        raise TypeError(f"select must be a list of patterns such as ['*', '!head.*'], got {_listed(select)}")
     if not select:
         raise ValueError("select=[] selects nothing; omit it, or give None, for every weight matrix")
     return list(select)
+
+
+def _listed(select: Any) -> str:
+    """Show what was given as patterns; of a tensor only type and shape, not its numbers."""
+    if isinstance(select, (list, tuple)):
+        return f"[{', '.join(_listed(item) for item in select)}]"
+    return f"a {type(select).__name__} of shape {tuple(select.shape)}" if isinstance(select, Tensor) else repr(select)
 
 
 def score_of(value: Any) -> Score | None:
@@ -178,7 +187,10 @@ def strength_of(form: str, given: Penalty | MaskRule, penalty: Penalty, lam: flo
     if not penalty.separable:
         raise ValueError(f"target_sparsity adjusts lam, which does not decide the zeros of {penalty!r}; set its own share instead")
     if not isinstance(schedule, Constant):
-        raise ValueError(f"target_sparsity finds lam itself: give the number to start from, or none (null in a recipe), got {schedule!r}")
+        raise ValueError(
+            "target_sparsity finds lam itself: give the number to start from, or none (lam: null in a recipe, --sparsify.lam null on the "
+            f"command line), got {schedule!r}"
+        )
     return Strength(schedule, TargetSparsity(target, None if lam is None else schedule.lam))
 
 

@@ -87,7 +87,7 @@ class Sparsifier(SparsityCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if type(self) is Sparsifier:
-            raise TypeError("Sparsifier is the base class and trains no zeros; use ReweightedPenalty, AdaptiveProx or AdaptiveMask")
+            raise TypeError("Sparsifier, the base class, trains no zeros; use Sparsify, ReweightedPenalty, AdaptiveProx or AdaptiveMask")
         if stage == "fit":
             self.connections.detach_all()
             again = self.end_of_fit.state_for_next(trainer, pl_module, self.state_dict) if self.clock.begun else None

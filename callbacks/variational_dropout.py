@@ -66,7 +66,7 @@ class VariationalDropout(Sparsifier):
     ) -> None:
         self.prior, self.noise, self.learned_lr, self.log_start = prior, noise, learned_lr, log_start
         self._finds_weight = kl_weight is None and options.get("target_sparsity") is None
-        schedule = as_schedule(START if kl_weight is None else kl_weight)
+        schedule = as_schedule(START if kl_weight is None else kl_weight, "kl_weight")
         super().__init__(penalties.Scaled(penalties.VariationalDropout(prior), math.sqrt(schedule.lam)), schedule, **options)
 
     def _make_method(self, penalty: Penalty) -> methods.VariationalDropout:

@@ -203,7 +203,9 @@ def check_monotone(name: str, w: Tensor, values: Tensor) -> None:
     drop = values[1:] < values[:-1] * (1 - 1e-9)
     if drop.any():
         at = int(drop.nonzero()[0])
+        high, low = float(values[at]), float(values[at + 1])
+        digits = next(count for count in range(6, 18) if count == 17 or f"{high:.{count}g}" != f"{low:.{count}g}")
         raise ValueError(
-            f"{name} decreases at w = {w[at]:.6g}: from {values[at]:.6g} to {values[at + 1]:.6g} at w = {w[at + 1]:.6g}; "
+            f"{name} decreases at w = {w[at]:.6g}: from {high:.{digits}g} to {low:.{digits}g} at w = {w[at + 1]:.6g}; "
             "the duality needs it non-decreasing in |w|"
         )

@@ -116,13 +116,14 @@ def _of_run(name: str, value: float, low: float, closed: str) -> None:
         raise ValueError(f"{error}: it is a share of the run's optimiser steps, not a number of epochs or steps") from None
 
 
-def as_schedule(lam: object) -> Schedule:
-    """Convert a number to :class:`Constant`; return a schedule as it is. Raises TypeError for other types."""
+def as_schedule(lam: object, name: str = "lam") -> Schedule:
+    """Convert a number to :class:`Constant`; return a schedule as it is. Raises TypeError, naming the argument, for other types."""
     if isinstance(lam, Schedule):
         return lam
-    if isinstance(lam, type):
-        raise TypeError(f"lam must be a number or a Schedule such as LinearWarmup(1e-3), got {_checks.shown(lam, Schedule)}")
-    return Constant(_checks.positive("lam", lam))
+    if callable(lam):  # a class, or a function of the user's
+        given = _checks.shown(lam, Schedule)
+        raise TypeError(f"{name} must be a number or a Schedule of lightning_sparse.schedules such as LinearWarmup(1e-3), got {given}")
+    return Constant(_checks.positive(name, lam))
 
 
 # -- a target share of zeros -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 
 from lightning_sparse import mask_rules, penalties, scores, testing
 from lightning_sparse._contract import ContractError, close
+from lightning_sparse.callbacks import ReweightedPenalty
 from lightning_sparse.duality import CallableRule, MaskRule, Penalty, PenaltyRule
 
 NUMERIC = ("VariationalDropout", "HardConcrete", "Standout")  # tables and quadrature: more than half a second each
@@ -91,6 +92,8 @@ def test_the_contract_checks_refuse_other_objects() -> None:
         testing.check_score(scores.LAMP)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="takes a Penalty"):
         testing.check_penalty(mask_rules.Standout())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got the class ReweightedPenalty; did you mean ReweightedPenalty\(penalty=...\)\?"):
+        testing.check_callback(ReweightedPenalty)
     with pytest.raises(TypeError, match="takes a MaskRule"):
         testing.check_mask_rule(penalties.L1())  # type: ignore[arg-type]
 

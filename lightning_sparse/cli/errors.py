@@ -97,6 +97,10 @@ def _sentence(cause: str, where: str, owner: str, bases: str, keys: list[str]) -
     if missing := re.match(r"the following arguments are required: (.*)", cause):
         names = [name.strip().lstrip("-") for name in missing[1].split(",")]
         return f"{prefix}{_needed(where, owner, names) if where else _needed_at_the_top(names)}"
+    if key := re.match(r"Spaces not allowed in keys: (\"[^\"]*\")", cause):  # text with a colon, such as a lambda, is a mapping in YAML
+        wanted = _expected(owner, where.rpartition(".")[2])
+        number = "a number, or " if "float" in wanted else ""
+        return f"{prefix}must be {number}a class_path ({', '.join(sorted(class_names(wanted)))}), got a mapping with the key {key[1]}"
     if kind := re.match(r"Expected a (?:<class '(?:[\w.]+\.)?(\w+)'>|typing\.Literal(\[.*\]))(?:\. Got value: (.*))?$", cause):
         wanted = f"one of {kind[2]}" if kind[2] else _KINDS.get(kind[1], kind[1])
         return f"{prefix}must be {wanted}{f', got {kind[3]}' if kind[3] else ''}"

@@ -28,7 +28,7 @@ def choose(trainer: Trainer, recipe: str, resumed: Any) -> None:
     goes on from: with its model, data and seed it stays in the folder. A logger makes a folder for each run, so that none is chosen.
     """
     keepers = [keeper for keeper in trainer.checkpoint_callbacks if isinstance(keeper, ModelCheckpoint)]
-    if not keepers or trainer.fast_dev_run:
+    if not keepers or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     places = {id(keeper): _checkpoints(keeper, trainer) for keeper in keepers}
     first = places[id(keepers[0])]

@@ -20,7 +20,7 @@ def hint(words: Sequence[str]) -> str:
     """Return what to write in the place of what the parser has refused; empty if nothing is found.
 
     Looks for a command of ``lightning-sparse`` in a script, a configuration without ``--config``, arguments of ``sparsify`` without a
-    callback, and arguments beside a ``class_path``.
+    class, and arguments beside a ``class_path``.
     """
     if words[:1] and words[0] in _WITH_SCRIPT:
         return f"{words[0]!r} is a command of lightning-sparse: lightning-sparse {words[0]} {_WITH_SCRIPT[words[0]]} --script SCRIPT"
@@ -35,8 +35,24 @@ def hint(words: Sequence[str]) -> str:
         return (
             f"{options[0]} without a callback, because the configuration has no key sparsify: name one, too, such as --sparsify {example}"
         )
+    if "--sparsify" not in options and (found := _without_class(files, options)):
+        return found
     trees = [("", recipes.content(Path(file))) for file in files] + list(_inline(words))
     return next((found for where, tree in trees if (found := _beside_class(tree, where))), "")
+
+
+def _without_class(files: Sequence[str], options: Sequence[str]) -> str:
+    """Return the entry to write for arguments of ``sparsify`` in a file, if no file and no option names its class."""
+    entries = [entry for file in files if isinstance(entry := recipes.content(Path(file)).get("sparsify"), dict) and entry]
+    if not entries or "--sparsify.class_path" in options or any("class_path" in entry for entry in entries):
+        return ""
+    given = entries[-1].get("init_args") or {key: value for key, value in entries[-1].items() if key not in _ENTRY}
+    name = "ReweightedPenalty" if {"lam", "penalty"} & {*given} else "Sparsify"
+    return f"sparsify: no class_path: write {_shown({'class_path': name, 'init_args': given})}"
+
+
+def _shown(entry: dict[str, Any]) -> str:
+    return str(yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10_000)).strip()
 
 
 def _inline(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -58,9 +74,8 @@ def _beside_class(tree: Any, where: str) -> str:
         for key, value in beside.items():
             given |= value if str(key).startswith("init") and isinstance(value, dict) else {key: value}
         entry = {key: tree[key] for key in tree if key == "class_path"} | {"init_args": given}
-        shown = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10_000).strip()
         name = str(tree["class_path"]).rpartition(".")[2]
         listed = " and ".join(repr(key) for key in beside)
-        return f"{where}: {listed} beside class_path: arguments of {name} belong under init_args: write {shown}"
+        return f"{where}: {listed} beside class_path: arguments of {name} belong under init_args: write {_shown(entry)}"
     inner = (_beside_class(value, f"{where}.{key}" if where else str(key)) for key, value in entries)
     return next((found for found in inner if found), "")

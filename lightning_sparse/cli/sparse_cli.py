@@ -16,6 +16,7 @@ import lightning_sparse.noise
 import lightning_sparse.penalties
 import lightning_sparse.schedules
 import lightning_sparse.structure  # noqa: F401  (because only imported classes have short names)
+from lightning_sparse import archive
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.cli import checkpoints, misplaced, recipes, text
 from lightning_sparse.cli.errors import UsageError, class_of, explain, imported
@@ -89,6 +90,15 @@ class SparseCLI(LightningCLI):
             self.refuse(UsageError(misplaced.hint(self.words) or explain(str(error.message), known)))
         if name := text.unencodable_name(self.config.as_dict()):  # before a logger opens its run
             self.refuse(UsageError(NO_NAME.format(name)))
+        chosen = self.config.get(self.config.get("subcommand") or "") or {}
+        self.read_file(chosen.get("ckpt_path"))
+
+    def read_file(self, path: Any) -> None:
+        """Refuse a damaged file of --ckpt_path, which torch does not name."""
+        try:
+            archive.check(path)
+        except ValueError as error:
+            self.refuse(UsageError(str(error)))
 
     def _parse_ckpt_path(self) -> None:
         if self._ignores_file():

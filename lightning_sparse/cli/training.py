@@ -58,6 +58,9 @@ class RecipeCLI(SparseCLI):
         if "weights_only" in chosen:  # not in Lightning 2.5, which loads any object
             self.checkpoint = checkpoints.read(chosen.get("ckpt_path"))
 
+    def read_file(self, path: Any) -> None:
+        """Read nothing yet; the whole file is checked after the other arguments."""
+
     def instantiate_classes(self) -> None:
         try:
             LightningCLI.instantiate_classes(self)

@@ -103,7 +103,8 @@ def subject(callback: Any) -> Subject:
         return Subject(type(callback).__name__, _Copies(callback))
     if callable(callback) and not isinstance(callback, type):
         return Subject(getattr(callback, "__name__", repr(callback)), _Made(callback))
-    raise TypeError(f"check_callback takes a lightning.pytorch Callback or a function that makes one, got {callback!r}")
+    shown = _checks.shown(callback, Callback)
+    raise TypeError(f"check_callback takes a lightning.pytorch Callback or a function that makes one, got {shown}")
 
 
 def chosen(only: Collection[str] | None, skip: Collection[str], slow: bool) -> list[str]:

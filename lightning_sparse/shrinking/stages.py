@@ -114,7 +114,7 @@ def resumed(folder: Path, settings: dict[str, Any]) -> State:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}; give another folder") from error
     if state.settings != settings:
         other = sorted(name for name in settings.keys() | state.settings.keys() if state.settings.get(name) != settings.get(name))
-        raise ValueError(f"{folder} holds a run with another {', '.join(other)}: give another folder, or the same settings")
+        raise ValueError(f"{folder} holds a run with other settings of {', '.join(other)}: give another folder, or the same settings")
     return state
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from toys import Repeated, Toy, data, hooks, trainer, weights
 
 from lightning_sparse import duality, mask_rules, penalties, schedules
-from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, Sparsify, SparsityMonitor
+from lightning_sparse.callbacks import AdaptiveMask, AdaptiveProx, ReweightedPenalty, Sparsify, SparsityMonitor, VariationalDropout
 from lightning_sparse.curvature import EmpiricalFisher
 from lightning_sparse.duality import Penalty
 from lightning_sparse.noise import Gaussian
@@ -61,6 +61,17 @@ CONSTRUCTORS = {
         lambda: AdaptiveMask(LOG_SUM, LinearWarmup),
         TypeError,
         r"lam must be a number or a Schedule .*; did you mean LinearWarmup\(lam=...\)\?",
+    ),
+    "a function": (
+        lambda: AdaptiveMask(LOG_SUM, lambda step: 1.0),
+        TypeError,
+        "a Schedule of lightning_sparse.schedules such as",
+    ),
+    "kl_weight": (lambda: VariationalDropout(-1), ValueError, "^kl_weight must be a finite number > 0, got -1"),
+    "a tensor to select": (
+        lambda: ReweightedPenalty(LOG_SUM, 1.0, select=["*", torch.ones(3, 4)]),
+        TypeError,
+        r"got \['\*', a Tensor of shape \(3, 4\)\]$",
     ),
     "another class": (lambda: ReweightedPenalty(LOG_SUM, 1.0, structure=int), TypeError, r"got <class 'int'>"),
     "not subquadratic": (lambda: ReweightedPenalty(Quartic(), lam=1.0), ValueError, r"not subquadratic: eta_hat decreases at w = 1e-08"),

@@ -52,7 +52,7 @@ WORDS = {
     "another form's key": (["--sparsify", "AdaptiveMask", S + "metric", "adam"], ["AdaptiveMask takes no 'metric'"]),
     "a callback that is no form": (["--sparsify", "EarlyStopping"], ["no class 'EarlyStopping'"]),
     "no module": (["--sparsify", "no.such.Class"], ["No module named 'no'"]),
-    "the base class": (["--sparsify", "Sparsifier"], ["use ReweightedPenalty, AdaptiveProx or AdaptiveMask"]),
+    "the base class": (["--sparsify", "Sparsifier"], ["use Sparsify, ReweightedPenalty, AdaptiveProx or AdaptiveMask"]),
     "epochs": (["--trainer.max_epochs", "ten"], ["trainer.max_epochs", "whole number"]),
     "accelerator": (["--trainer.accelerator", "quantum"], ["quantum", "cpu"]),
     "strategy": (["--trainer.strategy", "fsdp"], ["fsdp", "GPU"]),
@@ -67,6 +67,7 @@ WORDS = {
     "a missing file": (["--config", "nofile.yaml"], ["no file 'nofile.yaml', and no recipe of this name"]),
     "no target": (["--sparsify", "Sparsify"], ["Sparsify needs 'target_sparsity'", UNDER.removeprefix("write ")]),
     "arguments beside a class": (["--sparsify", "{class_path: Sparsify, target_sparsity: 0.9}"], [BESIDE, UNDER]),
+    "a target beside a schedule": ([S + "target_sparsity", "0.95"], ["target_sparsity finds lam itself", "--sparsify.lam null"]),
     "optimiser": (["--optimizer", "LBFGS"], ["ReweightedPenalty cannot work with LBFGS"]),
 }  # fmt: skip
 
@@ -98,7 +99,18 @@ FILES = {
     "a list deep down": ("trainer:\n  callbacks:\n  - {class_path: Timer, init_args: 3}\n", ["trainer.callbacks.0.init_args must be"]),
     "no penalty": (FORM, ["sparsify: ReweightedPenalty needs 'penalty'", LOG_SUM]),
     "no strength": (FORM + "  init_args: {penalty: {class_path: LogSum, init_args: {eps: 2.0}}}\n", ["ReweightedPenalty needs lam"]),
-    "arguments of nothing": ("sparsify: {init_args: {lam: 1}}\n", ["sparsify: Sparsifier needs 'penalty'", LOG_SUM]),
+    "arguments of nothing": (
+        "sparsify: {init_args: {lam: 1}}\n",
+        ["sparsify: no class_path: write {class_path: ReweightedPenalty, init_args: {lam: 1}}"],
+    ),
+    "a target of nothing": (
+        "sparsify: {target_sparsity: 0.8}\n",
+        ["sparsify: no class_path: write {class_path: Sparsify, init_args: {target_sparsity: 0.8}}"],
+    ),
+    "a lambda": (
+        FORM + "  init_args: {penalty: L1, lam: 'lambda s: 1e-3'}\n",
+        ["sparsify.lam: must be a number, or a class_path (Constant, Cubic, LinearWarmup), got a mapping with the key \"lambda s\""],
+    ),
     "no target": ("sparsify: Sparsify\n", ["sparsify: Sparsify needs 'target_sparsity'", "--sparsify.target_sparsity 0.9"]),
     "a pattern for a list": (
         "sparsify: {class_path: Sparsify, init_args: {target_sparsity: 0.9, select: 'b1.*'}}\n",

@@ -75,7 +75,7 @@ def test_stages_shrink_within_the_budget_and_resume(capsys: pytest.CaptureFixtur
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), resumed.parameters(), strict=True))
 
     message = refused(capsys, "shrink", *SHORT, "--out", "parts", "--round_to", "4")
-    assert "parts holds a run with another round_to" in message
+    assert "parts holds a run with other settings of round_to" in message
 
 
 def test_a_ratio_ends_the_stages(tmp_path: Path) -> None:

@@ -264,6 +264,14 @@ def test_a_checkpoint_of_another_model_with_a_fixed_class(capsys: pytest.Capture
     assert "hyper_parameters of --ckpt_path: no key 'model.depth'; is it a file of another model?" in capsys.readouterr().err
 
 
+def test_a_cut_checkpoint_is_called_damaged(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {"w": torch.ones(1000)}}, "cut.ckpt")
+    Path("cut.ckpt").write_bytes(Path("cut.ckpt").read_bytes()[:3000])
+    with pytest.raises(SystemExit):
+        SparseCLI(Net, **(QUIETLY | {"run": True}), args=["fit", "--ckpt_path", "cut.ckpt"])
+    assert capsys.readouterr().err.startswith("error: cut.ckpt is damaged: ")
+
+
 def test_a_command_of_lightning_sparse_is_answered_with_the_line_to_write(capsys: pytest.CaptureFixture[str]) -> None:
     for words, line in ((["check", "own.yaml"], "check CONFIG"), (["report", "a.ckpt"], "report CKPT")):
         with pytest.raises(SystemExit):

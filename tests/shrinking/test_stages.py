@@ -131,7 +131,7 @@ def test_a_cut_may_train_what_it_gets(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_folders_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
     Recorded().stages(tmp_path, Budget(max_params=200), step=0.3).run()
-    with pytest.raises(ValueError, match="a run with another max_params, step"):
+    with pytest.raises(ValueError, match="a run with other settings of max_params, step"):
         Recorded().stages(tmp_path, Budget(max_params=100), step=0.2)
     state = json.loads((tmp_path / "state.json").read_text())
     (tmp_path / "state.json").write_text(json.dumps(state)[:-20])
