@@ -128,12 +128,17 @@ def warn_new_length(options: Options, support: Support, strength: Strength, plan
     length = f"for {strength.total:g} optimiser steps in all, not {planned:g}"
     if support.is_frozen:
         rank_zero_warn(
-            f"{options.form} continues {length}, and its support is frozen already: the steps from {strength.step} on fine-tune the same "
-            f"{1 - support.share_of_zeros():.2%} of the weights, without penalty or noise. To choose new zeros, load the weights "
+            f"{_named(options)} continues {length}, and its support is frozen already: the steps from {strength.step} on fine-tune the "
+            f"same {1 - support.share_of_zeros():.2%} of the weights, without penalty or noise. To choose new zeros, load the weights "
             "into the module and fit it with a new Trainer without ckpt_path"
         )
     elif options.freeze or not strength.is_constant:
-        rank_zero_info(f"{options.form} continues {length}: its shares (freeze, warm-up, ramp) are of the new length")
+        rank_zero_info(f"{_named(options)} continues {length}: its shares (freeze, warm-up, ramp) are of the new length")
+
+
+def _named(options: Options) -> str:
+    """Return the callback's class, with its selection, which tells several apart."""
+    return options.form if options.select is None else f"{options.form} (select={options.select})"
 
 
 def share_at_start(support: Support) -> float:
@@ -154,9 +159,9 @@ def tell_parts(options: Options, support: Support, strength: Strength, before: f
     share, short = support.share_of_zeros(), reach.missing(support, target.target) is not None
     by_rank = min(target.ranked + max(share - before, 0.0), share)
     began = min(target.began, share - by_rank)  # because some may have grown since
-    first = f"{began:.2%} of the weights had been zero from the start, " if began else ""
+    first = f"{began:.2%} of the weights have been zero from the start on, " if began else ""
     by_lam = share - by_rank - began
-    form = options.form if options.select is None else f"{options.form} (select={options.select})"
+    form = _named(options)
     parts = (
         f"at step {strength.step}: {first}lam (now {strength.lam:.3g}) brought {by_lam:.2%} of the weights to zero, {by_rank:.2%} were "
         f"removed by rank along the ramp ({support.score!r}), {share:.2%} in all"

@@ -175,7 +175,9 @@ def test_zeros_at_the_start_are_not_counted_as_brought_by_lam(select, caplog):
     with caplog.at_level(logging.INFO):
         trainer(callback, epochs=20).fit(module, data())
     form = "Sparsify" if select is None else r"Sparsify \(select=\['network.\*.weight'\]\)"  # which of several
-    found = rf"{form} meets target_sparsity=0.7 at step \d+: 50.00% of the weights had been zero from the start, lam .* brought (.*)% of"
+    found = (
+        rf"{form} meets target_sparsity=0.7 at step \d+: 50.00% of the weights have been zero from the start on, lam .* brought (.*)% of"
+    )
     (said,) = re.findall(found + r" the weights to zero, (.*)% were removed by rank along the ramp .*, (.*)% in all", caplog.text)
     by_lam, by_rank, share = map(float, said)
     assert by_lam + by_rank == pytest.approx(share - 50, abs=0.011)
@@ -191,7 +193,7 @@ def test_the_zeros_at_the_start_are_resumed(tmp_path, caplog):
     caplog.clear()
     with caplog.at_level(logging.INFO):
         trainer(Sparsify(0.7, keep_zeros=True), epochs=10).fit(wide(), data(), ckpt_path=saver.path)
-    assert "50.00% of the weights had been zero from the start" in caplog.text
+    assert "50.00% of the weights have been zero from the start on" in caplog.text
 
 
 def test_zeros_that_are_to_be_kept_may_be_too_many():
