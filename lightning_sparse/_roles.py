@@ -54,8 +54,11 @@ def is_trained(module: nn.Module) -> bool:
     for part in module.modules():
         if "norm" in type(part).__name__.lower():
             own = dict(part.named_parameters(recurse=False))
+            if any(isinstance(parameter, nn.UninitializedParameter) for parameter in own.values()):
+                continue
             shown = own.get("bias", own.get("weight"))
-            if shown is None or isinstance(shown, nn.UninitializedParameter) or not shown.is_floating_point():
+            shapes = {parameter.shape for parameter in own.values()}  # more than one in a linear layer of a normalised weight
+            if shown is None or len(shapes) > 1 or not shown.is_floating_point() or ("bias" not in own and shown.dim() > 1):
                 continue
             values = elementwise.full_tensor(shown.detach())
             if values.numel() and bool((values != values.flatten()[0]).any()):

@@ -88,6 +88,14 @@ def test_norms_that_learned_are_told_from_those_that_did_not():
 
     fresh = [nn.BatchNorm2d(4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.RMSNorm(4), gan(nn.BatchNorm1d(4)), nn.LayerNorm(4, bias=False)]
     nn.init.zeros_(fresh[0].weight)  # as the last norm of a residual block
+
+    class NormalisedLinear(nn.Linear):
+        """A layer whose name only sounds like a norm's."""
+
+    class NormalisedTable(nn.Embedding):
+        """Another one, without a bias."""
+
+    assert not _roles.is_trained(nn.Sequential(NormalisedLinear(4, 4), NormalisedTable(4, 4)))
     plain = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False), nn.LazyBatchNorm1d())
     assert not any(map(_roles.is_trained, [*fresh, plain, nn.Sequential(*fresh)]))
     for norm in fresh:
