@@ -236,11 +236,12 @@ def warn_coverage(options: Options, weights: WeightStore, trainer: Trainer, modu
 def _warn_of_lost_zeros(options: Options, selected: set[int], module: LightningModule) -> None:
     """Warn that ``keep_zeros`` does not keep the zeros of weights that no callback selects."""
     others = {name: parameter for name, parameter in default_selection(module).items() if id(parameter) not in selected}
-    zeros, size = counts.share(found := counts.count_zeros(others)), sum(number for _, number in found.values())
+    found = {name: (zeros, size) for name, (zeros, size) in counts.count_zeros(others).items() if zeros < size}  # no zero-initialised head
+    zeros, size = counts.share(found), sum(size for _, size in found.values())
     if size and zeros >= MANY:
         rank_zero_warn(
             f"keep_zeros=True keeps the zeros of the weights that {options.form} selects; {zeros:.1%} of the {size} others are zero and "
-            f"are trained again, such as {_listed(list(others)[:1], module)}: select them too, or give them a callback of their own"
+            f"are trained again, such as {_listed(list(found)[:1], module)}: select them too, or give them a callback of their own"
         )
 
 

@@ -101,7 +101,7 @@ def test_the_ramp_ends_where_the_support_is_frozen_and_lam_starts_where_it_is_to
 
 def test_the_other_forms_are_made_with_the_same_target():
     callback = AdaptiveMask(LOG_SUM, lam=1e-4, target_sparsity=0.9).to_penalty()
-    assert (callback.target_sparsity, callback.freeze, callback.schedule.lam) == (0.9, 0.25, 1e-4)
+    assert (callback.target_sparsity, callback.freeze, callback.schedule.lam) == (0.9, 0.0, 1e-4)
     assert callback.to_prox().recipe()["init_args"]["target_sparsity"] == 0.9
     assert ReweightedPenalty(LOG_SUM, lam=1e-4).to_mask().ascent is None
 
