@@ -62,7 +62,8 @@ class SparsityCallback(AnyCallback, metaclass=CallbackClass):
             Callbacks of one class on one network need different ones.
         tol: a weight counts as zero when its keep probability is below ``tol``.
         freeze: the last share of the optimiser steps, trained without penalty or noise and with the support frozen. With a
-            ``target_sparsity`` 0 stands for 0.25, or for 0.7 where the network was trained before: where a norm's biases differ.
+            ``target_sparsity`` 0 stands for 0.25, or for 0.7 where the network was trained before: where the biases of a norm are not all
+            equal.
         threshold: weights of at most this magnitude also count as zero; required by penalties that only shrink.
         gap_samples: masks drawn at each epoch's end to log ``sparsity/duality_gap``; 0 does not measure it.
         keep_zeros: weights that are zero when the fit starts stay zero (one byte a weight); else they may become non-zero again.

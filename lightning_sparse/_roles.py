@@ -47,9 +47,10 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
 
 
 def is_trained(module: nn.Module) -> bool:
-    """Return True if the biases of a norm differ within a layer (of one without, its weights): they start out equal.
+    """Return True if, in any norm, the biases (without biases: the weights) are not all equal, as they are before training.
 
-    A network without norms counts as not trained. Weights that are split over processes are gathered.
+    Frozen norms, as those of a teacher in the module, and networks without norms count as not trained. Weights that are split over
+    processes are gathered.
     """
     for part in module.modules():
         if "norm" in type(part).__name__.lower():
@@ -58,7 +59,8 @@ def is_trained(module: nn.Module) -> bool:
                 continue
             shown = own.get("bias", own.get("weight"))
             shapes = {parameter.shape for parameter in own.values()}  # more than one in a linear layer of a normalised weight
-            if shown is None or len(shapes) > 1 or not shown.is_floating_point() or ("bias" not in own and shown.dim() > 1):
+            known = shown is not None and len(shapes) == 1 and ("bias" in own or shown.dim() < 2)
+            if not known or not shown.requires_grad:
                 continue
             values = elementwise.full_tensor(shown.detach())
             if values.numel() and bool((values != values.flatten()[0]).any()):

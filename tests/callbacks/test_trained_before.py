@@ -67,7 +67,7 @@ def test_the_ramp_ends_earlier_in_a_network_that_was_trained_before(make):
 
 
 def test_the_shorter_ramp_is_logged_with_the_way_back(caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):  # because other tests silence it
         frozen_at(Sparsify(0.8), normed(trained=False))
         assert "was trained before" not in caplog.text
         frozen_at(Sparsify(0.8), normed(trained=True))
@@ -102,3 +102,4 @@ def test_norms_that_learned_are_told_from_those_that_did_not():
         with torch.no_grad():
             (norm.weight if getattr(norm, "bias", None) is None else norm.bias)[1] += 0.1
         assert _roles.is_trained(nn.Sequential(nn.Linear(4, 4), norm))
+        assert not _roles.is_trained(norm.requires_grad_(False))  # as in a teacher beside a new network

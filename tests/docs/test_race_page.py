@@ -146,6 +146,6 @@ def test_a_network_is_trained_and_then_once_more_for_each_row_that_is_missing(mo
     other = {**rows[0], "seed": 1, "validation_error": rows[0]["validation_error"] + 2}
     mean = rows[0]["validation_error"] + 1
     assert again.table([rows[0], other, {**rows[1], "form": "AdaptiveMask"}]).splitlines()[2:] == [
-        f"| toy | 30 | 80% | Sparsify | {mean:.2f} |  | 2 |",
-        f"| toy | 30 | 80% | AdaptiveMask |  | {rows[1]['validation_error']:.2f} | 1 |",
+        f"| toy | 30 | 0.5 | 80% | Sparsify | {mean:.2f} |  | 2 |",
+        f"| toy | 30 | 0.5 | 80% | AdaptiveMask |  | {rows[1]['validation_error']:.2f} | 1 |",
     ]

@@ -45,16 +45,16 @@ def read(path: Path = FILE) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return a line for each problem and form: the mean validation error in % for each ``freeze``."""
+    """Return a line for each problem, steps, rate, target and form: the mean validation error in % for each ``freeze``."""
     freezes = sorted({row["freeze"] for row in rows})
     found: dict[tuple[Any, ...], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        found[tuple(row[key] for key in ("problem", "steps", "target", "form"))][row["freeze"]].append(row["validation_error"])
-    lines = ["| network | steps | zeros | form | " + " | ".join(f"freeze={freeze:g}" for freeze in freezes) + " | seeds |"]
-    lines.append("|---|--:|--:|---|" + "--:|" * (len(freezes) + 1))
-    for (problem, steps, target, form), own in found.items():
+        found[tuple(row[key] for key in ("problem", "steps", "rate", "target", "form"))][row["freeze"]].append(row["validation_error"])
+    lines = ["| network | steps | rate | zeros | form | " + " | ".join(f"freeze={freeze:g}" for freeze in freezes) + " | seeds |"]
+    lines.append("|---|--:|--:|--:|---|" + "--:|" * (len(freezes) + 1))
+    for (problem, steps, rate, target, form), own in found.items():
         shown = " | ".join(f"{mean(own[freeze]):.2f}" if own[freeze] else "" for freeze in freezes)
-        lines.append(f"| {problem} | {steps} | {target:.0%} | {form} | {shown} | {max(map(len, own.values()))} |")
+        lines.append(f"| {problem} | {steps} | {rate:g} | {target:.0%} | {form} | {shown} | {max(map(len, own.values()))} |")
     return "\n".join(lines)
 
 
