@@ -59,8 +59,7 @@ def is_trained(module: nn.Module) -> bool:
                 continue
             shown = own.get("bias", own.get("weight"))
             shapes = {parameter.shape for parameter in own.values()}  # more than one in a linear layer of a normalised weight
-            known = shown is not None and len(shapes) == 1 and ("bias" in own or shown.dim() < 2)
-            if not known or not shown.requires_grad:
+            if shown is None or not shown.requires_grad or len(shapes) > 1 or ("bias" not in own and shown.dim() > 1):
                 continue
             values = elementwise.full_tensor(shown.detach())
             if values.numel() and bool((values != values.flatten()[0]).any()):
