@@ -40,3 +40,11 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     message = answer(capsys, 2, *words)
     assert sorted(Path.cwd().rglob("*")) == before
     return message
+
+
+def write_project(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, config: str) -> Path:
+    """Write a user's script and configuration into a folder, make that the current one, and return it."""
+    (folder / "train.py").write_text(script)
+    (folder / "own.yaml").write_text(config)
+    monkeypatch.chdir(folder)
+    return folder

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import write_project
 
 from lightning_sparse import counts
 from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning
@@ -61,11 +62,7 @@ trainer: {accelerator: cpu, devices: 1, max_epochs: 4, logger: false, enable_pro
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a user's script and configuration; also the current folder."""
-    (tmp_path / "train.py").write_text(SCRIPT)
-    (tmp_path / "own.yaml").write_text(CONFIG)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return write_project(tmp_path, monkeypatch, SCRIPT, CONFIG)
 
 
 def _lines(folder: Path) -> list[dict[str, str]]:

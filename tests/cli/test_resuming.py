@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from commands import QUIET
+from commands import QUIET, write_project
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -56,11 +56,7 @@ COMPARE = ["compare", *WORDS, "--methods", "MagnitudePruning", "--targets", "0.7
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a user's script and configuration; also the current folder."""
-    (tmp_path / "train.py").write_text(SCRIPT)
-    (tmp_path / "own.yaml").write_text(CONFIG)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return write_project(tmp_path, monkeypatch, SCRIPT, CONFIG)
 
 
 @pytest.mark.slow
