@@ -148,7 +148,7 @@ MODELS = {
     "a norm by pattern": (penalty, ["network.o*"], holding(torch.ones(2)), ValueError, "name them in full"),
     "all frozen": (penalty, None, NotReached, ValueError, "has no selectable weight"),
     "no parameter": (penalty, None, nn.Identity, ValueError, "has no selectable weight"),
-    "an abstract form": (partial(Sparsifier, LOG_SUM), None, lambda: nn.Linear(8, 3), TypeError, "use ReweightedPenalty"),
+    "an abstract form": (partial(Sparsifier, LOG_SUM), None, lambda: nn.Linear(8, 3), TypeError, "trains no zeros; use Sparsify"),
 }  # fmt: skip
 
 

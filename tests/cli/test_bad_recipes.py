@@ -109,7 +109,7 @@ FILES = {
     ),
     "a lambda": (
         FORM + "  init_args: {penalty: L1, lam: 'lambda s: 1e-3'}\n",
-        ["sparsify.lam: must be a number, or a class_path (Constant, Cubic, LinearWarmup), got a mapping with the key \"lambda s\""],
+        ["sparsify.lam: must be a number, or a class_path (Constant, Cubic, LinearWarmup", 'got a mapping with the key "lambda s"'],
     ),
     "no target": ("sparsify: Sparsify\n", ["sparsify: Sparsify needs 'target_sparsity'", "--sparsify.target_sparsity 0.9"]),
     "a pattern for a list": (
