@@ -110,15 +110,18 @@ def warn_untrained(options: Options, batches: int) -> None:
 
 
 def warn_no_training(options: Options, support: Support, trainer: Trainer) -> None:
-    """Warn of a fit that was resumed at or beyond its end, if its zeros are not those of the target."""
-    target = options.target_sparsity
-    share = None if target is None or not trainer.global_step else reach.missing(support, target)
-    if share is not None:
-        rank_zero_warn(
-            f"{options.form}: this fit trained no step, because the checkpoint is of epoch {trainer.current_epoch} and step "
-            f"{trainer.global_step}, and max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}. {share:.2%} of the selected "
-            f"weights are zero, target_sparsity is {target:g}. Give the Trainer a larger max_epochs or max_steps"
-        )
+    """Warn of a fit that trained no step, if its zeros are not those of the target: resumed at or beyond its end, or with no batches."""
+    target, step = options.target_sparsity, trainer.global_step
+    share = None if target is None or trainer.fast_dev_run else reach.missing(support, target)  # type: ignore[attr-defined]
+    if share is None or not support.weights.parameters:
+        return
+    limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps, "limit_train_batches": trainer.limit_train_batches}
+    given = ", ".join(f"{name}={value}" for name, value in limits.items() if name != "limit_train_batches" or not value)
+    why = f"because the checkpoint is of epoch {trainer.current_epoch} and step {step}, and" if step else "with"
+    rank_zero_warn(
+        f"{options.form}: this fit trained no step, {why} {given}. {share:.2%} of the selected weights are zero, target_sparsity is "
+        f"{target:g}. Give the Trainer {'a larger max_epochs or max_steps' if step else 'batches to train on, or more time'}"
+    )
 
 
 def warn_new_length(options: Options, support: Support, strength: Strength, planned: float | None) -> None:
