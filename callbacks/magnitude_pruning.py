@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
-from lightning_sparse import _checks, methods
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sparse import _checks, _roles, methods
 from lightning_sparse._construction import typed
 from lightning_sparse.callbacks import endings
 from lightning_sparse.callbacks.form import SparsityCallback
@@ -13,7 +16,7 @@ from lightning_sparse.callbacks.options import Finish, only_one
 from lightning_sparse.callbacks.sparsifier import Sparsifier
 from lightning_sparse.duality import Penalty
 from lightning_sparse.mask_rules.ranked import TopK
-from lightning_sparse.schedules import Cubic
+from lightning_sparse.schedules import FINE_TUNED_AGAIN, Cubic
 from lightning_sparse.scores import Magnitude, Score
 from lightning_sparse.step import Strength
 from lightning_sparse.structure import Element, Structure
@@ -97,6 +100,14 @@ class MagnitudePruning(Sparsifier):
 
     def _make_method(self, penalty: Penalty) -> methods.MagnitudePruning:
         return methods.MagnitudePruning(penalty, self.sparsity, self.begin, self.every, self.scope)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not self.step and self.end == END and _roles.is_trained(pl_module):
+            rank_zero_info(
+                f"MagnitudePruning: the network was trained before (the biases of a norm are not all equal), and its ramp takes the first "
+                f"{END:.0%} of the run. end={1 - FINE_TUNED_AGAIN:.2g} leaves more steps for fine-tuning, which is better as a rule there"
+            )
 
     # -- conversion ----------------------------------------------------------------------------------------------------------
 

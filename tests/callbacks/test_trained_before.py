@@ -11,7 +11,7 @@ from torch import nn
 from toys import Toy, data, trainer
 
 from lightning_sparse import _roles, penalties
-from lightning_sparse.callbacks import AdaptiveMask, ReweightedPenalty, Sparsify
+from lightning_sparse.callbacks import AdaptiveMask, MagnitudePruning, ReweightedPenalty, Sparsify
 
 STEPS = 60  # of a run of 15 epochs
 
@@ -72,6 +72,15 @@ def test_the_shorter_ramp_is_logged_with_the_way_back(caplog):
         assert "was trained before" not in caplog.text
         frozen_at(Sparsify(0.8), normed(trained=True))
     assert "the ramp to target_sparsity=0.8 takes the first 30% of the run and the rest fine-tunes. freeze=0.25 gives 75%" in caplog.text
+
+
+def test_pruning_names_the_shorter_ramp_for_a_network_that_was_trained_before(caplog):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        trainer(MagnitudePruning(0.8, every=1), epochs=2).fit(normed(trained=False), data())
+        trainer(MagnitudePruning(0.8, every=1, end=0.3), epochs=2).fit(normed(trained=True), data())
+        assert "end=0.3" not in caplog.text
+        trainer(MagnitudePruning(0.8, every=1), epochs=2).fit(normed(trained=True), data())
+    assert "its ramp takes the first 75% of the run. end=0.3 leaves more steps for fine-tuning" in caplog.text
 
 
 @pytest.mark.parametrize("trained", [False, True])
