@@ -12,6 +12,7 @@ from toys import Toy, data, trainer
 
 from lightning_sparse import _roles, penalties
 from lightning_sparse.callbacks import AdaptiveMask, MagnitudePruning, ReweightedPenalty, Sparsify
+from lightning_sparse.scores import LAMP
 
 STEPS = 60  # of a run of 15 epochs
 
@@ -76,10 +77,10 @@ def test_the_shorter_ramp_is_logged_with_the_way_back(caplog):
 
 def test_pruning_names_the_shorter_ramp_for_a_network_that_was_trained_before(caplog):
     with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
-        trainer(MagnitudePruning(0.8, every=1), epochs=2).fit(normed(trained=False), data())
-        trainer(MagnitudePruning(0.8, every=1, end=0.3), epochs=2).fit(normed(trained=True), data())
+        trainer(MagnitudePruning(0.8, every=1, score=LAMP()), epochs=2).fit(normed(trained=False), data())
+        trainer(MagnitudePruning(0.8, every=1, score=LAMP(), end=0.3), epochs=2).fit(normed(trained=True), data())
         assert "end=0.3" not in caplog.text
-        trainer(MagnitudePruning(0.8, every=1), epochs=2).fit(normed(trained=True), data())
+        trainer(MagnitudePruning(0.8, every=1, score=LAMP()), epochs=2).fit(normed(trained=True), data())
     assert "its ramp takes the first 75% of the run. end=0.3 leaves more steps for fine-tuning" in caplog.text
 
 
