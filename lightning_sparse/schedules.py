@@ -192,11 +192,11 @@ class TargetSparsity:
         """Set lam, at most ``most``, so that ``share()``, the share of zeros at the lam in force, is the wanted one or just above it.
 
         Where even the largest lam makes too few zeros, it is taken, and where the smallest makes too many, that one. From one call to
-        the next lam changes by a factor of _CHANGE at most, but for the first time without a given start.
+        the next lam changes by a factor of _CHANGE at most, but for the first time without a given start or with one above ``most``.
         """
         if not 0 < most < math.inf:
             return
-        free = not self.is_given and self.log_lam == math.log(self.start)
+        free = self.log_lam == math.log(self.start) and (not self.is_given or self.start > most)
         change = math.log(_CHANGE)
         low, high = self.log_lam - change, min(self.log_lam + change, max(math.log(most), self.log_lam - change))
         if free:

@@ -284,9 +284,15 @@ class Support:
 
     @torch.no_grad()
     def prune_to(self, share: float) -> None:
-        """Remove the weights of the lowest rank, so that ``share`` of all is zero until the support is frozen."""
+        """Remove the weights of the lowest rank, so that ``share`` of all is zero; they stay zero until the support is frozen.
+
+        Weights that count as zero without being removed are left to train: a layer that starts at zero grows out of the zero region.
+        """
         self.weights.restore()
+        before, resting = self.cut, self.all_zeros()
         self.cut = self.highest_ranked(share)
+        for name, kept in self.cut.items():
+            kept |= resting[name].to(kept.device) & before[name].to(kept.device) if name in before else resting[name].to(kept.device)
         self._apply(self.cut)
 
     def _apply(self, masks: Mapping[str, Tensor]) -> None:

@@ -39,6 +39,7 @@ class LogSquare(Penalty):
         return 2 / (w + self.eps / w)
 
     def dual(self, eta: Tensor) -> Tensor:
-        excess = (1 - self.eps / (2 * eta)).clamp(min=0)  # 1 - r
-        series = excess**2 * (1 / 2 + excess * (1 / 3 + excess * (1 / 4 + excess / 5)))
-        return 2 * torch.where(excess < 1e-3, series, -torch.log1p(-excess) - excess)
+        r = (self.eps / (2 * eta)).clamp(max=1)
+        excess = 1 - r
+        series = excess**2 * (1 / 2 + excess * (1 / 3 + excess * (1 / 4 + excess / 5)))  # -log r - excess, without cancellation
+        return 2 * torch.where(excess < 1e-3, series, -r.clamp(min=torch.finfo(r.dtype).tiny).log() - excess)
