@@ -20,9 +20,10 @@ class BestAfterTarget(AnyCallback, metaclass=CallbackClass):
     """Counts the scores of every ModelCheckpoint and EarlyStopping in the Trainer only once the target sparsity is met.
 
     For programs that keep, restore or stop at their best epoch by callbacks of their own. Before the target is met, each score
-    counts as an improvement: the checkpoint callback replaces its oldest file by the latest epoch's, with its true score, and
-    EarlyStopping's patience is not used up. The first validation at which the target is met restarts the comparison. Metrics,
-    learning-rate schedulers and :class:`SparseCheckpoint`, which has a target of its own, are not changed.
+    counts as an improvement: the checkpoint callback replaces its oldest file by the latest epoch's, and EarlyStopping's patience is
+    not used up. Files from before stay with a score that every later one beats, up to the ``save_top_k``-th later one. The first
+    validation at which the target is met restarts the comparison. Metrics, learning-rate schedulers and :class:`SparseCheckpoint`,
+    which has a target of its own, are not changed.
 
     Args:
         target_sparsity: share of zeros in [0, 1] of all sparsity callbacks' weights together; by default each callback's own

@@ -62,10 +62,17 @@ class CheckpointState:
             "asked": self.strength.asked if frozen else None,
             "total": float(self.strength.total) if math.isfinite(self.strength.total) else None,
             "averaged": {} if averages is None else averages.pruned_values(),
+            "open": self._open() if frozen else {},
         }
         clock = {"step": self.strength.step, "offset": self.clock.offset, "begun": self.clock.begun, "clipped": self.clipping.mean}
         always = {"version": VERSION, "recipe": recipe, "frozen": frozen, "taken": taken}
         return self.method.state_dict() | clock | always | {name: value for name, value in optional.items() if value}
+
+    def _open(self) -> dict[str, Tensor]:
+        """Return the weights that are zero and may become non-zero, although the support is frozen: a target asked for fewer zeros."""
+        live = self.weights.live
+        found = _whole({name: kept & (live(name) == 0) for name, kept in (self.support.frozen or {}).items()})
+        return {name: where for name, where in found.items() if bool(where.any())}
 
     def load(self, state: dict[str, Any]) -> bool:
         """Accept a saved state; return True if it can be restored at once, because the weights are attached."""
@@ -92,7 +99,7 @@ class CheckpointState:
             if name in _REQUIRED or name in state:
                 entry(state, name, holds, wanted)
         known = self.weights.parameters
-        for kind in ("held", "cut", "squares") if self.support.structure.elementwise else ("held", "cut"):
+        for kind in ("held", "cut", "open", "squares") if self.support.structure.elementwise else ("held", "cut", "open"):
             for name, held in state.get(kind, {}).items():
                 if name in known and held.shape != known[name].shape:
                     raise ValueError(f"{kind!r} of {name!r} is {short(held)}, the weight has shape {tuple(known[name].shape)}")
@@ -130,7 +137,7 @@ class CheckpointState:
         for name, taken in state["taken"].items():
             elementwise.scatter_to_zeros_(self.weights.parameters[name], taken)
         if state["frozen"]:
-            self.support.freeze_zeros()
+            self.support.freeze_zeros({name: part(name, where) for name, where in state.get("open", {}).items()})
             self.strength.asked = None if saved_target(state) == self.options.target_sparsity else saved_target(state)
         else:
             self.support.frozen = None
@@ -251,6 +258,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "averaged": _TAKEN,
     "held": _MASKS,
     "cut": _MASKS,
+    "open": _MASKS,
     "squares": (are_tensors, "a dict of finite floating tensors by parameter name"),
     "total": (is_factor, "a finite number > 0"),
     "clipped": (is_factor, "a finite number > 0"),

@@ -16,7 +16,7 @@ from lightning_sparse._construction import brief
 from lightning_sparse._plain import plain
 from lightning_sparse.curvature import Curvature
 from lightning_sparse.duality import MaskRule, Penalty
-from lightning_sparse.methods.base import Method
+from lightning_sparse.methods.base import MOMENTS, Method
 from lightning_sparse.schedules import START, Constant, Schedule, TargetSparsity, as_schedule
 from lightning_sparse.scores import LAMP, Score
 from lightning_sparse.step import Strength
@@ -164,6 +164,18 @@ def check_compile(form: str, method: Method, given: Penalty | MaskRule) -> None:
         raise ValueError(f"{form} has no kernel to compile; omit compile=True, or use ReweightedPenalty")
     if not method.penalty.separable:
         raise ValueError(f"compile=True needs a penalty that works weight by weight, {given!r} does not; omit compile=True")
+
+
+def check_moments(form: str, method: Method) -> None:
+    """Raise TypeError, with the closest name, for a method that acts at no moment of a step, and so trains nothing."""
+    if method.moments():
+        return
+    kind = type(method)
+    if kind is Method:
+        raise TypeError(f"{form} names no method, so it trains nothing: set method_type to a subclass of lightning_sparse.methods.Method")
+    own = [name for name in dir(kind) if not name.startswith("_") and not hasattr(Method, name)]
+    near = next((f"; {name!r} is none of them{_checks.closest(name, MOMENTS, 1)}" for name in own if _checks.closest(name, MOMENTS, 1)), "")
+    raise TypeError(f"{kind.__name__} defines none of the moments of a step, {', '.join(MOMENTS)}, so it trains nothing{near}")
 
 
 def penalty_of(given: Any, needs_separable: bool, form: str) -> Penalty:

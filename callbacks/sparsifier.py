@@ -195,8 +195,9 @@ class Sparsifier(SparsityCallback):
             self.clock.idle = None
         if self.watch.checks_gradients and not elementwise.are_finite(grads):
             self.watch.check_gradients(trainer, optimizer)
-        if self.strength.target is not None and self.search.is_due(self.options.freeze, ahead=1):
+        if self.strength.target is not None and self.search.measures(self.options.freeze):
             self.search.measure_gradients(optimizer, step.grad_scale)
+            step = self.steps.of(optimizer)  # because a given lam may have been lowered
         if self.support.frozen is None:
             if self.support.score.needs_squares:
                 self.support.squares.update(optimizer, self.support.groups, step.grad_scale)

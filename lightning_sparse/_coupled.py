@@ -56,12 +56,10 @@ class Found:
 
     def message(self, structure: Coupled) -> str:
         """Describe what was left out."""
-        listed = "; ".join(f"{axis}: {reason}" for axis, reason in list(self.left_out.items())[:5])
-        more = f"; and {len(self.left_out) - 5} more" if len(self.left_out) > 5 else ""
         axes = _checks.counted(len(self.groups.parts), "axis", "axes")
         return (
             f"{structure!r} makes groups zero on {axes} and leaves out {len(self.left_out)} whose groups cannot be "
-            f"removed exactly: {listed}{more}"
+            f"removed exactly: {coupling.listed(self.left_out)}"
         )
 
 
@@ -146,7 +144,7 @@ def _why_none(
         elsewhere: there are groups of the other structure.
         fixed: attentions whose heads cannot be removed, by name.
     """
-    listed = "".join(f"; {axis}: {reason}" for axis, reason in list(reasons.items())[:5])
+    listed = f"; {coupling.listed(reasons)}" if reasons else ""
     if others:
         names = [*others.values()]
         return f"{listed}. None of the selected weights produces groups; these would: {names[:5]}{_checks.more(names)}. Add them to select"

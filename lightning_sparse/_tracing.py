@@ -14,6 +14,7 @@ from lightning_sparse._groups import Entry, Group
 from lightning_sparse._naming import HEADS
 
 _WIDTHS = ("attn_dim", "all_head_size", "inner_dim")  # heads times features of a head, where a module stores it
+UNREACHED = "it is not on the traced path"
 _ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU)
 _Units = list[dict[tuple[str, int, str], set[int]]]  # of each unit {(tensor, dim, role): indices}
@@ -56,8 +57,8 @@ def _uncovered(model: nn.Module, axes: list[list[list[Group]]]) -> Iterator[Grou
         reason = f"{kind} is not among the layers that can be cut"
         if isinstance(layer, nn.MultiheadAttention):
             reason = "nn.MultiheadAttention keeps its width: to remove heads, write it with nn.Linear and scaled_dot_product_attention"
-        elif isinstance(layer, nn.Linear):
-            reason = "it is not on the traced path"
+        elif isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+            reason = UNREACHED
         name = path or kind
         yield Group(name, name, "layer", (), (), reason)
 

@@ -226,7 +226,7 @@ class _Proof:
         """Find the axes that fail by halving: axes that pass together need one comparison."""
         why = self.compare([group for i in among for group in pick(axes[i])]) if among else ""
         if why and len(among) == 1:
-            found[among[0]] = why + (self._hint(axes[among[0]]) or _cure(axes[among[0]], why))
+            found[among[0]] = self._hint(axes[among[0]]) or why + _cure(axes[among[0]], why)
         elif why:
             middle = len(among) // 2
             self._search(among[:middle], axes, pick, found)
@@ -243,10 +243,9 @@ class _Proof:
     def _hint(self, members: list[Group]) -> str:
         """Name a norm that averages over the channels of an axis."""
         for entry in members[0].parameters("normaliser"):
-            path = entry.name.rpartition(".")[0]
-            layer = self.model.get_submodule(path)
+            layer = self.model.get_submodule(entry.name.rpartition(".")[0])
             if isinstance(layer, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
-                return f" ({type(layer).__name__} {path} averages over its channels)"
+                return f"{type(layer).__name__} averages over its channels"
         return ""
 
     def compare(self, removed: list[Group]) -> str:
@@ -330,6 +329,15 @@ def _perturb_(model: nn.Module) -> None:
                 buffer.add_(torch.randn_like(buffer), alpha=0.1)
             elif name.endswith("running_var"):
                 buffer.mul_(torch.rand_like(buffer) + 0.5)
+
+
+def listed(reasons: Mapping[str, str], most: int = 5) -> str:
+    """Return the reasons by axis as text, ``most`` of them: each once, with the first axes that it holds for."""
+    axes: dict[str, list[str]] = {}
+    for axis, reason in reasons.items():
+        axes.setdefault(reason, []).append(axis)
+    parts = [f"{', '.join(names[:3])}{_checks.more(names, 3)}: {reason}" for reason, names in list(axes.items())[:most]]
+    return "; ".join(parts) + ("" if len(axes) <= most else f";{_checks.more(axes, most)} reasons")
 
 
 def left_out(found: Iterable[Group]) -> Iterator[tuple[str, int, str]]:

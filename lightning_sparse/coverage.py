@@ -142,7 +142,7 @@ def frozen_note(found: Coverage, who: str) -> str:
         return ""
     return (
         f"{who} {found.share:.1%} of the module's parameters; {found.frozen / found.parameters:.1%} are matrices that are frozen "
-        "(requires_grad=False), which do not change and are not counted in sparsity/total"
+        "now (requires_grad=False); sparsity/total does not count them unless they are trained later"
     )
 
 

@@ -167,6 +167,11 @@ class TargetSparsity:
             past = _PAST if self.gradient else 0.0
             self.gradient, self.free = past * self.gradient + (1 - past) * mean_square, past * self.free + (1 - past) * free
 
+    def begin_below(self, most: float) -> None:
+        """Lower a given start to ``most`` before the first step."""
+        if self.is_given and 0 < most < self.start:
+            self.log_lam = math.log(most)
+
     @property
     def lam(self) -> float:
         """Return the strength in force."""
@@ -192,11 +197,11 @@ class TargetSparsity:
         """Set lam, at most ``most``, so that ``share()``, the share of zeros at the lam in force, is the wanted one or just above it.
 
         Where even the largest lam makes too few zeros, it is taken, and where the smallest makes too many, that one. From one call to
-        the next lam changes by a factor of _CHANGE at most, but for the first time without a given start or with one above ``most``.
+        the next lam changes by a factor of _CHANGE at most, but for the first time without a given start.
         """
         if not 0 < most < math.inf:
             return
-        free = self.log_lam == math.log(self.start) and (not self.is_given or self.start > most)
+        free = not self.is_given and self.log_lam == math.log(self.start)
         change = math.log(_CHANGE)
         low, high = self.log_lam - change, min(self.log_lam + change, max(math.log(most), self.log_lam - change))
         if free:

@@ -141,9 +141,20 @@ class _Selection:
                     f"(requires_grad=False), such as {next(iter(frozen))!r}; unfreeze those to make sparse before the fit, with "
                     "requires_grad_(True)"
                 )
+            if self.computed:
+                pruned = any("CustomFromMask" in weight.reason for weight in self.computed.values())
+                cure = (
+                    ". Lightning's ModelPruning does that in this Trainer if it is among the callbacks: keep one of the two"
+                    if pruned
+                    else ""
+                )
+                raise ValueError(
+                    f"{type(self.module).__name__} has no selectable weight: its matrices are computed from other tensors"
+                    f"{self._computed_hint()}{cure}"
+                )
             raise ValueError(
                 f"{type(self.module).__name__} has no selectable weight: none of its layers is linear, convolutional, attention "
-                f"or recurrent with trainable floating weights{self._computed_hint()}; {self._remedy()}"
+                f"or recurrent with trainable floating weights; {self._remedy()}"
             )
         included, excluded = _split(patterns)
         chosen = dict(self.default) if not included else {}

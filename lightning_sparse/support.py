@@ -24,6 +24,9 @@ from lightning_sparse.structure import Element, Structure
 from lightning_sparse.weights import WeightStore
 
 
+UNTRAINED = 0.5  # a parameter has not been trained yet if more than this share of its weights counts as zero without being removed
+
+
 class Formulas(Protocol):
     """The elementwise formulas of a method (see :class:`lightning_sparse.methods.base.Method`)."""
 
@@ -278,21 +281,28 @@ class Support:
         self.frozen, self.cut = before | fresh, {}
 
     @torch.no_grad()
-    def freeze_zeros(self) -> None:
-        """Freeze the supports to the parameters' non-zero data."""
+    def freeze_zeros(self, besides: Mapping[str, Tensor] | None = None) -> None:
+        """Freeze the supports to the parameters' non-zero data, and to the weights ``besides``, which are zero and may grow."""
         self.frozen = {name: parameter.detach() != 0 for name, parameter in self.weights.parameters.items()}
+        for name, where in (besides or {}).items():
+            self.frozen[name] |= where.to(self.frozen[name].device)
 
     @torch.no_grad()
     def prune_to(self, share: float) -> None:
         """Remove the weights of the lowest rank, so that ``share`` of all is zero; they stay zero until the support is frozen.
 
-        Weights that count as zero without being removed are left to train: a layer that starts at zero grows out of the zero region.
+        Weights that count as zero already are removed first. In a parameter that starts at zero, or near it, these are most of the
+        weights, and are left to train.
         """
         self.weights.restore()
         before, resting = self.cut, self.all_zeros()
         self.cut = self.highest_ranked(share)
         for name, kept in self.cut.items():
-            kept |= resting[name].to(kept.device) & before[name].to(kept.device) if name in before else resting[name].to(kept.device)
+            left = before[name] if name in before else torch.ones_like(kept)
+            rest = resting[name].to(kept.device) & left
+            resting_count, count = (int(elementwise.sum_shards(elementwise.local_part(part).sum(), kept)) for part in (rest, left))
+            if resting_count > UNTRAINED * count:
+                kept |= rest
         self._apply(self.cut)
 
     def _apply(self, masks: Mapping[str, Tensor]) -> None:

@@ -35,6 +35,11 @@ class TargetSearch:
         """Return the groups that the penalty acts on; None for single weights."""
         return self.support.groups if self.support.method.takes_groups else None
 
+    def measures(self, freeze: float) -> bool:
+        """Return True if gradients are measured in the next step: before lam is solved for, and first of all where it is given."""
+        target = self.strength.target
+        return self.is_due(freeze, ahead=1) or (target is not None and target.is_given and not self.strength.step)
+
     def is_due(self, freeze: float, ahead: int = 0) -> bool:
         """Return True if lam is solved for after this step, or the one ``ahead`` of it.
 
@@ -82,6 +87,8 @@ class TargetSearch:
         sizes = torch.tensor([float(parameter.numel()) for _, parameter in members], dtype=torch.float64)
         free = products.abs() * sizes.sqrt() <= FREE * (squares * norms).sqrt()
         self.strength.target.observe_gradients(float(squares.sum() / sizes.sum()) / scale**2, float(sizes[free].sum() / sizes.sum()))
+        if not self.strength.step:
+            self.strength.target.begin_below(self.largest_lam())
 
     def largest_lam(self) -> float:
         """Return the lam at which the penalty's gradients are as large as they may be beside the loss's; inf if unknown.

@@ -164,9 +164,16 @@ def test_sources_of_computed_weights_are_left_out_and_refused_by_name(change, na
     for name in names:
         with pytest.raises(ValueError, match=rf"select name '{name}' cannot be sparsified: '0.weight' is computed by .* first with"):
             select(module, [name])
-    with pytest.raises(ValueError, match=r"no selectable weight.*'0.weight' is computed by"):
+    with pytest.raises(ValueError, match=r"no selectable weight: its matrices are computed from other tensors .*'0.weight' is computed by"):
         select(module[:1])
     assert sorted(countable(module)) == ["0.weight", "1.weight"]
+
+
+def test_weights_that_torch_prunes_are_refused_with_a_hint_at_model_pruning():
+    module = nn.Sequential(nn.Linear(4, 4))
+    nn.utils.prune.l1_unstructured(module[0], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"'0.weight' is computed by .*Lightning's ModelPruning does that .* keep one of the two"):
+        select(module)
 
 
 def test_lists_of_names_say_how_many_more_there_are():

@@ -23,3 +23,17 @@ def test_a_step_leaves_zeros_of_the_support_at_zero(kind: str) -> None:
     optimizer.step()
     support.hold_(optimizer)
     torch.testing.assert_close(weight.detach(), torch.tensor([0.9, 0.0, -2.1, 0.0]))
+
+
+def test_removal_by_rank_leaves_a_parameter_to_train_most_of_whose_weights_rest_near_zero() -> None:
+    values = [1.0, 0.5, 1e-4, 1e-4, 0.3, 1e-4, 1e-4, 1e-4]
+    weight = nn.Parameter(torch.tensor(values))
+    support = Run.alone(ReweightedGradient(LogSum(0.5)), {"w": weight}, Strength(Constant(1e-3))).support
+    support.threshold = 1e-3  # five weights count as zero, by the size that they have now
+    support.prune_to(0.75)
+    assert support.cut["w"].tolist() == [True, True, True, True, False, True, True, True]  # one of the others is removed
+    assert support.share_of_zeros() == 0.75
+    with torch.no_grad():
+        weight.copy_(torch.tensor([1.0, 0.5, 1e-4, 0.1, 0.0, 0.2, 0.3, 1e-4]))  # three have grown
+    support.prune_to(0.75)
+    assert support.cut["w"].tolist() == [True, True, False, False, False, False, False, False]  # as in a trained parameter

@@ -29,6 +29,7 @@ _ABOUT = (
 )
 _STRENGTHS = ("lam", "kl_weight", "sparsity")  # which a callback takes in the place of target_sparsity
 _ADDED = "{class_path: lightning_sparse.callbacks.Sparsify, init_args: {target_sparsity: 0.9}}"
+_LOGGER = "trainer: {logger: {class_path: WandbLogger, init_args: {project: my}}}"
 _NEEDED = "sparsify: {class_path: Sparsify, init_args: {target_sparsity: 0.9}}"
 
 
@@ -39,7 +40,9 @@ def run(verb: str, words: list[str]) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(yaml.safe_dump(described, sort_keys=False, allow_unicode=True), encoding="utf-8")
     print(f"{args.output}, to optimise {described['metric']['name']}\n")
-    print("wandb login      # once" + ("" if _logs(args.config, overrides) else "; and the YAML needs a WandbLogger under trainer.logger"))
+    if not _logs(args.config, overrides):
+        print(f"the YAML needs a WandbLogger, which gives the metric to the sweep; add to it: {_LOGGER}\n")
+    print("wandb login      # once")
     agent = "" if args.script else "      # in a shell that finds lightning-sparse on its PATH"
     print(f"wandb sweep {args.output}      # prints the ID\nwandb agent ID{agent}")
     return 0

@@ -37,8 +37,8 @@ def save_compact(state: nn.Module | Mapping[str, Any], path: str | Path, dtype: 
     Args:
         state: a module (sparse layers of this package give their dense matrices) or a state dict.
         path: the file to write.
-        dtype: None is lossless; "fp16" rounds floating-point values to 16 bits, and :func:`load_compact` gives them back in the
-            original data type.
+        dtype: None keeps all values (-0.0 becomes 0.0); "fp16" rounds floating-point values to 16 bits, and :func:`load_compact`
+            gives them back in the original data type.
     """
     call = "save_compact(state, path)"
     _checks.file(path, "path", call, "model.safetensors")

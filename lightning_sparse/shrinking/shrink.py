@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_sparse import _checks, coupling, surgery
+from lightning_sparse._tracing import UNREACHED
 from lightning_sparse.coupling import Group
 from lightning_sparse.shrinking import files, rounding
 from lightning_sparse.shrinking.dead import Dead
@@ -95,6 +97,7 @@ def shrink_and_report(
     if smaller is None:
         raise ValueError(_nothing(module, found, dead, unit))
     _check(smaller, inputs, reference, model)
+    _warn_of_unreached(found)
     report = _report(module, smaller, example_inputs, found, dead, removed, seconds)
     return Shrunk(smaller, replace(report, rounding=said, stayed=_stayed(dead, removed), unit=unit))
 
@@ -147,14 +150,18 @@ def _nothing(module: nn.Module, found: list[Group], dead: Dead, round_to: int) -
     if dead.constants:
         group, why = next(iter(dead.constants.items()))
         return f"nothing to remove from {name}: {group} stays, because {why} ({len(dead.constants)} such groups)"
+    reasons = coupling.listed({axis: why for axis, _, why in coupling.left_out(found)})
     if not exact:
-        reasons = [f"{axis}: {why}" for axis, _, why in coupling.left_out(found)]
-        return f"nothing to remove from {name}: no group can be removed ({'; '.join(reasons[:3])})"
+        return f"nothing to remove from {name}: no group can be removed ({reasons})"
     weights = [p for p in module.parameters() if p.dim() > 1]
     share = 1 - sum(int(p.count_nonzero()) for p in weights) / max(sum(p.numel() for p in weights), 1)
     none = f"nothing to remove from {name}: none of its {exact} channels, neurons and heads is zero"
     heads = {group.kind for group in found if group.exact} == {"head"}
     remedy = f"train with structure={'Heads()' if heads else 'Channels()'}, or to a higher share of zeros"
+    whole = {name: rows for name, p in module.named_parameters() if p.dim() > 1 and (rows := int((p.flatten(1) == 0).all(1).sum()))}
+    if whole and reasons:
+        first = ", ".join(f"{rows} of {name}" for name, rows in list(whole.items())[:3])
+        return f"{none}. Whole rows are zero ({first}{_checks.more(whole, 3)}), but of channels that cannot be removed: {reasons}"
     if share < _FEW:
         return f"{none}, and {share:.1%} of its weights are. Is this the sparse checkpoint? If it is, {remedy}"
     return f"{none}. Its zeros ({share:.1%}) are spread over all of them, which brings no smaller network: {remedy}"
@@ -178,6 +185,19 @@ def _check(smaller: nn.Module, inputs: Any, reference: list[torch.Tensor], model
         raise ValueError(
             f"the shrunk {type(smaller).__name__} differs from the given one by {gap:.2g} of its largest output on the example inputs, so "
             "nothing was returned; please report the network, and remove less with groups=[...]"
+        )
+
+
+def _warn_of_unreached(found: Iterable[Group]) -> None:
+    """Warn of layers that forward does not reach: what another method of the module gives them has changed its width."""
+    names = [axis for axis, _, why in coupling.left_out(found) if why == UNREACHED]
+    if names:
+        keep = "it keeps its width" if len(names) == 1 else "they keep their widths"
+        warnings.warn(
+            f"forward does not reach {', '.join(names[:5])}{_checks.more(names)} on the example inputs, so {keep}: where another method of "
+            "the module, such as training_step, passes on what was removed, the shapes no longer fit. Call these layers in forward, or "
+            "shrink for inference by forward alone",
+            stacklevel=4,
         )
 
 

@@ -105,3 +105,29 @@ def test_a_custom_figure_needs_one_entry(monkeypatch: pytest.MonkeyPatch) -> Non
     run.fit(Toy(), data())
     largest = max(float(w.detach().abs().max()) for w in callback.parameters.values())
     assert float(run.callback_metrics["sparsity/largest"]) == pytest.approx(largest)
+
+
+class Misspelt(Method):
+    """Acts at no moment, because its name has another spelling."""
+
+    def after_optimiser(self, step: Step) -> None:
+        raise AssertionError("not called")
+
+
+class Nothing(Sparsifier):
+    """Has a method that is never called."""
+
+    method_type = Misspelt
+
+
+class Unnamed(Sparsifier):
+    """Names no method."""
+
+
+def test_a_method_without_a_moment_is_refused_with_the_closest_name() -> None:
+    with pytest.raises(
+        TypeError, match=r"Misspelt defines none of the moments .*'after_optimiser' is none of them; closest: 'after_optimizer'"
+    ):
+        Nothing(penalties.LogSum(0.1), 0.01)
+    with pytest.raises(TypeError, match=r"Unnamed names no method, so it trains nothing: set method_type"):
+        Unnamed(penalties.LogSum(0.1), 0.01)

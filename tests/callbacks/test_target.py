@@ -339,3 +339,24 @@ def test_under_sgd_the_target_costs_no_more_than_pruning_does():
         module.eval()
         losses[type(form).__name__] = float(nn.functional.cross_entropy(module.network(x), y).detach())
     assert losses["ReweightedPenalty"] < 1.15 * losses["MagnitudePruning"]
+
+
+def test_layers_that_start_at_zero_are_not_removed_before_they_have_learned():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    for layer in (network[2], network[4]):
+        nn.init.zeros_(layer.weight)
+    form = VariationalDropout(target_sparsity=0.8)
+    trainer(form, epochs=30).fit(Toy(network, optimizer=lambda p: torch.optim.Adam(p, 3e-4)), data())
+    assert form.share_of_zeros() == pytest.approx(0.8, abs=1e-3)
+    assert int((network[2].weight != 0).sum()) > 40  # of 1,024
+
+
+@pytest.mark.parametrize("lam", [1.0, 10.0])
+def test_a_given_lam_far_above_the_bound_falls_to_it_at_once(lam):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    form = AdaptiveProx(penalties.LogSum(2.0), lam, target_sparsity=0.3, exact=True)
+    trainer(form, epochs=15).fit(Toy(network, optimizer=lambda p: torch.optim.Adam(p, 2e-3)), data())
+    assert form.share_of_zeros() == pytest.approx(0.3, abs=1e-3)
+    assert all(int((layer.weight != 0).sum()) > 0.2 * layer.weight.numel() for layer in network[::2])

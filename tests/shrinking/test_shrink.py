@@ -430,3 +430,34 @@ def test_random_supports_of_a_deep_network() -> None:
         found = small(model, torch.randn(20, 6))
         assert [m.out_features for m in found.module if isinstance(m, nn.Linear)][:-1] == alive
         same(model, found.module, torch.randn(50, 6))
+
+
+class Auxiliary(nn.Module):
+    """Has a head that forward does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.aux = nn.Linear(5, 16), nn.Linear(16, 2), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu())
+
+
+def test_a_layer_that_forward_does_not_reach_is_named_in_a_warning() -> None:
+    module = Auxiliary()
+    with torch.no_grad():
+        module.body.weight[:4], module.body.bias[:4] = 0, 0
+    with pytest.warns(UserWarning, match=r"forward does not reach aux on the example inputs, so it keeps its width: .* no longer fit"):
+        smaller = small(module, X).module
+    assert (smaller.body.out_features, smaller.aux.in_features) == (12, 16)
+
+
+def test_zero_rows_of_channels_that_cannot_be_removed_are_named_with_the_reason() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 2)]
+    module = nn.Sequential(*layers)
+    with torch.no_grad():
+        module[0].weight[:3] = 0
+    said = r"none of its 6 channels.* Whole rows are zero \(3 of 0.weight\), but of channels that cannot be removed: 0: GroupNorm averages over"
+    with pytest.raises(ValueError, match=said):
+        small(module, PICTURES)

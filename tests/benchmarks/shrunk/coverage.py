@@ -56,7 +56,7 @@ def _decoders(hf: Any, sizes: dict[str, int], words: Any) -> Iterator[Case]:
 
 def short(reason: str) -> str:
     """Return a reason without names and figures."""
-    norm = re.search(r"\((\w+) \S+ averages over its channels\)", reason)
+    norm = re.search(r"(\w+) averages over its channels", reason)
     return f"{norm[1]} averages over the channels" if norm else " ".join(reason.split())[:110]
 
 
