@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_sparse import _checks, counts, coverage, duality, reach
 from lightning_sparse.callbacks.compatibility import is_a, overrides
 from lightning_sparse.callbacks.form import SparsityCallback, peers_of
-from lightning_sparse.callbacks.options import Options
+from lightning_sparse.callbacks.options import Options, check_moments
 from lightning_sparse.callbacks.progress import choose, unfreezes
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.duality import MaskRule, Penalty
@@ -37,6 +37,7 @@ MANY = 0.2  # share of zeros at the start from which it is logged that they are 
 def check_setup(options: Options, method: Method, strength: Strength, given: Penalty | MaskRule, trainer: Trainer) -> None:
     """Refuse runs and settings that are not supported, before parameters are chosen: strategies, a duality gap without a loss."""
     form, strategy = options.form, trainer.strategy
+    check_moments(form, method)
     other = type(strategy).__name__
     if is_a(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
         raise ValueError(

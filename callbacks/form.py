@@ -16,7 +16,6 @@ from lightning_sparse.callbacks.options import (
     Finish,
     Options,
     check_compile,
-    check_moments,
     check_structure,
     describe,
     penalty_of,
@@ -119,7 +118,6 @@ class SparsityCallback(AnyCallback, metaclass=CallbackClass):
             target_sparsity=target_sparsity, compile=compile, finish=finish, score=score, least_kept=least_kept, structure=structure,
         )  # fmt: skip
         self.method = self._make_method(admitted)
-        check_moments(form, self.method)
         check_structure(self.options, self.method, penalty)
         if self.options.compile:
             check_compile(form, self.method, penalty)

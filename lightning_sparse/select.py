@@ -12,6 +12,7 @@ from lightning_sparse import _checks, _roles, _unfit
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 OWNERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+_PRUNED = ("Unstructured", "Structured", "FromMask")  # in the names of the methods of torch.nn.utils.prune
 
 
 def owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -142,7 +143,7 @@ class _Selection:
                     "requires_grad_(True)"
                 )
             if self.computed:
-                pruned = any("CustomFromMask" in weight.reason for weight in self.computed.values())
+                pruned = any(word in one.reason for one in self.computed.values() for word in _PRUNED)
                 cure = (
                     ". Lightning's ModelPruning does that in this Trainer if it is among the callbacks: keep one of the two"
                     if pruned

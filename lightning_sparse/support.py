@@ -23,7 +23,6 @@ from lightning_sparse.step_sizes import StepSizes
 from lightning_sparse.structure import Element, Structure
 from lightning_sparse.weights import WeightStore
 
-
 UNTRAINED = 0.5  # a parameter has not been trained yet if more than this share of its weights counts as zero without being removed
 
 

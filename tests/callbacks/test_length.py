@@ -55,7 +55,7 @@ def test_a_form_whose_strength_is_constant_needs_none():
 @needy
 @pytest.mark.parametrize("loader", [lambda: stream(), lambda: Repeated(None, 0)], ids=["none taken", "none there"])
 @pytest.mark.filterwarnings("ignore:Total length of .* is zero")
-@pytest.mark.filterwarnings("ignore:.*returned 0 length")
+@pytest.mark.filterwarnings("ignore:.*returned 0 length", "ignore:.*this fit trained no step")
 def test_a_run_without_batches_is_no_run_of_unknown_length(form, loader):
     callback, given = form(), loader()
     trainer(callback, limit_train_batches=1.0 if hasattr(given, "count") else 0).fit(Toy(), given, data(seed=1))

@@ -128,6 +128,6 @@ def test_a_method_without_a_moment_is_refused_with_the_closest_name() -> None:
     with pytest.raises(
         TypeError, match=r"Misspelt defines none of the moments .*'after_optimiser' is none of them; closest: 'after_optimizer'"
     ):
-        Nothing(penalties.LogSum(0.1), 0.01)
+        trainer(Nothing(penalties.LogSum(0.1), 0.01)).fit(Toy(), data())
     with pytest.raises(TypeError, match=r"Unnamed names no method, so it trains nothing: set method_type"):
-        Unnamed(penalties.LogSum(0.1), 0.01)
+        trainer(Unnamed(penalties.LogSum(0.1), 0.01)).fit(Toy(), data())
