@@ -297,10 +297,9 @@ class Support:
         before, resting = self.cut, self.all_zeros()
         self.cut = self.highest_ranked(share)
         for name, kept in self.cut.items():
-            left = before[name] if name in before else torch.ones_like(kept)
-            rest = resting[name].to(kept.device) & left
-            resting_count, count = (int(elementwise.sum_shards(elementwise.local_part(part).sum(), kept)) for part in (rest, left))
-            if resting_count > UNTRAINED * count:
+            left = before.get(name, torch.ones_like(kept))
+            rest = resting[name] & left
+            if elementwise.sum_shards(elementwise.local_part(rest.float() - UNTRAINED * left.float()).sum(), kept) > 0:
                 kept |= rest
         self._apply(self.cut)
 
