@@ -21,9 +21,9 @@ class BestAfterTarget(AnyCallback, metaclass=CallbackClass):
 
     For programs that keep, restore or stop at their best epoch by callbacks of their own. Before the target is met, each score
     counts as an improvement: the checkpoint callback replaces its oldest file by the latest epoch's, and EarlyStopping's patience is
-    not used up. Files from before stay with a score that every later one beats, up to the ``save_top_k``-th later one. The first
-    validation at which the target is met restarts the comparison. Metrics, learning-rate schedulers and :class:`SparseCheckpoint`,
-    which has a target of its own, are not changed.
+    not used up. Earlier files keep the worst possible score, so that the next ``save_top_k`` files replace them. The first validation
+    at which the target is met restarts the comparison. Metrics, learning-rate schedulers and :class:`SparseCheckpoint`, which has a
+    target of its own, are not changed.
 
     Args:
         target_sparsity: share of zeros in [0, 1] of all sparsity callbacks' weights together; by default each callback's own

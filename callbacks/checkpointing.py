@@ -137,7 +137,8 @@ class CheckpointState:
         for name, taken in state["taken"].items():
             elementwise.scatter_to_zeros_(self.weights.parameters[name], taken)
         if state["frozen"]:
-            self.support.freeze_zeros({name: part(name, where) for name, where in state.get("open", {}).items()})
+            known, may_grow = self.weights.parameters, state.get("open", {})
+            self.support.freeze_zeros({name: part(name, where) for name, where in may_grow.items() if name in known})
             self.strength.asked = None if saved_target(state) == self.options.target_sparsity else saved_target(state)
         else:
             self.support.frozen = None

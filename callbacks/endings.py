@@ -112,15 +112,15 @@ def warn_untrained(options: Options, batches: int) -> None:
 def warn_no_training(options: Options, support: Support, trainer: Trainer) -> None:
     """Warn of a fit that trained no step, if its zeros are not those of the target: resumed at or beyond its end, or with no batches."""
     target, step = options.target_sparsity, trainer.global_step
-    share = None if target is None or trainer.fast_dev_run else reach.missing(support, target)  # type: ignore[attr-defined]
-    if share is None or not support.weights.parameters:
+    share = None if target is None else reach.missing(support, target)
+    if share is None:
         return
     limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps, "limit_train_batches": trainer.limit_train_batches}
     given = ", ".join(f"{name}={value}" for name, value in limits.items() if name != "limit_train_batches" or not value)
     why = f"because the checkpoint is of epoch {trainer.current_epoch} and step {step}, and" if step else "with"
     rank_zero_warn(
         f"{options.form}: this fit trained no step, {why} {given}. {share:.2%} of the selected weights are zero, target_sparsity is "
-        f"{target:g}. Give the Trainer {'a larger max_epochs or max_steps' if step else 'batches to train on, or more time'}"
+        f"{target:g}. Give the Trainer {'a larger max_epochs or max_steps' if step else 'epochs, steps, time and batches to train on'}"
     )
 
 

@@ -68,9 +68,9 @@ class SparsityCallback(AnyCallback, metaclass=CallbackClass):
         gap_samples: masks drawn at each epoch's end to log ``sparsity/duality_gap``; 0 does not measure it.
         keep_zeros: weights that are zero when the fit starts stay zero (one byte a weight); else they may become non-zero again.
         target_sparsity: the share of zeros to reach, instead of a value for lam. At each point of a ramp lam is solved for, so that the
-            share of zeros is the ramp's, but bounded by a scale read off gradients and weights; it starts at ``lam`` if that is given.
-            Zeros that are then missing are removed by rank along the same ramp. The ramp ends where the last share ``freeze`` of the
-            run begins: the target is met there and the support frozen.
+            share of zeros is the ramp's, but bounded by a scale read off gradients and weights; it starts at a ``lam`` that is given and
+            below the bound. Zeros that are then missing are removed by rank along the same ramp. The ramp ends where the last share
+            ``freeze`` of the run begins: the target is met there and the support frozen.
         compile: compute the work on each weight by a kernel that torch's AOTInductor compiles before training starts. Steps take less
             time, the start takes ten to forty seconds, and a compiler is needed, on the CPU a C++ one. Results differ by rounding, and
             masks on weights use other random numbers. For ReweightedPenalty, AdaptiveProx and AdaptiveMask.

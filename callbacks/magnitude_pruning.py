@@ -106,7 +106,7 @@ class MagnitudePruning(Sparsifier):
         if not self.step and self.end == END and _roles.is_trained(pl_module):
             rank_zero_info(
                 f"MagnitudePruning: the network was trained before (the biases of a norm are not all equal), and its ramp takes the first "
-                f"{END:.0%} of the run. end={1 - FINE_TUNED_AGAIN:.2g} leaves more steps for fine-tuning, which is better as a rule there"
+                f"{END:.0%} of the run. end={1 - FINE_TUNED_AGAIN:.2g} leaves more steps for fine-tuning, which was better in docs/race.md"
             )
 
     # -- conversion ----------------------------------------------------------------------------------------------------------

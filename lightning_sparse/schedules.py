@@ -169,8 +169,8 @@ class TargetSparsity:
 
     def begin_below(self, most: float) -> None:
         """Lower a given start to ``most`` before the first step."""
-        if self.is_given and 0 < most < self.start:
-            self.log_lam = math.log(most)
+        if most > 0:
+            self.log_lam = min(self.log_lam, math.log(most))
 
     @property
     def lam(self) -> float:

@@ -12,7 +12,7 @@ from lightning_sparse import _checks, _roles, _unfit
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 OWNERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-_PRUNED = ("Unstructured", "Structured", "FromMask")  # in the names of the methods of torch.nn.utils.prune
+_PRUNED = ("Unstructured", "Structured", "FromMask", "PruningContainer")  # in the names of the methods of torch.nn.utils.prune
 
 
 def owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -142,7 +142,7 @@ class _Selection:
                     f"(requires_grad=False), such as {next(iter(frozen))!r}; unfreeze those to make sparse before the fit, with "
                     "requires_grad_(True)"
                 )
-            if self.computed:
+            if self.computed and not self.own:
                 pruned = any(word in one.reason for one in self.computed.values() for word in _PRUNED)
                 cure = (
                     ". Lightning's ModelPruning does that in this Trainer if it is among the callbacks: keep one of the two"

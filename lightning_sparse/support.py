@@ -23,7 +23,7 @@ from lightning_sparse.step_sizes import StepSizes
 from lightning_sparse.structure import Element, Structure
 from lightning_sparse.weights import WeightStore
 
-UNTRAINED = 0.5  # a parameter has not been trained yet if more than this share of its weights counts as zero without being removed
+RESTING = 0.5  # a parameter is left to train if more than this share of its remaining weights counts as zero without being removed
 
 
 class Formulas(Protocol):
@@ -290,16 +290,16 @@ class Support:
     def prune_to(self, share: float) -> None:
         """Remove the weights of the lowest rank, so that ``share`` of all is zero; they stay zero until the support is frozen.
 
-        Weights that count as zero already are removed first. In a parameter that starts at zero, or near it, these are most of the
-        weights, and are left to train.
+        Weights that count as zero already go first, but not in a parameter most of whose remaining weights do: it may have started at zero,
+        and learn later. Groups always go as a whole.
         """
         self.weights.restore()
         before, resting = self.cut, self.all_zeros()
         self.cut = self.highest_ranked(share)
-        for name, kept in self.cut.items():
+        for name, kept in self.cut.items() if self.groups is None else ():
             left = before.get(name, torch.ones_like(kept))
             rest = resting[name] & left
-            if elementwise.sum_shards(elementwise.local_part(rest.float() - UNTRAINED * left.float()).sum(), kept) > 0:
+            if elementwise.sum_shards(elementwise.local_part(rest.float() - RESTING * left.float()).sum(), kept) > 0:
                 kept |= rest
         self._apply(self.cut)
 

@@ -37,8 +37,13 @@ class TargetSearch:
 
     def measures(self, freeze: float) -> bool:
         """Return True if gradients are measured in the next step: before lam is solved for, and first of all where it is given."""
+        return self.is_due(freeze, ahead=1) or self._begins
+
+    @property
+    def _begins(self) -> bool:
+        """Return True before the first step of a search from a given lam."""
         target = self.strength.target
-        return self.is_due(freeze, ahead=1) or (target is not None and target.is_given and not self.strength.step)
+        return target is not None and target.is_given and self.support.method.solvable and not self.strength.step
 
     def is_due(self, freeze: float, ahead: int = 0) -> bool:
         """Return True if lam is solved for after this step, or the one ``ahead`` of it.
@@ -87,7 +92,7 @@ class TargetSearch:
         sizes = torch.tensor([float(parameter.numel()) for _, parameter in members], dtype=torch.float64)
         free = products.abs() * sizes.sqrt() <= FREE * (squares * norms).sqrt()
         self.strength.target.observe_gradients(float(squares.sum() / sizes.sum()) / scale**2, float(sizes[free].sum() / sizes.sum()))
-        if not self.strength.step:
+        if self._begins:
             self.strength.target.begin_below(self.largest_lam())
 
     def largest_lam(self) -> float:

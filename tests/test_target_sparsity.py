@@ -136,3 +136,10 @@ def test_an_interrupted_search_goes_on_exactly() -> None:
 def test_bad_arguments(target: float, start: float, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         TargetSparsity(target, start)
+
+
+def test_a_start_above_the_bound_is_lowered_to_the_smallest_bound_of_several_optimisers():
+    search = TargetSparsity(0.5, start=10.0)
+    for most, wanted in ((0.5, 0.5), (2.0, 0.5), (0.1, 0.1), (math.inf, 0.1)):
+        search.begin_below(most)
+        assert search.lam == pytest.approx(wanted)

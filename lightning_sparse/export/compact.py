@@ -45,7 +45,7 @@ def save_compact(state: nn.Module | Mapping[str, Any], path: str | Path, dtype: 
     if not isinstance(state, Mapping):
         _checks.module(state, call, " or a state dict")
     if dtype not in (None, "fp16"):
-        raise ValueError(f"dtype must be None (lossless) or 'fp16', got {dtype!r}")
+        raise ValueError(f"dtype must be None (equal values) or 'fp16', got {dtype!r}")
     if isinstance(state, nn.Module):
         refuse_quantised(state, "save_compact")
         state = state.state_dict()
@@ -132,7 +132,7 @@ def _rounded(name: str, flat: Tensor, dtype: str | None) -> Tensor:
     half = flat.half()
     if bool((half.isinf() & flat.isfinite()).any()):
         largest = flat[flat.isfinite()].abs().max().item()
-        raise ValueError(f"fp16 holds values up to 65504, but {name!r} has {largest:g}: use dtype=None, which is lossless")
+        raise ValueError(f"fp16 holds values up to 65504, but {name!r} has {largest:g}: use dtype=None, which keeps all values")
     return half
 
 

@@ -158,9 +158,15 @@ def _nothing(module: nn.Module, found: list[Group], dead: Dead, round_to: int) -
     none = f"nothing to remove from {name}: none of its {exact} channels, neurons and heads is zero"
     heads = {group.kind for group in found if group.exact} == {"head"}
     remedy = f"train with structure={'Heads()' if heads else 'Channels()'}, or to a higher share of zeros"
-    whole = {name: rows for name, p in module.named_parameters() if p.dim() > 1 and (rows := int((p.flatten(1) == 0).all(1).sum()))}
-    if whole and reasons:
+    stay = {entry.name: group.axis for group in found if not group.exact for entry in group.parameters("producer") if entry.dim == 0}
+    zero_rows = {
+        name: int((module.get_parameter(name).flatten(1) == 0).all(1).sum()) for name in stay if module.get_parameter(name).dim() > 1
+    }
+    whole = {name: rows for name, rows in zero_rows.items() if rows}
+    if whole:
         first = ", ".join(f"{rows} of {name}" for name, rows in list(whole.items())[:3])
+        axes = {stay[name] for name in whole}
+        reasons = coupling.listed({axis: why for axis, _, why in coupling.left_out(found) if axis in axes})
         return f"{none}. Whole rows are zero ({first}{_checks.more(whole, 3)}), but of channels that cannot be removed: {reasons}"
     if share < _FEW:
         return f"{none}, and {share:.1%} of its weights are. Is this the sparse checkpoint? If it is, {remedy}"
@@ -194,9 +200,9 @@ def _warn_of_unreached(found: Iterable[Group]) -> None:
     if names:
         keep = "it keeps its width" if len(names) == 1 else "they keep their widths"
         warnings.warn(
-            f"forward does not reach {', '.join(names[:5])}{_checks.more(names)} on the example inputs, so {keep}: where another method of "
-            "the module, such as training_step, passes on what was removed, the shapes no longer fit. Call these layers in forward, or "
-            "shrink for inference by forward alone",
+            f"the trace of forward does not reach {', '.join(names[:5])}{_checks.more(names)}, so {keep}: where another method of the "
+            "module, such as training_step, gives them the channels that were removed, the shapes no longer fit. Call these layers in "
+            "forward, or shrink for inference by forward alone",
             stacklevel=4,
         )
 

@@ -360,3 +360,16 @@ def test_a_given_lam_far_above_the_bound_falls_to_it_at_once(lam):
     trainer(form, epochs=15).fit(Toy(network, optimizer=lambda p: torch.optim.Adam(p, 2e-3)), data())
     assert form.share_of_zeros() == pytest.approx(0.3, abs=1e-3)
     assert all(int((layer.weight != 0).sum()) > 0.2 * layer.weight.numel() for layer in network[::2])
+
+
+@pytest.mark.parametrize(
+    "form", [lambda: VariationalDropout(target_sparsity=0.5), lambda: HardConcrete(target_sparsity=0.5)], ids=["VarDrop", "L0"]
+)
+def test_the_price_of_learned_noise_stays_at_its_start_with_a_target(form):
+    callback, seen = form(), []
+    watch = LambdaCallback(on_train_batch_end=lambda *_: seen.append(callback.lam))
+    first = callback.strength.target.lam
+    module = wide()
+    module.make = lambda p: torch.optim.SGD(p, 1e-3)
+    trainer(callback, watch, epochs=5).fit(module, data())
+    assert set(seen) == {first}

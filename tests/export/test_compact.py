@@ -124,7 +124,7 @@ def test_what_cannot_be_saved_is_refused_and_leaves_no_file(tmp_path):
         "before quantisation": (quantised.state_dict(), None),
         "sparse_csr or quantised tensor": ({"w": torch.eye(3).to_sparse_csr()}, None),
         "65504, but 'w' has 1e\\+06": ({"w": torch.tensor([1e6, 0.0])}, "fp16"),
-        "dtype must be None .lossless. or 'fp16', got 'int8'": ({}, "int8"),
+        "dtype must be None .equal values. or 'fp16', got 'int8'": ({}, "int8"),
     }
     for message, (state, dtype) in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -51,7 +51,7 @@ def test_the_dual_near_its_start(penalty: Penalty) -> None:
     assert found == pytest.approx(wanted, rel=1e-7, abs=1e-23)
 
 
-@pytest.mark.parametrize(("eps", "w"), [(1e-8, 0.5), (1e-8, 30.0), (1e-6, 5.0), (1e-6, 1e4), (0.5, 1e-3)])
+@pytest.mark.parametrize(("eps", "w"), [(1e-8, 0.5), (1e-8, 30.0), (1e-6, 5.0), (1e-6, 1e4)])
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_the_dual_of_log_square_holds_far_beyond_eps(eps: float, w: float, dtype: torch.dtype, within: float) -> None:
     """Compares f and f' = (w / eta)^2 at eta_hat(w) with 40 digits, where 1 - eps / (2 eta) rounds to 1."""
@@ -60,8 +60,8 @@ def test_the_dual_of_log_square_holds_far_beyond_eps(eps: float, w: float, dtype
         r = mpmath.mpf(eps) / (2 * eta)
         value, slope = float(2 * (r - 1 - mpmath.log(r))), float((mpmath.mpf(w) / eta) ** 2)
     at = torch.tensor([float(eta)], dtype=dtype)
-    assert float(penalties.LogSquare(eps).dual(at)) == pytest.approx(value, rel=within, abs=1e-9 if w < 0.01 else 0)
-    assert float(penalties.LogSquare(eps).dual_slope(at)) == pytest.approx(slope, rel=within if w > 0.01 else 1e-1)
+    assert float(penalties.LogSquare(eps).dual(at)) == pytest.approx(value, rel=within)
+    assert float(penalties.LogSquare(eps).dual_slope(at)) == pytest.approx(slope, rel=within)
 
 
 def test_relations_between_rows() -> None:

@@ -447,7 +447,7 @@ def test_a_layer_that_forward_does_not_reach_is_named_in_a_warning() -> None:
     module = Auxiliary()
     with torch.no_grad():
         module.body.weight[:4], module.body.bias[:4] = 0, 0
-    with pytest.warns(UserWarning, match=r"forward does not reach aux on the example inputs, so it keeps its width: .* no longer fit"):
+    with pytest.warns(UserWarning, match=r"the trace of forward does not reach aux, so it keeps its width: .* no longer fit"):
         smaller = small(module, X).module
     assert (smaller.body.out_features, smaller.aux.in_features) == (12, 16)
 
