@@ -36,6 +36,7 @@ from lightning_sparse.structure import Channels
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "groups" / "results.jsonl"
 PENALTY = penalties.LogSum(eps=2.0)
+FREEZE = 0.2  # share of a run at a given lam in which the support is frozen, without noise and penalty
 VERSIONS = ("torch", "lightning", "torch-pruning")
 Data = tuple[Tensor, Tensor]
 
@@ -149,13 +150,13 @@ class Module(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def callbacks(arm: str, lam: float, target: float) -> list[Callback]:
+def callbacks(arm: str, lam: float, target: float, freeze: float) -> list[Callback]:
     """Make the callbacks of an arm; "..., target" arms reach the share ``target`` of zeros."""
     made: dict[str, Any] = {
         "dense": lambda: [],
-        "penalty": lambda: [ReweightedPenalty(PENALTY, lam, freeze=0.2, structure=Channels())],
-        "mask": lambda: [AdaptiveMask(PENALTY, lam, freeze=0.2, structure=Channels())],
-        "prox": lambda: [AdaptiveProx(PENALTY, lam, freeze=0.2, structure=Channels())],
+        "penalty": lambda: [ReweightedPenalty(PENALTY, lam, freeze=freeze, structure=Channels())],
+        "mask": lambda: [AdaptiveMask(PENALTY, lam, freeze=freeze, structure=Channels())],
+        "prox": lambda: [AdaptiveProx(PENALTY, lam, freeze=freeze, structure=Channels())],
         "penalty, target": lambda: [ReweightedPenalty(PENALTY, target_sparsity=target, structure=Channels())],
         "mask, target": lambda: [AdaptiveMask(PENALTY, target_sparsity=target, structure=Channels())],
         "pruning, target": lambda: [MagnitudePruning(target, every=20, structure=Channels())],
@@ -196,7 +197,7 @@ def run(given: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     seed_everything(seed, verbose=False)
     module, started = Module(network(), given.rate), time.perf_counter()
     module.example_input_array = training[0][:2]
-    made = [] if arm in PEERS else callbacks(arm, given.lam, given.target)
+    made = [] if arm in PEERS else callbacks(arm, given.lam, given.target, given.freeze)
     loader = DataLoader(TensorDataset(*training), 64, shuffle=True, drop_last=True)
     if arm in PEERS:  # the same number of epochs: three quarters before the cut, one after
         first = max(1, round(0.75 * given.epochs))
@@ -270,13 +271,15 @@ def zero_groups(made: list[Callback]) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """Return the recorded runs; early ones do not name ``freeze``, which was 0.2."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [{"freeze": FREEZE if row["lam"] is not None else None} | row for row in rows]
 
 
 def setting(given: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     by_lam, by_target = arm in ("penalty", "mask", "prox"), arm.endswith("target")
     own = {"lam": given.lam if by_lam else None, "target": given.target if by_target else None}
-    own["budget"] = given.budget if arm in PEERS else None
+    own |= {"budget": given.budget if arm in PEERS else None, "freeze": given.freeze if by_lam else None}
     how = {name: getattr(given, name) for name in ("problem", "epochs", "samples", "rate", "part")}
     return how | own | {"arm": arm, "seed": seed}
 
@@ -286,11 +289,12 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["part"] == "test":
-            found[tuple(row[key] for key in ("problem", "epochs", "samples", "arm", "lam", "target", "budget"))].append(row)
+            found[tuple(row[key] for key in ("problem", "epochs", "samples", "arm", "lam", "target", "budget", "freeze"))].append(row)
     yield "| problem | arm | seeds | error % | multiply-adds % | weights left | groups left, mean by axis |"
     yield "|---|---|---|---|---|---|---|"
-    for (problem, epochs, samples, arm, lam, target, budget), same in found.items():
+    for (problem, epochs, samples, arm, lam, target, budget, freeze), same in found.items():
         how = f"lam {lam:g}" if lam else f"target {target:g}" if target else f"budget {budget:g}" if budget else ""
+        how += f", freeze {freeze:g}" if lam and freeze != FREEZE else ""
         left = {axis: mean(row["groups"][axis][0] for row in same) for axis in same[0]["groups"]}
         groups = ", ".join(f"{count:g}/{same[0]['groups'][axis][1]}" for axis, count in left.items())
         work = mean(100 * row["multiply_adds"] / row["of"] for row in same)
@@ -306,6 +310,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--lam", type=float, default=1e-3)
     parser.add_argument("--target", type=float, default=0.9)
+    parser.add_argument("--freeze", type=float, default=FREEZE, help="share of the run at its end with a frozen support, for runs with lam")
     parser.add_argument("--budget", type=float, default=0.25, help="share of multiply-adds for torch-pruning")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--samples", type=int, default=20_000)
