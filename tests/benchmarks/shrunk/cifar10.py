@@ -1,12 +1,16 @@
-"""A pretrained ResNet-20 on CIFAR-10 without a share of its multiply-adds: our ways to choose channels, and torch-pruning's.
+"""A pretrained ResNet (ResNet-20 by default) on CIFAR-10 without a share of its multiply-adds: our ways to choose channels, and torch-pruning's.
 
 Every arm trains for ``--epochs`` in all, by the recipe's SGD with a cosine to 0 in each fit, and removes whole channels inside of the
 blocks. ``dense`` is the same training without a cut. ``scores`` cuts once, by F_g, and trains the rest. ``Sparsify`` is the recipe
-``cifar10/resnet20_channels_*``: a ramp over the first 30 % of the run that removes the lowest F_g for each multiply-add, then shrink.
+``cifar10/resnet20_channels_*``: a ramp over the first 30 % of the run that removes the lowest F_g for each multiply-add, then shrink; its
+target is the recipe's, or for other networks and shares the weights of the groups that ``scores`` would cut.
 ``groups`` trains with Sparsify for half of the epochs, cuts and trains the smaller network for the other half. ``tp magnitude`` cuts once
 by torch-pruning's norm of a group; ``tp group norm`` runs its GroupNormPruner: its regulariser for half of the epochs, then the cut, then
 the other half. The validation split has 5,000 images; the 10,000 test images are used once at the end of a run. A run that ``--record``
-holds is not repeated, unless epochs or precision differ.
+holds is not repeated, unless epochs or precision differ. Weights of another network than ResNet-20 come from a run of its own:
+
+    python tests/benchmarks/shrunk cifar10 --arms dense --depth 8 --width 64 --rate 0.1 --record runs/wide
+    python tests/benchmarks/shrunk cifar10 --depth 8 --width 64 --weights runs/wide/dense-1-0-10-32-true/weights.pt --record runs/cut
 """
 
 from __future__ import annotations
@@ -38,20 +42,23 @@ from lightning_sparse.shrinking.report import count_multiply_adds
 from lightning_sparse.structure import Channels
 
 REGULARISER = 1e-4  # torch-pruning's default
-TARGETS = {0.5: 0.32, 0.3: 0.56}  # target_sparsity of the recipes by the share of the multiply-adds that it leaves
+TARGETS = {0.5: 0.32, 0.3: 0.56}  # target_sparsity of the recipes for ResNet-20 by the share of the multiply-adds that it leaves
 BATCHES = 20  # whose gradients score the groups
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--shares", nargs="+", type=float, choices=list(TARGETS), default=[0.5], help="of the multiply-adds (default: 0.5)")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.5], help="of the multiply-adds (default: 0.5)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=10, help="of a whole arm (default: %(default)s)")
     parser.add_argument("--images", type=int, help="training images; without it 45,000")
     parser.add_argument("--round_to", type=int, default=8, help="of widths; the arm Sparsify: 1 (default: %(default)s)")
     parser.add_argument("--precision", default="32-true", help="of the Trainer (default: %(default)s)")
     parser.add_argument("--root", default="data")
-    parser.add_argument("--weights", help="a state_dict of ResNet-20; without it the weights are random")
+    parser.add_argument("--depth", type=int, default=20, help="of the network (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=16, help="channels of its first stage (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=0.02, help="of SGD, at the start of each fit (default: %(default)s)")
+    parser.add_argument("--weights", help="a state_dict of the network; without it the weights are random")
     parser.add_argument("--record", type=Path, default=Path("runs/channels"), help="folder of what has been run (default: %(default)s)")
 
 
@@ -69,7 +76,8 @@ class Study:
 
     def given(self) -> ResNet:
         seed_everything(self.seed, verbose=False)
-        return ResNet(depth=20, weights=self.args.weights, lr=0.02, optimizer="sgd", momentum=0.9, weight_decay=1e-4)
+        shape = {"depth": self.args.depth, "width": self.args.width, "weights": self.args.weights}
+        return ResNet(**shape, lr=self.args.rate, optimizer="sgd", momentum=0.9, weight_decay=1e-4)
 
     def trainer(self, epochs: int, *callbacks: Callback) -> Trainer:
         return Trainer(
@@ -83,9 +91,13 @@ class Study:
 
     def cut(self, model: ResNet, share: float) -> ResNet:
         """Return the network without the groups of the lowest F_g; zero groups have the score 0 and go first."""
-        groups = coupling.groups(model, self.inputs)
-        chosen = choose(model, self.inputs[:1], groups, self.scores(model, groups), self.most(share), self.args.round_to)
+        groups, chosen = self.chosen(model, share, self.args.round_to)
         return remove(model, self.inputs, groups, chosen, self.args.round_to)
+
+    def chosen(self, model: ResNet, share: float, round_to: int) -> tuple[list[coupling.Group], list[coupling.Group]]:
+        """Return all groups, and those of the lowest F_g without which this share of the multiply-adds is left."""
+        groups = coupling.groups(model, self.inputs)
+        return groups, choose(model, self.inputs[:1], groups, self.scores(model, groups), self.most(share), round_to)
 
     def scores(self, model: ResNet, groups: list[coupling.Group]) -> dict[str, float]:
         scores = GroupScores(groups)
@@ -112,18 +124,19 @@ def _scores(study: Study, model: ResNet, share: float) -> ResNet:
 
 
 def _sparsify(study: Study, model: ResNet, share: float) -> ResNet:
-    study.train(model, study.args.epochs, recommended(share))
+    is_recipe = study.args.depth == 20 and study.args.width == 16 and share in TARGETS
+    target = TARGETS[share] if is_recipe else share_of(model, *study.chosen(model, share, round_to=1))
+    study.train(model, study.args.epochs, recommended(target))
     return shrink(model, study.inputs, round_to=1)
 
 
-def recommended(share: float) -> Sparsify:
-    """Return the callback of the recipe ``cifar10/resnet20_channels_*`` that leaves this share of the multiply-adds."""
-    return Sparsify(TARGETS[round(share, 1)], structure=Channels(cost="multiply_adds"), score=Fisher(), freeze=0.7)
+def recommended(target: float) -> Sparsify:
+    """Return the callback of the recipes ``cifar10/resnet20_channels_*`` with this share of zeros."""
+    return Sparsify(target, structure=Channels(cost="multiply_adds"), score=Fisher(), freeze=0.7)
 
 
 def _groups(study: Study, model: ResNet, share: float) -> ResNet:
-    groups = coupling.groups(model, study.inputs)
-    chosen = choose(model, study.inputs[:1], groups, study.scores(model, groups), study.most(share), study.args.round_to)
+    groups, chosen = study.chosen(model, share, study.args.round_to)
     study.train(model, study.args.epochs // 2, Sparsify(share_of(model, groups, chosen), structure=Channels()))
     small = study.cut(model, share)
     study.train(small, study.args.epochs - study.args.epochs // 2)
@@ -198,10 +211,10 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
     yield "| arm | share asked | batch 1 | A/A | batch 16 | A/A | ONNX Runtime, batch 1 | A/A | ONNX Runtime, batch 16 | A/A |"
     yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     x = Study(args, args.seeds[0]).inputs
-    given = ResNet(depth=20).eval()
+    given = ResNet(depth=args.depth, width=args.width).eval()
     for path, one in zip(found, figures, strict=True):
         if one["arm"] != "dense" and one["seed"] == args.seeds[0]:
-            small = _rebuilt(one["widths"], path.parent / "weights.pt").eval()
+            small = _rebuilt(ResNet(depth=args.depth, width=args.width), one["widths"], path.parent / "weights.pt").eval()
             yield f"| {one['arm']} | {one['share']} | {' | '.join(_latencies(given, small, x))} |"
 
 
@@ -228,9 +241,8 @@ def _run(study: Study, arm: str, share: float) -> None:
     print(json.dumps(figures), flush=True)
 
 
-def _rebuilt(widths: list[int], weights: Path) -> ResNet:
+def _rebuilt(model: ResNet, widths: list[int], weights: Path) -> ResNet:
     """Return the network with these channels inside of its blocks: torch-pruning's have no file that says what they lost."""
-    model = ResNet(depth=20)
     blocks = [part for part in model.modules() if isinstance(part, Block)]
     for block, width in zip(blocks, widths, strict=True):
         one, two = block.conv1, block.conv2
