@@ -43,7 +43,8 @@ class MagnitudePruning(Sparsifier):
         begin: where the ramp begins, as a share of the run in [0, 1).
         end: where the ramp ends, in (begin, 1 - freeze]; the default leaves a quarter of the run for fine-tuning; 0.3 is better for a
             network that was trained before.
-        every: optimiser steps from one pruning to the next, >= 1; fewer than 5 prunings in the ramp give a warning.
+        every: optimiser steps from one pruning to the next, >= 1; fewer than 5 prunings in the ramp give a warning. None stands for 100
+            steps, or for a tenth of a ramp that is shorter than 1,000.
         scope: ``global`` ranks all selected weights together (and may leave few in one layer), ``layer`` ranks within each parameter.
         start: the share of zeros at the ramp's beginning, in [0, sparsity).
         freeze: as in the other callbacks, but 0 stays 0: the support does not change after the ramp either.
@@ -64,7 +65,7 @@ class MagnitudePruning(Sparsifier):
         *,
         begin: float = 0.0,
         end: float = END,
-        every: int = 100,
+        every: int | None = None,
         scope: Scope = "global",
         start: float = 0.0,
         select: Sequence[str] | None = None,
@@ -78,7 +79,8 @@ class MagnitudePruning(Sparsifier):
     ) -> None:
         name = "sparsity" if target_sparsity is None else "target_sparsity"
         self.sparsity = _checks.share(name, only_one("MagnitudePruning", "sparsity", sparsity, target_sparsity))
-        self.every, self.scope = _checks.whole("every", every, 1), _checks.one_of("scope", scope, ("global", "layer"))
+        self.every = None if every is None else _checks.whole("every", every, 1)
+        self.scope = _checks.one_of("scope", scope, ("global", "layer"))
         if end == END <= _checks.number("begin", begin) < 1:
             raise ValueError(f"begin={begin:g} is not below end={end:g}, its default: also give end, a share of the run in ({begin:g}, 1]")
         ramp = Cubic(self.sparsity, begin, end, _checks.between("start", start, 0, self.sparsity, closed="l"))

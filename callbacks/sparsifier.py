@@ -56,8 +56,7 @@ class Sparsifier(SparsityCallback):
             self.weights, self.strength, self.engine, self.support, warn=rank_zero_warn, info=rank_zero_info, note=rank_zero_note
         )
         self.method.reset(self.run)
-        self.search = TargetSearch(self.support)
-        self.clock = Clock(self.strength)
+        self.search, self.clock = TargetSearch(self.support), Clock(self.strength)
         self.saved = CheckpointState(self.options, self.method, self.support, self.clock)
         self.steps = Steps(self.weights, self.strength, self.engine, self.sizes, self.clipping)
         self.watch = consistency.Watch(self.options, self.steps, self.settings)

@@ -30,8 +30,8 @@ class GradientSquares:
         self.means: dict[str, Tensor] = {}
 
     def of(self, name: str) -> Tensor | None:
-        """Return the whole means of a parameter or leader; None if they are unknown."""
-        return elementwise.full_tensor(self.means[name]) if name in self.means else None
+        """Return the whole means of a parameter or leader; None if they are unknown or the score needs none."""
+        return elementwise.full_tensor(self.means[name]) if self.score.needs_squares and name in self.means else None
 
     @torch.no_grad()
     def update(self, optimizer: Optimizer, groups: Groups | None, scale: float = 1.0) -> None:

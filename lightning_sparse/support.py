@@ -276,7 +276,7 @@ class Support:
         self.weights.restore()
         before, self.frozen = self.frozen or {}, None
         fresh = {name: ~self.zeros(name) for name in names} if target is None else self.highest_ranked(target)
-        self._apply(fresh)
+        elementwise.apply_masks_((self.weights.parameters[name], kept) for name, kept in fresh.items())
         self.frozen, self.cut = before | fresh, {}
 
     @torch.no_grad()
@@ -301,11 +301,7 @@ class Support:
             rest = resting[name] & left
             if elementwise.sum_shards(elementwise.local_part(rest.float() - RESTING * left.float()).sum(), kept) > 0:
                 kept |= rest
-        self._apply(self.cut)
-
-    def _apply(self, masks: Mapping[str, Tensor]) -> None:
-        for name, kept in masks.items():
-            elementwise.apply_mask_(self.weights.parameters[name], kept)
+        elementwise.apply_masks_((self.weights.parameters[name], kept) for name, kept in self.cut.items())
 
     def highest_ranked(self, zeros: float) -> dict[str, Tensor]:
         """Return the masks that leave this share of zeros over all parameters: weights that count as zero go first, then the lowest scores.
@@ -343,7 +339,7 @@ class Support:
             size = elementwise.full_tensor(groups.size(leader, self.weights.live))
             alpha = self._of_terms(leader, size, self._alpha, 1.0) if self.method.takes_groups else torch.ones_like(size)
             share = groups.mean(leader, left)
-            score = checked(self.score, Ranked(leader, alpha * size, share > 0, alpha, self._squares(leader)), self._scored)
+            score = checked(self.score, Ranked(leader, alpha * size, share > 0, alpha, self.squares.of(leader)), self._scored)
             if self.score.is_loss:
                 score = score / groups.cost(leader, left).clamp(min=1.0)
             scores[leader] = score.masked_fill(share == 0, -1.0)
@@ -351,7 +347,4 @@ class Support:
 
     def _ranked(self, name: str, alive: Tensor) -> Ranked:
         alpha, w = (elementwise.full_tensor(part) for part in (self.keep_probability(name), self.weights.live(name)))
-        return Ranked(name, alpha * w, alive, alpha, self._squares(name))
-
-    def _squares(self, name: str) -> Tensor | None:
-        return self.squares.of(name) if self.score.needs_squares else None
+        return Ranked(name, alpha * w, alive, alpha, self.squares.of(name))

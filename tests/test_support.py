@@ -10,6 +10,7 @@ from lightning_sparse.methods import ReweightedGradient, Run
 from lightning_sparse.penalties import LogSum
 from lightning_sparse.schedules import Constant
 from lightning_sparse.step import Strength
+from lightning_sparse.structure import Channels
 
 
 @pytest.mark.parametrize("kind", ["frozen", "held", "cut"])
@@ -37,3 +38,17 @@ def test_removal_by_rank_leaves_a_parameter_to_train_most_of_whose_weights_rest_
         weight.copy_(torch.tensor([1.0, 0.5, 1e-4, 0.1, 0.0, 0.2, 0.3, 1e-4]))  # three have grown
     support.prune_to(0.75)
     assert support.cut["w"].tolist() == [True, True, False, False, False, False, False, False]  # as in a trained parameter
+
+
+def test_removal_by_rank_takes_whole_groups_where_most_of_them_rest_near_zero() -> None:
+    """Four of six neurons count as zero; half of the weights goes with whole neurons, none of which is left to train."""
+    network = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False))
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([1.0, 0.5, 1e-4, 2e-4, 3e-4, 4e-4])[:, None].expand(6, 4))
+    parameters, strength = {f"{name}.weight": network[name].weight for name in (0, 2)}, Strength(Constant(1e-3))
+    support = Run.alone(ReweightedGradient(LogSum(0.5)), parameters, strength, Channels(), network, torch.ones(1, 4)).support
+    support.threshold = 1e-3
+    support.prune_to(0.5)
+    alive = torch.tensor([True, True, False, False, False, True])
+    assert torch.equal(support.cut["0.weight"], alive[:, None].expand(6, 4))
+    assert torch.equal(support.cut["2.weight"], alive.expand(2, 6))

@@ -15,6 +15,7 @@ from lightning_sparse.methods.base import Method, Run
 from lightning_sparse.schedules import Cubic
 
 FEW, CUTS = 5, 30  # prunings on a ramp: the number below which to warn, and the recommended number
+LONGEST, LEAST_CUTS = 100, 10  # by default: optimiser steps between prunings, and prunings on a shorter ramp
 TRIAL = 100  # optimiser steps below which a run may be only a trial
 
 
@@ -27,13 +28,13 @@ class MagnitudePruning(Method):
         penalty: top-k's.
         sparsity: the share of zeros at the end.
         begin: where the ramp begins, as a share of the run.
-        every: optimiser steps from one pruning to the next.
+        every: optimiser steps from one pruning to the next; None stands for LONGEST, or for fewer, so that the ramp holds LEAST_CUTS.
         scope: ``global`` ranks all selected weights together, ``layer`` each parameter.
     """
 
     needs_separable, takes_groups = False, False  # ranks groups itself
 
-    def __init__(self, penalty: Penalty, sparsity: float, begin: float, every: int, scope: str) -> None:
+    def __init__(self, penalty: Penalty, sparsity: float, begin: float, every: int | None, scope: str) -> None:
         super().__init__(penalty)
         self.sparsity, self.begin_at, self.every, self.scope = sparsity, begin, every, scope
 
@@ -61,10 +62,9 @@ class MagnitudePruning(Method):
 
     def begin(self) -> None:
         """Warn if the ramp holds only a few prunings; only log it for a run of a few steps, which may be a trial."""
-        total, schedule = self.run.strength.total, self.run.strength.schedule
-        if self.run.strength.step or not math.isfinite(total) or not isinstance(schedule, Cubic):
+        total, ramp = self.run.strength.total, self._ramp()
+        if self.run.strength.step or ramp is None or self.every is None:
             return
-        ramp = round(schedule.end * total) - round(schedule.begin * total)
         cuts = math.ceil(ramp / self.every)
         if cuts < FEW and self.every > 1 and ramp > 1:
             notify = self.run.warn if total >= TRIAL else self.run.note
@@ -73,6 +73,19 @@ class MagnitudePruning(Method):
                 f"long and it prunes every {self.every} (every={self.every}). A network recovers better from many small cuts: give "
                 f"every={max(ramp // CUTS, 1)}"
             )
+
+    def _ramp(self) -> int | None:
+        """Return the optimiser steps of the ramp; None if they are unknown."""
+        total, schedule = self.run.strength.total, self.run.strength.schedule
+        known = math.isfinite(total) and isinstance(schedule, Cubic)
+        return round(schedule.end * total) - round(schedule.begin * total) if known else None
+
+    def _interval(self) -> int:
+        """Return the optimiser steps from one pruning to the next."""
+        if self.every is not None:
+            return self.every
+        ramp = self._ramp()
+        return LONGEST if ramp is None else max(1, min(LONGEST, ramp // LEAST_CUTS))
 
     def reset(self, run: Run) -> None:
         super().reset(run)
@@ -92,7 +105,7 @@ class MagnitudePruning(Method):
         since = strength.step - round(self.begin_at * strength.total)
         ends = self._reached < lam == self.sparsity
         more = self._reached != lam or self._ranked != len(self.run.weights.parameters)
-        if self.run.support.frozen is None and since >= 0 and ((since % self.every == 0 and more) or ends):
+        if self.run.support.frozen is None and since >= 0 and ((since % self._interval() == 0 and more) or ends):
             self._prune_to(lam, self._distinct)
 
     def freeze(self, names: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -105,11 +106,19 @@ def cuts(pruning, epochs, **options):
 
 
 def test_a_ramp_of_few_cuts_gives_a_warning_that_suggests_every():
-    said = cuts(MagnitudePruning(0.8), 30)
+    said = cuts(MagnitudePruning(0.8, every=100), 30)
     assert len(said) == 1
     assert "reaches 80.0% zeros in 1 cut: its ramp is 90 optimiser steps long and it prunes every 100" in said[0]
     assert said[0].endswith("give every=3")
     assert cuts(MagnitudePruning(0.8, every=3), 30) == []
+
+
+@pytest.mark.parametrize(("epochs", "every"), [(30, 9), pytest.param(335, 100, marks=pytest.mark.slow)])  # ramps of 90 and 1,005 steps
+def test_by_default_a_ramp_holds_at_least_ten_prunings_a_hundred_steps_apart(epochs, every):
+    zeros = run(MagnitudePruning(0.8), epochs=epochs).zeros
+    changed = [step for step, (before, now) in enumerate(pairwise(zeros), start=1) if now != before]
+    assert changed == [*range(every, 10 * every, every)]  # the tenth pruning finds the share of the end, 141 of 176, already there
+    assert cuts(MagnitudePruning(0.8), epochs) == []
 
 
 def test_no_warning_about_a_trial_of_few_cuts(caplog):

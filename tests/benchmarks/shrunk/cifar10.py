@@ -1,4 +1,4 @@
-"""A pretrained ResNet (ResNet-20 by default) on CIFAR-10 without a share of its multiply-adds: our ways to choose channels, and torch-pruning's.
+"""A pretrained ResNet-20, or another ResNet, on CIFAR-10 with fewer multiply-adds: our ways to choose channels, and torch-pruning's.
 
 Every arm trains for ``--epochs`` in all, by the recipe's SGD with a cosine to 0 in each fit, and removes whole channels inside of the
 blocks. ``dense`` is the same training without a cut. ``scores`` cuts once, by F_g, and trains the rest. ``Sparsify`` is the recipe
