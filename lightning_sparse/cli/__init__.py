@@ -25,34 +25,38 @@ if TYPE_CHECKING:
 __all__ = ["RunError", "SparseCLI", "UsageError", "main"]
 
 _TRAINING = "lightning_sparse.cli.training"
-_VERBS = {
-    "fit": (_TRAINING, "train a recipe's model and print its results"),
-    "validate": (_TRAINING, "evaluate on the validation split"),
-    "test": (_TRAINING, "evaluate on the test split"),
-    "predict": (_TRAINING, "run the model on the prediction data"),
-    "recipes": ("lightning_sparse.cli.recipes", "list the packaged recipes with their results, or those of a FOLDER"),
-    "check": ("lightning_sparse.cli.check", "check a recipe's settings, train nothing: check RECIPE [overrides], or with --script SCRIPT"),
-    "export": (
-        "lightning_sparse.cli.export",
-        "write files that use the zeros, with what each is worth here: export CKPT --to csr|onnx|compact",
-    ),
-    "shrink": ("lightning_sparse.cli.shrink", "remove zero channels, neurons and heads: shrink CKPT [--out FOLDER]"),
+_VERBS = {  # module, what it is for, the arguments of an example
+    "fit": (_TRAINING, "train a recipe's model, or that of your own YAML file, and print the results", "--config digits"),
+    "validate": (_TRAINING, "evaluate a checkpoint on the validation split", "--config digits --ckpt_path CKPT"),
+    "test": (_TRAINING, "evaluate a checkpoint on the test split", "--config digits --ckpt_path CKPT"),
+    "predict": (_TRAINING, "run a checkpoint on the prediction data", "--config my.yaml --ckpt_path CKPT"),
+    "recipes": ("lightning_sparse.cli.recipes", "list the packaged recipes with their results, or those of a folder", ""),
+    "check": ("lightning_sparse.cli.check", "check a recipe's settings, train nothing", "digits --sparsify.lam 3e-3"),
     "report": (
         "lightning_sparse.cli.checkpoint_report",
-        "what is zero in a checkpoint, what each export would gain here, and the command: report CKPT",
+        "say what is zero in a checkpoint, what each use of the zeros gains on this machine, and the command for it",
+        "CKPT",
     ),
-    "seeds": ("lightning_sparse.cli.seeds", "mean and standard deviation of a recipe over seeds: seeds RECIPE [--seeds 5] [overrides]"),
+    "shrink": ("lightning_sparse.cli.shrink", "remove zero channels, neurons and heads", "CKPT --out small"),
+    "export": ("lightning_sparse.cli.export", "write files that use the zeros, and measure each here", "CKPT --to csr compact"),
+    "seeds": ("lightning_sparse.cli.seeds", "mean and standard deviation of a recipe over seeds", "digits --seeds 5"),
     "compare": (
         "lightning_sparse.cli.compare",
-        "train with several callbacks, targets and seeds; one table, one picture of the metric against the zeros: compare CONFIG",
+        "train with several callbacks, targets and seeds; one table, one picture of the metric against the zeros",
+        "my.yaml --targets 0.8 0.9 --seeds 0 1",
     ),
     "path": (
         "lightning_sparse.cli.compare",
-        "train for a list of strengths, each run starting from the last: path CONFIG --lams 1e-4 1e-3",
+        "train for a list of strengths, each run starting from the last",
+        "digits --lams 1e-4 1e-3 1e-2",
     ),
-    "sweep": ("lightning_sparse.cli.sweep", "write a W&B sweep file over lam, eps, freeze and callback, for wandb agent"),
-    "reproduce": ("lightning_sparse.cli.reproduce", "rerun the paper's case study: its table and figures with the published results"),
-    "plot": ("lightning_sparse.cli.plot", "draw omega, eta_hat, f and alpha of penalties to a PNG"),
+    "sweep": ("lightning_sparse.cli.sweep", "write a W&B sweep file for wandb agent", "digits --lam 1e-4 1e-2 --metric val/accuracy"),
+    "reproduce": (
+        "lightning_sparse.cli.reproduce",
+        "rerun the paper's case study: its table and figures with the published results",
+        "--epochs 200 --seeds 0 1 2",
+    ),
+    "plot": ("lightning_sparse.cli.plot", "draw omega, eta_hat, f and alpha of penalties", "LogSum 'MCP: {c: 0.7}' -o penalties.png"),
 }
 
 
@@ -69,14 +73,12 @@ def __getattr__(name: str) -> Any:
 
 def usage() -> str:
     """Return the text of ``lightning-sparse --help``."""
-    verbs = "\n".join(f"  {verb:9} {text}" for verb, (_, text) in _VERBS.items())
+    verbs = "\n".join(f"  {verb:9} {text}\n{'':14}lightning-sparse {verb} {words}".rstrip() for verb, (_, text, words) in _VERBS.items())
     return (
         f"lightning-sparse {__version__}: train networks to zeros, and make them smaller or faster\n\n"
         f"usage: lightning-sparse VERB ...\n\n{verbs}\n\n"
-        "  lightning-sparse fit --config digits                            a packaged recipe, or a YAML file\n"
-        "  lightning-sparse fit --config digits --sparsify AdaptiveMask    another callback, with the recipe's penalty and lam\n"
-        "  lightning-sparse report CKPT                                    what the zeros of a checkpoint gain here\n"
-        "  lightning-sparse VERB --help                                    the arguments of one verb\n"
+        "lightning-sparse fit --config digits --sparsify AdaptiveMask trains with another callback, with the recipe's penalty and lam.\n"
+        "lightning-sparse VERB --help lists the arguments of one verb.\n"
     )
 
 
@@ -91,6 +93,8 @@ def main(args: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated", FutureWarning)
     try:
         code = _run(words[0], words[1:]) if words and words[0] not in _ASKED else _tell(words)
+        if args is None:
+            _finish_wandb(code)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -111,6 +115,12 @@ def main(args: Sequence[str] | None = None) -> int:
 def _tell(words: list[str]) -> int:
     print(__version__ if words[:1] == ["--version"] else usage())
     return 0 if words else 2
+
+
+def _finish_wandb(code: int) -> None:
+    """End an open W&B run, because some versions of W&B end it after Python's exit, with colours on stdout even in a file."""
+    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+        wandb.finish(exit_code=code)
 
 
 def _stop(state: str) -> int:

@@ -236,6 +236,16 @@ def test_a_reader_that_ends_early_ends_the_command_quietly(words: list[str]) -> 
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.slow
+def test_what_fit_prints_into_files_has_no_escape_codes(tmp_path: Path) -> None:
+    short = ["--trainer.max_epochs", "1", "--report.dense_twin", "false", "--report.pictures", "false", "--report.exports", "false"]
+    program = [sys.executable, "-m", "lightning_sparse.cli", "fit", "--config", "digits", *short]
+    every = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(program, capture_output=True, text=True, env=os.environ | every, cwd=tmp_path, timeout=300, check=True)
+    assert "sync" in done.stdout + done.stderr  # W&B's last words
+    assert "\x1b" not in done.stdout + done.stderr
+
+
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out

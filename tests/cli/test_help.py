@@ -50,6 +50,23 @@ def test_examples_are_accepted(words, capsys, monkeypatch):
         assert parsed.value.args == ([],)  # no word is left that the verb does not know
 
 
+def test_the_help_of_the_program_has_an_example_of_each_verb_that_the_verb_accepts(capsys, monkeypatch):
+    main(["--help"])
+    found = [shlex.split(words) for words in re.findall(r"\n {14}lightning-sparse (.+)", capsys.readouterr().out)]
+    assert [verb for verb, *_ in found] == [*_VERBS]
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        raise Parsed(parse(self, args, namespace)[1])
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+    for verb, *rest in (words for words in found if [words[0]] in HELPS and words[1:]):
+        with pytest.raises(Parsed) as parsed:
+            main([verb, *rest])
+        (left,) = parsed.value.args
+        assert all("." in word for word in left[::2])  # overrides of a configuration, such as --sparsify.lam 3e-3
+
+
 @pytest.mark.parametrize("words", HELPS, ids=" ".join)
 def test_quoted_yaml_is_yaml(words, capsys, monkeypatch):
     quoted = re.findall(r"(?<!\w)'([^']*\{[^']*)'", help_of(words, capsys, monkeypatch))
