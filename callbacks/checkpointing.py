@@ -283,9 +283,10 @@ def warn_settings_changed(recipe: Mapping[str, Any], state: Mapping[str, Any], r
     old = _with_later_arguments(state.get("recipe"), recipe)
     if not isinstance(old, dict) or old == recipe:
         return
-    changes = differences(old, recipe)
+    changes, (before, now) = differences(old, recipe), (saved_target(state), saved_target({"recipe": recipe}))
+    if before != now and not any("sparsity: " in change for change in changes):  # where another callback names it otherwise
+        changes.append(f"target_sparsity: {before} -> {now}")
     applies = "The new one applies from here on; shares (warm-up, freeze) are of the new run's length"
-    before, now = saved_target(state), saved_target({"recipe": recipe})
     if before is not None and now is not None and now < before:
         applies += f". If more than {now:g} of the weights are zero already, "
         applies += "those above it are trained again" if regrows else "they stay zero, and the target is not met"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_sparse import _checks, duality, scores, structure
+from lightning_sparse import _checks, duality, mask_rules, penalties, scores, structure
 from lightning_sparse._construction import brief
 from lightning_sparse._plain import plain
 from lightning_sparse.curvature import Curvature
@@ -182,7 +182,8 @@ def penalty_of(given: Any, needs_separable: bool, form: str) -> Penalty:
     """Return the penalty of ``given``; raise TypeError for another type, ValueError if the duality or the method does not admit it."""
     if not isinstance(given, (Penalty, MaskRule)):
         found = _checks.shown(given, Penalty, MaskRule)
-        raise TypeError(f"{form} takes a Penalty or a MaskRule such as penalties.LogSum(eps=2.0), got {found}")
+        near = _checks.closest(given, [*names(penalties), *names(mask_rules)], 1) if isinstance(given, str) else ""
+        raise TypeError(f"{form} takes a Penalty or a MaskRule such as penalties.LogSum(eps=2.0), got {found}{near}")
     penalty = duality.to_penalty(given)
     if penalty.separable:
         duality.check_admissible(penalty)

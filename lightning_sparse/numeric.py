@@ -194,7 +194,9 @@ def check_rule(alpha: Function) -> None:
     outside = ~((values >= 0) & (values <= 1))
     if outside.any():
         at = int(outside.nonzero()[0])
-        raise ValueError(f"keep_probability must lie in [0, 1]: it is {values[at]:.6g} at w = {w[at]:.6g}")
+        value = float(values[at])
+        shown = value if f"{value:.6g}" in ("0", "1", "-0") else f"{value:.6g}"  # else 1.00000001 would read 1
+        raise ValueError(f"keep_probability must lie in [0, 1]: it is {shown} at w = {w[at]:.6g}")
     check_monotone("keep_probability", w, values)
 
 

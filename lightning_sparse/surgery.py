@@ -103,8 +103,10 @@ def flat(output: Any) -> list[Tensor]:
 
 
 def refuse_void_inputs(inputs: Any) -> None:
-    """Raise ValueError for example inputs on which a comparison of outputs says nothing: empty ones, and a tensor of NaN alone."""
+    """Raise ValueError for example inputs on which a comparison of outputs says nothing: empty ones, and those of NaN or no numbers."""
     found = flat(inputs)
+    if (meta := next((tensor for tensor in found if tensor.is_meta), None)) is not None:
+        raise ValueError(f"example_inputs must hold numbers, got {_checks.described(meta)} on the meta device: give samples of your data")
     if found and not any(tensor.numel() for tensor in found):
         raise ValueError(
             f"example_inputs must hold at least one sample, got {_checks.described(found[0])}: outputs are compared on them, so give a "

@@ -15,7 +15,7 @@ from lightning_sparse.cli import recipes, scripted
 from lightning_sparse.cli.comparison.runs import check_script
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.cli.training import MISTAKES, RecipeCLI, launch
-from lightning_sparse.structure import Element
+from lightning_sparse.structure import Coupled, Element
 
 _USAGE = "lightning-sparse {} RECIPE [overrides as in fit, e.g. --sparsify.lam 1e-3] | [RECIPE] --script SCRIPT [its arguments]"
 _ABOUT = (
@@ -87,12 +87,15 @@ def _line(callback: Sparsifier, model: LightningModule, names: Sequence[str], ov
     chosen = {name: p for name, p in model.named_parameters() if name in names}
     kind = "weight matri" + ("x" if len(chosen) == 1 else "ces") if all(p.dim() == 2 for p in chosen.values()) else "tensors"
     size = f"{len(chosen)} {kind} with {sum(p.numel() for p in chosen.values()):,} weights"
-    shape = f"; {duality.fine_print(callback.penalty)}" if callback.penalty.separable else ""
+    takes_penalty = "penalty" in callback.settings()  # else it is none of the user's choice
+    shape = f"; {duality.fine_print(callback.penalty)}" if takes_penalty and callback.penalty.separable else ""
     if not chosen and checks.is_built_later(model):
         size = f"{type(model).__name__} builds its layers when training starts, so its weights were not checked"
     where = "the recipe has no model, checked with a demo model" if overlay else size
     groups = "" if type(callback.structure) is Element else f", structure {callback.structure}"
+    groups += " (fit also counts the biases and norms in its groups)" if isinstance(callback.structure, Coupled) else ""
     strength = f"lam {callback.lam:g}"
     if callback.target_sparsity is not None:
         strength = f"to a share of {callback.target_sparsity:.4g} zeros (lam is found in the run, and what it leaves is removed by rank)"
-    return f"{type(callback).__name__} with {callback.given}, {strength}{groups}: {where}{shape}"
+    given = f" with {callback.given}" if takes_penalty else ""
+    return f"{type(callback).__name__}{given}, {strength}{groups}: {where}{shape}"

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from lightning_sparse.cli.comparison.runs import Run, check_script, execute
 from lightning_sparse.cli.errors import UsageError, imported
 
 _LOG_SUM = {"class_path": "lightning_sparse.penalties.LogSum", "init_args": {"eps": 2.0}}
+_CARRIED = ("select", "structure", "keep_zeros", "least_kept")  # arguments that say which weights may become zero, by any method
 _FORM = "ReweightedPenalty"  # of a path, if the configuration has no callback with a lam
 _COMPARE = (
     "Train a LightningCLI configuration once without sparsity (dense) and with each callback, target share of zeros and seed, in "
@@ -54,7 +55,7 @@ def run(verb: str, words: list[str]) -> int:
     settings.check_runs(runs, parser)
     settings.keep()
     left = sum(run.result() is None for run in runs)
-    print(f"{len(runs)} runs, {left} to go, files in {settings.out}", flush=True)
+    print(f"{len(runs)} runs, {left} to go, files in {settings.out}{settings.told()}", flush=True)
     if args.metric is not None and left == len(runs) and getattr(args, "engine", "local") == "local":
         settings.check_metric(runs[0])
     try:
@@ -67,9 +68,8 @@ def run(verb: str, words: list[str]) -> int:
         raise KeyboardInterrupt(f"{done} of {len(runs)} runs done; the same command goes on") from None
     setting = "lam" if verb == "path" else "target"
     metric = results.metric_of(records, args.metric)
-    up = results.rises(metric, args.mode)
     cells = results.cells(runs, records, metric)
-    table = results.markdown(cells, metric, setting, up)
+    table = results.markdown(cells, metric, setting, results.rises(metric, args.mode))
     notes = results.footnotes(runs, records)
     notes = ["Warnings, in full in log.txt of each run's folder:", *(f"- {note}" for note in notes)] if notes else []
     (settings.out / "table.md").write_text("\n".join([table, *([""] if notes else []), *notes, ""]), encoding="utf-8")
@@ -226,7 +226,7 @@ class _Settings:
         args = self.args
         dense = [] if args.no_dense else [self._run("dense", None, seed, None) for seed in dict.fromkeys(args.seeds)]
         sparse = [
-            self._run(label, target, seed, described(method, self._penalty(), {"target_sparsity": target}))
+            self._run(label, target, seed, described(method, self._penalty(), {"target_sparsity": target}, self._carried()))
             for (label, method), target, seed in itertools.product(
                 _labelled(args.methods), dict.fromkeys(args.targets), dict.fromkeys(args.seeds)
             )
@@ -245,7 +245,7 @@ class _Settings:
             print(f"path of {method}, {reason}; --method chooses another")
         for lam in sorted(set(args.lams)):
             start = f"{found[-1].folder}/final.ckpt" if found else None
-            callback = described(method, self._penalty(), {"lam": lam}) if own is None else _with_lam(own, lam)
+            callback = described(method, self._penalty(), {"lam": lam}, self._carried()) if own is None else _with_lam(own, lam)
             found.append(self._run(next(iter(_labelled([method])))[0], lam, args.seed, callback, start))
         return found
 
@@ -257,10 +257,26 @@ class _Settings:
         form = imported(name) if "." in name else getattr(callbacks, name, None)
         return tree if inspect.isclass(form) and issubclass(form, Sparsifier) and "lam" in arguments_of(form) else None
 
+    def _own(self) -> dict[str, Any]:
+        """Return the arguments of the configuration's own callback."""
+        own = self.tree.get("sparsify")
+        return dict(own.get("init_args") or {}) if isinstance(own, dict) else {}
+
     def _penalty(self) -> Any:
         """Return the penalty of the configuration's own callback, else LogSum(2)."""
-        own = self.tree.get("sparsify")
-        return ((own.get("init_args") or {}).get("penalty") if isinstance(own, dict) else None) or _LOG_SUM
+        return self._own().get("penalty") or _LOG_SUM
+
+    def _carried(self) -> dict[str, Any]:
+        """Return the arguments of the configuration's own callback that every method takes over."""
+        return {name: value for name, value in self._own().items() if name in _CARRIED}
+
+    def told(self) -> str:
+        """Say which arguments of the configuration's callback the methods take over, and which they do not."""
+        kept, left = [*self._carried()], [one for one in self._own() if one not in (*_CARRIED, "penalty", "lam", "target_sparsity")]
+        if not kept + left or (self.verb == "path" and self.args.method is None and self._own_with_lam()):
+            return ""
+        rest = f"; not {', '.join(left)}: give what a method needs as --methods 'Name: {{{left[0]}: ...}}'" if left else ""
+        return f"\nevery method takes over from sparsify in the configuration: {', '.join(kept) or 'nothing'}{rest}"
 
     def _run(self, method: str, setting: float | None, seed: int, callback: Any, start_from: str | None = None) -> Run:
         name = "-".join(re.sub(r"[^\w.=]+", "_", str(part)) for part in (method, setting, f"seed{seed}") if part is not None)
@@ -292,11 +308,11 @@ def _labelled(methods: Iterable[str]) -> list[tuple[str, str]]:
     return [(" ".join(method.split()), method) for method in dict.fromkeys(methods)]
 
 
-def described(method: str, penalty: Any, strength: dict[str, float]) -> dict[str, Any]:
+def described(method: str, penalty: Any, strength: dict[str, float], carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return class_path and init_args of a callback, given as ``Name`` or ``'Name: {argument: value}'``.
 
-    A callback that needs a penalty and has none gets ``penalty``. Raises UsageError, with the closest names, for an unknown class,
-    one that does not take the strength, and an unknown argument.
+    A callback that needs a penalty and has none gets ``penalty``, and those of ``carried`` that it takes. Raises UsageError, with the
+    closest names, for an unknown class, one that does not take the strength, and an unknown argument.
     """
     try:
         tree = yaml.safe_load(method)
@@ -317,7 +333,7 @@ def described(method: str, penalty: Any, strength: dict[str, float]) -> dict[str
         if argument not in known:
             raise UsageError(f"{name} takes no {argument!r}{_checks.closest(argument, known)}")
     needs_penalty = "penalty" in known and known["penalty"].default is inspect.Parameter.empty
-    own = {"penalty": penalty} if needs_penalty else {}
+    own = {name: value for name, value in (carried or {}).items() if name in known} | ({"penalty": penalty} if needs_penalty else {})
     place = "lightning_sparse.callbacks" if name in forms else form.__module__
     return {"class_path": f"{place}.{form.__name__}", "init_args": own | (given or {}) | strength}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_sparse import counts
 from lightning_sparse.callbacks import Sparsifier
+from lightning_sparse.callbacks.form import peers_of
 from lightning_sparse.cli.folders import CONFIG, run_folder
 from lightning_sparse.cli.saved import Saved, silence_device_messages
 from lightning_sparse.cli.table import Result, Trained, show
@@ -26,12 +27,14 @@ class RunRecorder(Callback):
     """Record the logged figures of every epoch; save the configuration in the loggers and in the run's folder."""
 
     def __init__(self, recipe: str) -> None:
-        self.names: list[str] = []
+        self.names: list[str] = []  # of the selected parameters
+        self.beside: list[str] = []  # of the biases and norms that are in their groups
         self.recipe = decode_names(recipe)
         self.history: list[dict[str, float]] = []
         self.began = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.beside = [name for callback in peers_of(trainer) for name in callback.parameters if name not in self.names]
         for logger in trainer.loggers:
             logger.log_hyperparams({"config": yaml.safe_load(self.recipe)})
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
@@ -137,8 +140,8 @@ def _measure(cli: Reported, file: Path, seconds: float) -> Trained:
     """Load the file into a fresh model, test that model and count the zeros in the file."""
     saved = _loaded(cli, file)
     state = saved.module.state_dict()
-    chosen = {name: state[name] for name in cli.recorder.names}
-    return Trained(file, saved.test(), counts.count_zeros(chosen), seconds)
+    chosen = {name: state[name] for name in [*cli.recorder.names, *cli.recorder.beside]}
+    return Trained(file, saved.test(), counts.count_zeros(chosen), seconds, tuple(cli.recorder.beside))
 
 
 def _loaded(cli: Reported, file: Path) -> Saved:

@@ -13,12 +13,16 @@ from lightning_sparse import counts
 
 @dataclass(frozen=True)
 class Trained:
-    """Figures of one trained network, from its checkpoint: test metrics, and {name: (zeros, size)} of the selected weights."""
+    """Figures of one trained network, from its checkpoint: test metrics, and {name: (zeros, size)} of the selected weights.
+
+    ``beside`` names those of them that are biases and norms in the groups of the others.
+    """
 
     file: Path
     metrics: dict[str, float]
     zeros: counts.Counts
     seconds: float
+    beside: tuple[str, ...] = ()
 
     @property
     def nonzero(self) -> int:
@@ -58,7 +62,10 @@ def rows(columns: list[Trained]) -> list[tuple[str, list[str]]]:
     """Return rows (label, one cell per network): test metrics, non-zero weights per layer and in total, compression, time."""
     names = list(dict.fromkeys(name for column in columns for name in column.metrics))
     metrics = [(name, [f"{column.metrics[name]:.4f}" for column in columns]) for name in names]
-    layers = [(f"non-zero {name}", [_count(*column.zeros[name]) for column in columns]) for name in columns[0].zeros]
+    beside = columns[0].beside
+    layers = [(f"non-zero {name}", [_count(*c.zeros[name]) for c in columns]) for name in columns[0].zeros if name not in beside]
+    rest = [[sum(column.zeros[name][i] for name in beside) for i in (0, 1)] for column in columns]
+    layers += [("non-zero biases and norms in their groups", [_count(zeros, size) for zeros, size in rest])] if beside else []
     total = [_count(column.size - column.nonzero, column.size) for column in columns]
     return [
         *metrics,

@@ -68,7 +68,7 @@ class Report:
         """Return lines about the rounding and the zero groups that it keeps, about constants and about what was left out."""
         lines = [self.rounding] if self.rounding else []
         lines += [self._kept_zeros()] if self.stayed else []
-        lines += [f"{self.folded} constant groups were added to biases"] if self.folded else []
+        lines += [f"{_checks.counted(self.folded, 'constant group was', 'constant groups were')} added to biases"] if self.folded else []
         lines += [f"kept {name}: {why}" for name, why in list(self.constants.items())[:5]]
         return lines + [f"left out: {count} group{'s'[: count != 1]} of {axis}: {why}" for axis, count, why in self.left_out]
 

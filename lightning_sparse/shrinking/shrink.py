@@ -61,7 +61,8 @@ def shrink(
     Raises ValueError if there is nothing to remove, if the outputs differ, and where ``coupling.groups`` does.
     """
     options: dict[str, Any] = {"groups": groups, "heads": heads, "allow_branches": allow_branches}
-    found = shrink_and_report(module, example_inputs, round_to, seconds=1.0 if verbose else 0.0, **options)
+    seconds = 1.0 if _checks.truth("verbose", verbose) else 0.0
+    found = shrink_and_report(module, example_inputs, round_to, seconds=seconds, **options)
     if verbose:
         print(found.report)
     return found.module

@@ -156,6 +156,7 @@ def callbacks(arm: str, lam: float, target: float, freeze: float) -> list[Callba
         "dense": lambda: [],
         "penalty": lambda: [ReweightedPenalty(PENALTY, lam, freeze=freeze, structure=Channels())],
         "mask": lambda: [AdaptiveMask(PENALTY, lam, freeze=freeze, structure=Channels())],
+        "mask, weak noise": lambda: [AdaptiveMask(PENALTY, lam, freeze=freeze, alpha_min=0.999, structure=Channels())],
         "prox": lambda: [AdaptiveProx(PENALTY, lam, freeze=freeze, structure=Channels())],
         "penalty, target": lambda: [ReweightedPenalty(PENALTY, target_sparsity=target, structure=Channels())],
         "mask, target": lambda: [AdaptiveMask(PENALTY, target_sparsity=target, structure=Channels())],
@@ -277,7 +278,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def setting(given: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
-    by_lam, by_target = arm in ("penalty", "mask", "prox"), arm.endswith("target")
+    by_lam, by_target = arm in ("penalty", "mask", "mask, weak noise", "prox"), arm.endswith("target")
     own = {"lam": given.lam if by_lam else None, "target": given.target if by_target else None}
     own |= {"budget": given.budget if arm in PEERS else None, "freeze": given.freeze if by_lam else None}
     how = {name: getattr(given, name) for name in ("problem", "epochs", "samples", "rate", "part")}

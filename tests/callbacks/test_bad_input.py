@@ -33,6 +33,11 @@ LOG_SUM = penalties.LogSum(eps=2.0)
 penalty, mask, prox = (partial(form, LOG_SUM) for form in (ReweightedPenalty, AdaptiveMask, AdaptiveProx))
 
 
+class Rounded(MaskRule):
+    def keep_probability(self, w):
+        return 1 + w.abs()
+
+
 class Eager(MaskRule):
     def keep_probability(self, w):
         return torch.full_like(w, 1.5)
@@ -67,6 +72,8 @@ ARGUMENTS = {
     "density": (lambda: mask_rules.TopK(0.0), ValueError, r"density must lie in \(0, 1\], got 0.0"),
     "rate": (lambda: mask_rules.TargetedDropout(1.0, 0.5), ValueError, r"rate must lie in \(0, 1\), got 1.0"),
     "ramp": (lambda: mask_rules.LinearRamp(-1.0), ValueError, "tau must be a finite number > 0, got -1.0"),
+    "alpha a little above 1": (lambda: ReweightedPenalty(Rounded()), ValueError, r"must lie in \[0, 1\]: it is 1.00000001 at w = 1e-08"),
+    "a misspelt penalty": (lambda: ReweightedPenalty("LogSumm", 1.0), TypeError, r"got 'LogSumm'; closest: 'LogSum\(\)'$"),
     "alpha above 1": (lambda: ReweightedPenalty(Eager()), ValueError, r"keep_probability must lie in \[0, 1\]: it is 1.5"),
     "NaN tol": (lambda: penalty(1.0, tol=NAN), ValueError, r"tol must lie in \(0, 1\), got nan"),
     "negative freeze": (lambda: mask(1.0, freeze=-0.1), ValueError, r"freeze must lie in \[0, 1\), got -0.1"),

@@ -60,6 +60,13 @@ def test_changed_settings_are_listed_in_a_warning(tmp_path):
     assert callback.schedule.lam == 0.5
 
 
+def test_another_target_of_a_callback_that_names_it_otherwise_is_reported(tmp_path):
+    path = written(Sparsify(target_sparsity=0.5), tmp_path / "a.ckpt")
+    (message,) = said(MagnitudePruning(0.8), path)
+    assert "form: Sparsify -> MagnitudePruning" in message
+    assert message.count("target_sparsity: 0.5 -> 0.8") == 1
+
+
 def test_a_changed_callback_or_penalty_is_reported(tmp_path):
     path = written(ReweightedPenalty(LOG_SUM, 0.3), tmp_path / "a.ckpt")
     (message,) = said(AdaptiveMask(penalties.MCP(1.0), 0.3), path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -208,6 +210,31 @@ def test_check_describes_the_run_without_training(capsys: pytest.CaptureFixture[
 def test_check_shows_which_weights_are_zero_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "digits", "--sparsify.structure", "Blocks", "--sparsify.structure.shape", "[4, 2]"]) == 0
     assert ", lam 0.002, structure Blocks(shape=(4, 2)): 3 weight" in capsys.readouterr().out
+
+
+def test_check_names_a_penalty_only_where_the_callback_takes_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "digits", "--sparsify", "Sparsify", "--sparsify.target_sparsity", "0.9"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Sparsify, to a share of 0.9 zeros")
+    assert "omega'" not in said
+
+
+@pytest.mark.slow
+def test_the_table_of_a_run_with_channels_counts_what_the_run_counts(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = ["--sparsify", "Sparsify", "--sparsify.target_sparsity", "0.5", "--sparsify.structure", "Channels"]
+    assert main(["check", "digits", *chosen]) == 0
+    assert "structure Channels() (fit also counts the biases and norms in its groups)" in capsys.readouterr().out
+    short = ["--trainer.max_epochs", "2", "--trainer.logger", "false", "--report.dense_twin", "false", "--report.exports", "false"]
+    with caplog.at_level(logging.INFO):
+        assert main(["fit", "--config", "digits", *chosen, *short]) == 0
+    printed = capsys.readouterr().out
+    (told,) = re.findall(r"([\d.]+)% of (\d+) selected weights are zero", caplog.text)
+    (total,) = re.findall(r"non-zero, total\W+\d+ of (\d+)", printed)
+    (zeros,) = re.findall(r"zeros\W+([\d.]+) %", printed)
+    assert told == (zeros, total)
+    assert "non-zero biases and norms in their groups" in printed
 
 
 def test_a_penalty_of_many_weights_is_refused_in_one_line_without_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -360,6 +360,25 @@ def test_a_method_gets_the_recipes_penalty_unless_it_names_its_own():
     assert "target_sparsity" in compare.arguments_of(MagnitudePruning)
 
 
+def test_which_weights_may_become_zero_is_the_configurations_choice_for_every_method(project, capsys, monkeypatch):
+    sparsify = "{class_path: Sparsify, init_args: {target_sparsity: 0.5, structure: Rows, select: ['*.3.weight'], freeze: 0.4}}"
+    model = "{class_path: lightning_sparse.examples.mlp.MLP, init_args: {sizes: [64, 20, 10]}}"
+    data = "{class_path: lightning_sparse.examples.digits.Digits}"
+    (project / "own.yaml").write_text(f"{{model: {model}, data: {data}, sparsify: {sparsify}}}")
+    listed = []
+
+    def stop(found, *_):
+        listed.extend(run.callback["init_args"] for run in found if run.callback is not None)
+        raise UsageError("stopped")
+
+    monkeypatch.setattr(engines, "run_all", stop)
+    methods = ["Sparsify", "VariationalDropout", "MagnitudePruning: {structure: Columns}"]
+    assert main(["compare", "own.yaml", "--targets", "0.8", "--methods", *methods]) == 2
+    of_all = {"target_sparsity": 0.8, "select": ["*.3.weight"]}
+    assert listed == [of_all | {"structure": structure} for structure in ("Rows", "Rows", "Columns")]
+    assert "every method takes over from sparsify in the configuration: structure, select; not freeze: give" in capsys.readouterr().out
+
+
 def _cell(method: str, setting: float | None, *values: float) -> results.Cell:
     return results.Cell(method, setting, list(values), [setting or 0.0] * len(values), [1.0] * len(values), [])
 

@@ -379,6 +379,7 @@ def test_inputs_on_which_outputs_cannot_be_compared_are_refused() -> None:
     nan = r"example_inputs must hold numbers, got a tensor of the shape \(7, 5\) %s: .* give samples without NaN"
     empty = r"example_inputs must hold at least one sample, got a tensor of the shape \(0, 5\): .*, so give a batch, such as x\[:8\]"
     cases = (X * torch.nan, nan % "that is NaN throughout"), (partly, nan % "with NaN that reach the outputs"), (X[:0], empty)
+    cases = (*cases, (X.to("meta"), r"must hold numbers, got a tensor of the shape \(7, 5\) on the meta device: give samples"))
     for x, said in cases:
         for module in (network_with_zero_row(), Summed()):
             with pytest.raises(ValueError, match=said):
