@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from shrunk import rows
 
-NAMES = ("lenet", "coverage", "resnet", "search", "targets", "cifar10")
+NAMES = ("lenet", "coverage", "resnet", "search", "targets", "cifar10", "sizes")
 
 
 def main() -> None:
