@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_info
+from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_sparse import _roles
@@ -72,6 +73,29 @@ def total_steps(trainer: Trainer, drift: int, options: Options, strength: Streng
             f"{options.form} with {_shares(options, strength)} needs the length of the run, but {why}: give the Trainer {ways}"
         )
     return total
+
+
+class LoaderDraws:
+    """Repeats, when training starts, what the training loader drew from torch's generator while a sanity check ran.
+
+    Lightning sets the generator back after the check. Without this, the run would have other random numbers than one without this
+    package, and a resumed run others than one that went on.
+    """
+
+    def __init__(self) -> None:
+        self._states: tuple[Tensor, Tensor] | None = None
+
+    def record(self, load: Callable[[], None]) -> None:
+        """Call ``load`` and keep the generator's states before and after it."""
+        before = torch.get_rng_state()
+        load()
+        self._states = before, torch.get_rng_state()
+
+    def repeat(self) -> None:
+        """Set the state after the loading, if the generator is in the state before it."""
+        if self._states is not None and torch.equal(torch.get_rng_state(), self._states[0]):
+            torch.set_rng_state(self._states[1])
+        self._states = None
 
 
 def _shares(options: Options, strength: Strength) -> str:

@@ -56,7 +56,7 @@ class Sparsifier(SparsityCallback):
             self.weights, self.strength, self.engine, self.support, warn=rank_zero_warn, info=rank_zero_info, note=rank_zero_note
         )
         self.method.reset(self.run)
-        self.search, self.clock = TargetSearch(self.support), Clock(self.strength)
+        self.search, self.clock, self.draws = TargetSearch(self.support), Clock(self.strength), progress.LoaderDraws()
         self.saved = CheckpointState(self.options, self.method, self.support, self.clock)
         self.steps = Steps(self.weights, self.strength, self.engine, self.sizes, self.clipping)
         self.watch = consistency.Watch(self.options, self.steps, self.settings)
@@ -132,9 +132,10 @@ class Sparsifier(SparsityCallback):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.watch.check_start()
-        self._measure(trainer)
+        self.draws.record(partial(self._measure, trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.draws.repeat()
         self.watch.compare_batches(trainer)
         self.watch.check_start()
         self._measure(trainer)
@@ -277,9 +278,7 @@ class Sparsifier(SparsityCallback):
             self.watch.check_weights()
             self.evaluation.begin(trainer, pl_module)
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **more: Any) -> None:
         self.evaluation.begin_batch()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -140,7 +140,9 @@ def _stop_printing() -> int:
 def _run(verb: str, rest: list[str]) -> int:
     if verb not in _VERBS:
         raise UsageError(f"no verb {verb!r}{_checks.closest(verb, _VERBS)}; one of {', '.join(_VERBS)}")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # because `class_path: my_file.MyPenalty` should find a file in the current folder
+    files = (word.rpartition("=")[2] for word in rest)
+    beside = (os.path.dirname(os.path.abspath(file)) for file in files if file.endswith((".yaml", ".yml")) and os.path.isfile(file))
+    # because `class_path: my_file.MyPenalty` should find a file in the current folder, or beside the configuration
+    sys.path += [folder for folder in dict.fromkeys([os.getcwd(), *beside]) if folder not in sys.path]
     code: int = importlib.import_module(_VERBS[verb][0]).run(verb, rest)
     return code

@@ -28,7 +28,7 @@ _FEW = 0.01  # share of zeros below which a network is dense
 _SMALLER = 0.95  # a second step, or shrink without rounding, is named if it makes a file or the network at most so large
 _UNROUNDED = "--round_to 1"
 _FASTER = 1.05  # a smaller ratio is no gain worth a command
-_SLOW = 0.05  # seconds of one call; slower batch sizes are left to `export`
+_SLOW = 0.1  # seconds of one call; slower batch sizes are left to `export`
 
 
 class _Best(NamedTuple):
@@ -102,12 +102,13 @@ def _lines(saved: Saved, more: list[str] | None) -> list[str]:
     most = max(best, default=None)
     faster = f"for the most speed:     {most.command}  ({most.times_faster:.1f}x at batch {most.batch})" if most else ""
     if inputs is not None and most is None and counts.share(counts.count_zeros(_matrices(saved.module))) >= _FEW:
-        remedy = "to more zero channels (structure=Channels())" if cuts else "with structure=Channels() and shrink"
-        faster = (
-            f"nothing is faster here with these zeros: for speed train {remedy}, or Linear layers to more zeros"
-            if not unmeasured
-            else f"sparse layers are not faster here with these zeros, and shrink was not measured: {unmeasured}"
-        )
+        remedy = "for speed train with structure=Channels() and shrink, or Linear layers to more zeros"
+        faster = f"nothing is faster here with these zeros: {remedy}"
+        if cuts:
+            longer = f"{cuts[0].command} measures for longer, at larger batches too"
+            faster = f"no gain is beyond the noise (A/A) of this short measurement: {longer}"
+        if unmeasured:
+            faster = f"sparse layers are not faster here with these zeros, and shrink was not measured: {unmeasured}"
     took = f"measured in {time.perf_counter() - began:.1f} s with {formats.threads()}; {latency.MEANING}"
     head = f"what the zeros are worth here, {took}:"
     return [head, *(f"  {line}" for line in [*found, *filter(None, [faster, *smaller])])]
@@ -248,10 +249,13 @@ def _quick(module: nn.Module, inputs: tuple[Any, ...]) -> list[int]:
     found: list[int] = []
     for batch in formats.BATCHES:
         given = program.sized(inputs, batch)
-        with torch.inference_mode():
+        spent = []
+        for _ in range(2):  # because the first call also allocates
             began = time.perf_counter()
-            module(*given)
-        if found and time.perf_counter() - began > _SLOW:
+            with torch.inference_mode():
+                module(*given)
+            spent.append(time.perf_counter() - began)
+        if found and min(spent) > _SLOW:
             break
         found.append(batch)
     return found

@@ -7,7 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from torch.utils.data import DataLoader
 from toys import Spy, Toy, data, trainer, weights
 
 from lightning_sparse import noise, penalties
@@ -41,6 +43,40 @@ def said(callback, path):
         warnings.simplefilter("always")
         trainer(callback, epochs=3).fit(Toy(seed=1), data(), ckpt_path=path)
     return [str(warning.message) for warning in caught if "other settings" in str(warning.message)]
+
+
+class RandomState(Callback):
+    def state_dict(self):
+        return {"cpu": torch.get_rng_state()}
+
+    def load_state_dict(self, state):
+        torch.set_rng_state(state["cpu"])
+
+
+def shuffled(*callbacks, seed, path=None):
+    """Fit on a loader that shuffles, with a sanity check on a validation loader; return the weights and the first batch of each epoch."""
+    torch.manual_seed(seed)
+    first = []
+    watch = LambdaCallback(on_train_batch_start=lambda *given: first.append(given[2][0].clone()) if given[3] == 0 else None)
+    run = trainer(*callbacks, RandomState(), watch, epochs=3, num_sanity_val_steps=2, enable_checkpointing=path is None)
+    module = Toy()
+    run.fit(module, DataLoader(data().dataset, 8, shuffle=True), data(), ckpt_path=path)
+    return weights(module), first
+
+
+@every_form
+def test_a_resumed_run_is_exact_with_a_sanity_check_and_a_loader_that_shuffles(form, tmp_path):
+    keeper = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    whole, batches = shuffled(form(), keeper, seed=0)
+    resumed, again = shuffled(form(), seed=1, path=tmp_path / "epoch=0.ckpt")
+    assert all(torch.equal(one, other) for one, other in zip(batches[1:], again, strict=True))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_sanity_check_leaves_the_batches_of_a_run_without_sparsity(tmp_path):
+    _, batches = shuffled(FORMS["penalty"](), ModelCheckpoint(tmp_path / "sparse"), seed=0)
+    _, dense = shuffled(ModelCheckpoint(tmp_path / "dense"), seed=0)
+    assert all(torch.equal(one, other) for one, other in zip(batches, dense, strict=True))
 
 
 def test_no_warning_for_the_same_settings(tmp_path):

@@ -18,7 +18,7 @@ import yaml
 
 from lightning_sparse import duality
 from lightning_sparse.callbacks import AdaptiveMask, ReweightedPenalty
-from lightning_sparse.cli import main
+from lightning_sparse.cli import main, recipes
 from lightning_sparse.cli.check import CheckCLI
 from lightning_sparse.cli.training import RecipeCLI, fit, launch
 from lightning_sparse.mask_rules import Standout
@@ -210,6 +210,17 @@ def test_check_describes_the_run_without_training(capsys: pytest.CaptureFixture[
 def test_check_shows_which_weights_are_zero_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "digits", "--sparsify.structure", "Blocks", "--sparsify.structure.shape", "[4, 2]"]) == 0
     assert ", lam 0.002, structure Blocks(shape=(4, 2)): 3 weight" in capsys.readouterr().out
+
+
+def test_a_class_of_a_file_beside_the_configuration_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "there").mkdir()
+    penalty = "from lightning_sparse.penalties import LogSum\n\n\nclass Beside(LogSum):\n    pass\n"
+    (tmp_path / "there" / "beside_the_yaml.py").write_text(penalty)
+    recipe = yaml.safe_load(recipes.find("digits").read_text())
+    recipe["sparsify"]["init_args"]["penalty"] = {"class_path": "beside_the_yaml.Beside", "init_args": {"eps": 0.5}}
+    (tmp_path / "there" / "own.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["check", str(tmp_path / "there" / "own.yaml")]) == 0
+    assert "Beside(eps=0.5)" in capsys.readouterr().out
 
 
 def test_check_names_a_penalty_only_where_the_callback_takes_one(capsys: pytest.CaptureFixture[str]) -> None:
