@@ -297,7 +297,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         how = f"lam {lam:g}" if lam else f"target {target:g}" if target else f"budget {budget:g}" if budget else ""
         how += f", freeze {freeze:g}" if lam and freeze != FREEZE else ""
         left = {axis: mean(row["groups"][axis][0] for row in same) for axis in same[0]["groups"]}
-        groups = ", ".join(f"{count:g}/{same[0]['groups'][axis][1]}" for axis, count in left.items())
+        groups = ", ".join(f"{count:.3g}/{same[0]['groups'][axis][1]}" for axis, count in left.items())
         work = mean(100 * row["multiply_adds"] / row["of"] for row in same)
         errors = " ".join(f"{row['error']:.2f}" for row in same)
         name = f"{problem}, {min(samples, IMAGES[problem])} images, {epochs} epochs"
