@@ -77,8 +77,9 @@ class MagnitudePruning(Method):
     def _ramp(self) -> int | None:
         """Return the optimiser steps of the ramp; None if they are unknown."""
         total, schedule = self.run.strength.total, self.run.strength.schedule
-        known = math.isfinite(total) and isinstance(schedule, Cubic)
-        return round(schedule.end * total) - round(schedule.begin * total) if known else None
+        if not math.isfinite(total) or not isinstance(schedule, Cubic):
+            return None
+        return round(schedule.end * total) - round(schedule.begin * total)
 
     def _interval(self) -> int:
         """Return the optimiser steps from one pruning to the next."""
