@@ -347,4 +347,4 @@ class Support:
 
     def _ranked(self, name: str, alive: Tensor) -> Ranked:
         alpha, w = (elementwise.full_tensor(part) for part in (self.keep_probability(name), self.weights.live(name)))
-        return Ranked(name, alpha * w, alive, alpha, self.squares.of(name))
+        return Ranked(name, alpha * w, alive, alpha, self.squares.of(name) if self.score.needs_squares else None)

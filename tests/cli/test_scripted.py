@@ -153,7 +153,7 @@ def test_arguments_of_a_class_that_is_not_named_are_refused_with_the_line_to_wri
 
 def test_a_script_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     call = "Trainer(logger=False, enable_checkpointing=False, callbacks=[Sparsify(0.9, select={select})]).fit(Net())"
-    for select, said in {"None": "Sparsify with L1", "['nothing*']": "select pattern 'nothing*' matches no"}.items():
+    for select, said in {"None": "Sparsify, to a share of 0.9 zeros", "['nothing*']": "select pattern 'nothing*' matches no"}.items():
         imports = "from lightning.pytorch import Trainer\nfrom lightning_sparse.callbacks import Sparsify"
         source = f"{MODULES}\n{imports}\nif __name__ == '__main__':\n    {call}"
         Path("train.py").write_text(source.replace("{select}", select))
