@@ -52,7 +52,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=10, help="of a whole arm (default: %(default)s)")
     parser.add_argument("--images", type=int, help="training images; without it 45,000")
-    parser.add_argument("--round_to", type=int, default=8, help="of widths; the arm Sparsify: 1 (default: %(default)s)")
+    parser.add_argument("--round_to", type=int, default=8, help="of widths; Sparsify on ResNet-20: 1 (default: %(default)s)")
     parser.add_argument("--precision", default="32-true", help="of the Trainer (default: %(default)s)")
     parser.add_argument("--root", default="data")
     parser.add_argument("--depth", type=int, default=20, help="of the network (default: %(default)s)")
@@ -127,7 +127,7 @@ def _sparsify(study: Study, model: ResNet, share: float) -> ResNet:
     is_recipe = study.args.depth == 20 and study.args.width == 16 and share in TARGETS
     target = TARGETS[share] if is_recipe else share_of(model, *study.chosen(model, share, round_to=1))
     study.train(model, study.args.epochs, recommended(target))
-    return shrink(model, study.inputs, round_to=1)
+    return shrink(model, study.inputs, round_to=1 if is_recipe else study.args.round_to)
 
 
 def recommended(target: float) -> Sparsify:
