@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from performance import arms, floor, jobs, options, peers, quality, recipes, runs, time_to_quality
+from performance import arms, before_after, floor, jobs, options, peers, quality, recipes, rounds, runs, time_to_quality
 from performance.peer_list import OURS
 
 
@@ -49,6 +50,26 @@ def test_a_window_holds_whole_rounds_of_the_curvature(text: str) -> None:
 @pytest.mark.parametrize(("ratio", "said"), [(0.9, "ahead"), (0.97, "even"), (1.04, "even"), (1.2, "behind")])
 def test_a_verdict_needs_a_difference_larger_than_a_a(ratio: float, said: str) -> None:
     assert peers.standing(ratio, 0.05) == said
+
+
+@pytest.mark.parametrize(("now", "said"), [(1.3, "slower"), (1.04, "even"), (0.97, "even"), (0.5, "faster")])
+def test_a_version_is_slower_if_its_quartiles_exclude_one_by_more_than_a_a(now: float, said: str) -> None:
+    times: rounds.Times = {"penalty": [now * (1 + part) for part in (-0.01, 0, 0.01)], "penalty, before": [1.0] * 3}
+    row = before_after.row("penalty", times, {"penalty": 1.2, "penalty, before": 1.1}, stray=0.05)
+    assert row["ratio"] == pytest.approx(now)
+    assert row["standing"] == said
+
+
+def test_each_version_is_imported_in_its_own_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    package = tmp_path / "lightning_sparse"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('the earlier version')\n", encoding="utf-8")
+    with before_after._first_on_path(tmp_path):
+        calls = runs.calls(runs.Setting("lenet", 10, 2, threads=1), before_after.of, {"penalty, before": "penalty"})
+        with calls as started, pytest.raises(RuntimeError, match="ended without a result"):
+            started["penalty, before"]()
+    assert "ImportError: the earlier version" in capfd.readouterr().err
+    assert str(tmp_path) not in sys.path
 
 
 @pytest.mark.parametrize(("strays", "kept", "tries"), [([0.05], 0.05, 1), ([0.4, 0.2, 0.09], 0.09, 3), ([0.4, 0.2, 0.3, 0.01], 0.2, 3)])

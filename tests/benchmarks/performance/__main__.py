@@ -8,6 +8,7 @@ from pathlib import Path
 COMMANDS = {
     "page": "write docs/performance.md from the records",
     "step_cost": "time a step of each callback",
+    "before_after": "time a step of each method with two versions of this package",
     "peers": "time a step of other packages and of ours",
     "time_to_quality": "time each method to a share of zeros at a given error",
     "scaling": "time a callback by number of weights and tensors",

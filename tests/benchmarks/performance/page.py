@@ -17,7 +17,7 @@ from performance import per_weight, record, sections, tables
 from performance.jobs import JOBS
 from performance.per_weight import ITEMS
 
-NAMES = ("step_cost", "peers", "time_to_quality", "time_to_quality_moved", "scaling", "start_end", "memory", "ways")
+NAMES = ("step_cost", "before_after", "peers", "time_to_quality", "time_to_quality_moved", "scaling", "start_end", "memory", "ways")
 # one network, measured by itself
 APART = {"step_cost_lenet": ("step_cost", "lenet"), "peers_lenet": ("peers", "lenet"), "peers_resnet18": ("peers", "resnet18")}
 FURTHER = {
@@ -27,6 +27,7 @@ FURTHER = {
     "step_cost_default": "step_cost --nets resnet18 transformer --rounds 5 --threads 1 --tries 1 --arms penalty "
     "'mask local, a quarter' 'mask, default'",
 }
+REQUIRED = {"before_after": " --before ../old"}
 TITLES = {name: job.name for name, job in JOBS.items()} | {
     "sizes": "By the number of weights",
     "slopes": "Nanoseconds per weight, from a million weights on",
@@ -46,7 +47,7 @@ def command(name: str) -> str:
         script, net = APART[name]
         return f"python tests/benchmarks/performance {script} --nets {net} --out tests/benchmarks/performance/results/{name}.json"
     script, moved, _ = name.partition("_moved")
-    return f"python tests/benchmarks/performance {script}{' --shift 1' if moved else ''}"
+    return f"python tests/benchmarks/performance {script}{' --shift 1' if moved else REQUIRED.get(name, '')}"
 
 
 def page(folder: Path = record.FOLDER) -> str:

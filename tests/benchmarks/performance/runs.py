@@ -104,11 +104,11 @@ def calls(setting: Setting, find: Find, arms: Mapping[str, str]) -> Iterator[dic
 
 
 def _turn(name: str, pipe: Connection) -> float:
-    pipe.send(None)
     try:
+        pipe.send(None)
         answer = pipe.recv()
-    except EOFError:
-        raise RuntimeError(f"the run of {name!r} ended without a word; was there memory enough?") from None
+    except (EOFError, ConnectionError):
+        raise RuntimeError(f"the run of {name!r} ended without a result; see the error above, or check the memory") from None
     if isinstance(answer, str):
         raise RuntimeError(f"the run of {name!r} failed:\n{answer}")
     return float(answer)
