@@ -273,7 +273,8 @@ class ZeroStart:
                 "initialise them with other values"
             )
         self.names += [name for name in _all_zero(live) if name not in dead]
-        self._tell_many(held, live)
+        if not self.support.is_frozen:
+            self._tell_many(held | {name: self.support.cut[name] for name in names if name in self.support.cut}, live)
 
     def _tell_many(self, held: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
         """Log that many weights start at zero and are trained again; parameters that are all zero, as LoRA's B, do not count."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -88,6 +90,7 @@ class SparseCheckpoint(AnyModelCheckpoint, metaclass=CallbackClass):
         return counts.share(counts.count_zeros(dict(counts.weight_in_use(saved, name) for name in self._names)))
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._check_monitor(trainer, monitor_candidates)
         share = self.sparsity(trainer, trainer.lightning_module)
         self.highest = max(self.highest, share)
         if share >= self.target - best.rounding(peers_of(trainer)):
@@ -95,6 +98,18 @@ class SparseCheckpoint(AnyModelCheckpoint, metaclass=CallbackClass):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
         elif self.save_last:  # because the last file is written only if a best file was due at this step
             self._last_global_step_saved = trainer.global_step
+
+    def _check_monitor(self, trainer: Trainer, logged: Mapping[str, Tensor]) -> None:
+        """Raise MisconfigurationException, with the closest names, for a monitored figure that is not logged once validation has run.
+
+        ModelCheckpoint checks when a file is due, which is here only when the target is met.
+        """
+        name, validated = self.monitor, trainer.fit_loop.epoch_loop.val_loop._has_run
+        if self.save_top_k and name is not None and name not in logged and validated:
+            names = ", ".join(map(repr, sorted(key for key in logged if key not in ("epoch", "step"))))
+            raise MisconfigurationException(
+                f"SparseCheckpoint(monitor={name!r}): no figure of that name is logged{_checks.closest(name, logged)}. Logged are {names}"
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)

@@ -26,7 +26,7 @@ from lightning_sparse.cli.training import launch
 from lightning_sparse.export import latency, program
 from lightning_sparse.shrinking import Budget, GroupScores, Shrunk, Stages, choose, remove, rounding, save_shrunk, share_of
 from lightning_sparse.shrinking.report import Report, changed_widths
-from lightning_sparse.shrinking.stages import DEVICES
+from lightning_sparse.shrinking.stages import DEVICES, OtherSettings
 from lightning_sparse.structure import Channels, Heads
 
 _ABOUT = (
@@ -183,6 +183,9 @@ class _Run:
                 timed_inputs=program.sized(given, self.batch),
                 settings=settings,
             )
+        except OtherSettings as error:
+            dense = f"; {self._again()} keeps its dense network" if self.saved.file.is_file() else ""
+            raise UsageError(f"{error}{dense}") from error
         except ValueError as error:
             raise UsageError(str(error)) from error
 
@@ -259,6 +262,10 @@ class _Run:
             print(found)
         return None if found is None else found.module
 
+    def _again(self) -> str:
+        """Return the flags of a run with other settings that starts from the dense network of this one."""
+        return f"--out FOLDER --ckpt_path {shlex.quote(str(self.saved.file))}"
+
     def _groups(self, module: LightningModule) -> list[coupling.Group]:
         try:
             return coupling.groups(module, self.inputs, allow_branches=self.args.allow_branches)
@@ -304,7 +311,7 @@ class _Run:
             closest = f" (best: {self._worse(best)})" if best else ""
             raise UsageError(
                 f"no stage stayed within --max_drop {self.args.max_drop:g}{closest}: fine-tune longer (--epochs), cut less (--step), or "
-                "allow more (--max_drop)"
+                f"allow more (--max_drop), in another folder: {self._again()}"
             )
         save_shrunk(module, self.folder)
         widths = changed_widths(*(self._groups(network) for network in (self.cli.model, module)))

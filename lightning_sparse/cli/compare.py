@@ -173,7 +173,7 @@ class _Settings:
         self.script = check_script(args.script)
         self.config = recipes.find(args.config).resolve()
         self.tree = recipes.content(self.config)
-        self.out: Path = (args.out or Path("runs") / verb / re.sub(r"[^\w.-]+", "_", args.config.removesuffix(".yaml"))).resolve()
+        self.out = (args.out or Path("runs", verb, re.sub(r"[^\w.-]+", "_", args.config.removesuffix(".yaml")).lstrip("._"))).resolve()
 
     def keep(self) -> None:
         """Write what all runs of the folder share. Raises UsageError if the folder holds runs of other settings."""

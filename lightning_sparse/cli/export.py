@@ -32,7 +32,9 @@ def run(verb: str, words: list[str]) -> int:
     add_arguments(parser)
     parser.add_argument("--to", nargs="+", choices=FORMATS, required=True, help="one format or several, side by side in the table")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: the checkpoint's folder)")
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="batch size that auto chooses for (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=int, default=32, metavar="N", help="samples in the batch that auto chooses for (default: %(default)s)"
+    )
     parser.add_argument("--fixed_batch", action="store_true", help="write files for batches of --batch_size alone, and measure there")
     parser.add_argument("--fp16", action="store_true", help="compact: round the values to 16 bits")
     args, overrides = parsed(parser, words)

@@ -67,7 +67,8 @@ def sparse(saved: Saved, layout: str, batch_size: int, path: Path | None, fixed_
     With ``fixed_batch`` the program is for ``batch_size`` alone.
     """
     try:
-        found = export.plan(saved.module, layout, batch_size)
+        rows = rows_of_a_sample(saved.module, saved.inputs()) if layout == "auto" else 1
+        found = export.plan(saved.module, layout, batch_size * rows)
         module = conversion.replaced(saved.module, found, layout)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -94,6 +95,23 @@ def sparse(saved: Saved, layout: str, batch_size: int, path: Path | None, fixed_
             )
             path = None
     return Format(layout, path, module, module, load, notes)
+
+
+def rows_of_a_sample(module: nn.Module, inputs: tuple[Any, ...]) -> int:
+    """Return the most rows that one sample gives a Linear layer: the length of a sequence in a transformer, 1 where no layer was called."""
+    most = [0]
+
+    def count(layer: nn.Module, given: tuple[Any, ...]) -> None:
+        most.extend(x.numel() // x.shape[-1] for x in given[:1] if isinstance(x, Tensor) and x.numel())
+
+    hooks = [layer.register_forward_pre_hook(count) for layer in module.modules() if isinstance(layer, nn.Linear)]
+    try:
+        with torch.inference_mode():
+            call(module, inputs)()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(max(most) // max(program.batch_size(inputs), 1), 1)
 
 
 def onnx(saved: Saved, path: Path, fixed: int | None = None) -> Format:

@@ -227,7 +227,7 @@ def _layers(module: nn.Module, inputs: tuple[Any, ...], batches: Sequence[int], 
     table, said = _Spot(_SECONDS), []
     for batch in batches:
         try:
-            found = export.plan(module, batch_size=batch * _positions(inputs), table=table)
+            found = export.plan(module, batch_size=batch * formats.rows_of_a_sample(module, inputs), table=table)
         except ValueError as error:
             return [f"sparse layers:  {in_words(error)}"]
         sparse = conversion.replaced(module, found, "auto")
@@ -265,12 +265,6 @@ def _compare(timing: dict[str, latency.Timing], name: str, batch: int, command: 
     """Add an export to ``best`` if it is at least 5 % faster, and by more than two runs of the dense network differ by."""
     if timing[name].times_faster >= _FASTER and timing[name].gains(timing[latency.AGAIN]):
         best.append(_Best(timing[name].times_faster, batch, command))
-
-
-def _positions(inputs: tuple[Any, ...]) -> int:
-    """Return the rows that one sample gives a Linear layer: the length of a sequence for inputs (batch, length, width), else 1."""
-    first = next((x for x in inputs if isinstance(x, Tensor)), None)
-    return first.shape[1] if first is not None and (first.dim() == 3 or (first.dim() == 2 and not first.is_floating_point())) else 1
 
 
 def _timings(

@@ -200,8 +200,18 @@ def _choice(matrix: _Matrix, layout: str, batch_size: int, table: Table | None) 
     kind, block = max(measured, key=lambda one: measured[one].times_faster)
     gain = measured[kind, block]
     if layout == "auto" and not gain.pays:
-        return stays(f"{kind} is {gain.times_faster:.2f} times as fast at batch {batch_size} (noise {gain.noise:.2f})", gain)
-    return Choice(matrix.name, (rows, columns), zeros, kind, block, gain, f"{gain.times_faster:.1f} times faster at batch {batch_size}")
+        return stays(
+            f"{kind} is {gain.times_faster:.2f} times as fast for {batch_size} row{'s' * (batch_size > 1)} (noise {gain.noise:.2f})", gain
+        )
+    return Choice(
+        matrix.name,
+        (rows, columns),
+        zeros,
+        kind,
+        block,
+        gain,
+        f"{gain.times_faster:.1f} times faster for {batch_size} row{'s' * (batch_size > 1)}",
+    )
 
 
 def _zeros(weight: Tensor) -> float:

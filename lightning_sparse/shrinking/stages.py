@@ -102,8 +102,12 @@ class State:
         return next((stage for stage in reversed(self.stages) if stage["counts"]), {"number": 0, **self.dense})
 
 
+class OtherSettings(ValueError):
+    """The folder holds a run with other settings."""
+
+
 def resumed(folder: Path, settings: dict[str, Any]) -> State:
-    """Return the state of a folder, or a new one. Raises ValueError if it is damaged, or of a run with other settings."""
+    """Return the state of a folder, or a new one. Raises ValueError if it is damaged, OtherSettings if it is of another run."""
     path = folder / _FILE
     if not path.is_file():
         return State(settings)
@@ -114,7 +118,7 @@ def resumed(folder: Path, settings: dict[str, Any]) -> State:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}; give another folder") from error
     if state.settings != settings:
         other = sorted(name for name in settings.keys() | state.settings.keys() if state.settings.get(name) != settings.get(name))
-        raise ValueError(f"{folder} holds a run with other settings of {', '.join(other)}: give another folder, or the same settings")
+        raise OtherSettings(f"{folder} holds a run with other settings of {', '.join(other)}: give another folder, or the same settings")
     return state
 
 

@@ -284,6 +284,18 @@ def test_many_zeros_at_the_start_that_are_trained_again_are_logged(form, again, 
     assert all("50.0% of the selected weights are zero at the start" in line for line in lines)
 
 
+def test_zeros_that_the_callback_made_at_the_start_are_not_said_to_be_trained_again(tmp_path, caplog):
+    dense = trainer(epochs=9)
+    dense.fit(Toy(), data())
+    dense.save_checkpoint(tmp_path / "dense.ckpt")
+    module = Toy()
+    with caplog.at_level("INFO"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(Sparsify(0.8), epochs=10).fit(module, data(), ckpt_path=tmp_path / "dense.ckpt")
+    assert sum(int((w == 0).sum()) for w in module.parameters() if w.dim() > 1) > 0
+    assert "are zero at the start" not in caplog.text
+
+
 def half_zero():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))

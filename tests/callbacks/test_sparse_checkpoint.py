@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.cli import LightningCLI
@@ -50,6 +51,14 @@ def fit(keeper, *others, module=None, epochs=6, **options):
 
 def every(folder, target, **more):
     return SparseCheckpoint(target, dirpath=folder, monitor="score", filename="{epoch}", save_top_k=-1, **more)
+
+
+def test_a_misspelt_monitor_is_refused_after_the_first_validation_not_when_the_target_is_met(tmp_path):
+    module = Scored()
+    keeper = SparseCheckpoint(0.9, dirpath=tmp_path, monitor="scoer", mode="min")
+    with pytest.raises(MisconfigurationException, match=r"SparseCheckpoint\(monitor='scoer'\): .* closest: 'score'.* Logged are .*'score'"):
+        fit(keeper, Sparsify(0.9), module=module)
+    assert module.trainer.current_epoch == 0
 
 
 def due(files, target):

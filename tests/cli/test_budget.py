@@ -75,6 +75,7 @@ def test_stages_shrink_within_the_budget_and_resume(capsys: pytest.CaptureFixtur
 
     message = refused(capsys, "shrink", *SHORT, "--out", "parts", "--round_to", "4")
     assert "parts holds a run with other settings of round_to" in message
+    assert "--out FOLDER --ckpt_path parts/dense.ckpt keeps its dense network" in message
 
 
 def test_a_ratio_ends_the_stages(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -103,6 +104,28 @@ def test_a_users_script_is_compared_and_the_same_command_trains_only_what_is_mis
     assert {path.parent.name for path in times if again[path] != times[path]} == {"dense-seed0"}
     assert main([*COMPARE, "--model.width", "9"]) == 2  # other settings in the same folder
     assert "holds runs with other overrides;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("config", "folder"), [("own.yaml", "own"), ("../own.yaml", "own"), ("sub/own.yaml", "sub_own")])
+def test_the_folder_is_named_after_the_configuration(project, monkeypatch, config, folder):
+    place = project / "elsewhere" / config
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(CONFIG)
+    monkeypatch.chdir(project / "elsewhere")
+    given = argparse.Namespace(config=config, script=None, out=None)
+    assert compare._Settings(given, "compare", ()).out == project / "elsewhere/runs/compare" / folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_the_configuration_is_beside_the_final_checkpoint_wherever_the_logger_writes(project, checkpoints):
+    logger = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: elsewhere}}"
+    words = ["--trainer.logger", logger, "--trainer.enable_checkpointing", str(checkpoints)]
+    assert main([*COMPARE, "--no_dense", *words]) == 0
+    folder = project / "runs/compare/own/MagnitudePruning-0.75-seed0"
+    (elsewhere,) = (project / "elsewhere").rglob("config.yaml")
+    assert (folder / "config.yaml").read_text() == elsewhere.read_text()
+    assert main(["report", str(folder / "final.ckpt"), "--script", "train.py"]) == 0
 
 
 @pytest.mark.slow

@@ -220,6 +220,39 @@ def report(network):
     return worth.lines(saved(network, Digits()), ["--config", "digits"])
 
 
+class Tokens(LightningModule):
+    """An encoder of the rows of an image (batch, 1, length, width)."""
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, torch.nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(x.squeeze(1)).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "rows"),
+    [
+        (Tokens(torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)), (4, 1, 7, 16), 7),
+        (Tokens(torch.nn.Identity()), (4, 1, 7, 16), 1),
+        (torch.nn.Conv2d(1, 2, 3), (4, 1, 7, 16), 1),
+    ],
+)
+def test_a_sample_counts_as_the_rows_that_it_gives_a_linear_layer(network, shape, rows):
+    assert formats.rows_of_a_sample(network.eval(), (torch.randn(shape),)) == rows
+    assert not any(part._forward_pre_hooks for part in network.modules())
+
+
+def test_auto_is_chosen_for_the_rows_of_a_batch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(export.conversion.Table, "gain", lambda self, *given: asked.append(given[-1]) or Gain(2.0, 2.0, 1.0))
+    network = zeroed(Tokens(torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)), 0.9)
+    network.example_input_array = torch.randn(4, 1, 7, 16)
+    formats.sparse(saved(network), "auto", 8, None)
+    assert set(asked) == {56}
+
+
 def test_the_report_names_the_batch_size_that_gains_most(monkeypatch):
     known(monkeypatch, 3.0, [1.5, 4.0, 2.5])
     lines = report(_network(0.9))

@@ -27,8 +27,8 @@ def test_layers_that_pay_are_replaced_and_others_stay():
     with pytest.warns(UserWarning, match="leaves dense") as said:
         sparse = to_sparse(network, batch_size=32, table=table)
     assert [str(one.message) for one in said] == [
-        "to_sparse leaves dense: 2.weight (csr is 1.05 times as fast at batch 32 (noise 1.00)); "
-        "4.weight (csr is 0.50 times as fast at batch 32 (noise 1.00))"
+        "to_sparse leaves dense: 2.weight (csr is 1.05 times as fast for 32 rows (noise 1.00)); "
+        "4.weight (csr is 0.50 times as fast for 32 rows (noise 1.00))"
     ]
     assert said[0].filename == __file__
     assert list(sparse_layers(sparse)) == ["0"]
@@ -44,7 +44,7 @@ def test_the_plan_gives_reasons_in_words():
     with torch.no_grad():
         network[4].weight.fill_(1)
     reasons = [choice.why for choice in plan(network, batch_size=7, table=Known(csr_96=3.0))]
-    assert reasons == ["3.0 times faster at batch 7", "csr is 0.50 times as fast at batch 7 (noise 1.00)", "only 0.0 % zeros"]
+    assert reasons == ["3.0 times faster for 7 rows", "csr is 0.50 times as fast for 7 rows (noise 1.00)", "only 0.0 % zeros"]
 
 
 def test_the_faster_of_two_layouts_is_taken():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_sparse import counts, select
 from lightning_sparse.callbacks import Sparsifier, user_warnings
+from lightning_sparse.cli.folders import CONFIG, run_folder
 
 FINAL, RESUME, METRICS, PROGRESS = "final.ckpt", "resume.ckpt", "metrics.json", "progress.json"
 ENDED = "lightning_sparse_run_ended"  # of a checkpoint, from which a resumed run would train and log nothing
@@ -26,6 +28,7 @@ class Recorder(Callback):
     ``progress.json``  epoch and epochs, after every epoch
     ``resume.ckpt``    a checkpoint, at the end of every epoch if that takes less than 5 % of the time; removed at the end
     ``final.ckpt``     the trained module
+    ``config.yaml``    a copy of the configuration that the command saved, wherever the run's logger has its files
     ``metrics.json``   what the run logged last (``sparsity/...`` left out), zeros of the selected weights in [0, 1] in all
                        and by parameter, steps, seconds, the step of the last validation, and warnings of this package
     =================  ==================================================================================================
@@ -80,8 +83,12 @@ class Recorder(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.save_checkpoint(self.folder / FINAL)
+        places = _places(trainer)
         if not trainer.is_global_zero:
             return
+        saved = next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
+        if saved is not None and not (self.folder / CONFIG).is_file():
+            shutil.copyfile(saved, self.folder / CONFIG)
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("sparsity/")}
         own = [callback for callback in trainer.callbacks if isinstance(callback, Sparsifier)]  # type: ignore[attr-defined]
         chosen = {name: parameter for callback in own for name, parameter in callback.parameters.items()}
@@ -106,6 +113,13 @@ class Recorder(Callback):
             record = json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
             found = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("sparsity/")}
             _write(self.folder / METRICS, record | {"test": found})
+
+
+def _places(trainer: Trainer) -> list[Path]:
+    """Return the folders in which ``fit`` or a LightningCLI saves the configuration."""
+    checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
+    found = [run_folder(Path(checkpoints))] if checkpoints else []
+    return [*found, Path(trainer.log_dir)] if trainer.log_dir else found
 
 
 def _at_end(trainer: Trainer) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -130,17 +129,9 @@ def execute(run: Run, started: Callable[[Any], None] = lambda process: None) -> 
     resumed = run.begin()
     if not (run.path / recorder.METRICS).is_file() and (reason := _call(run, "fit", started, resumed)):
         return {"failed": reason}
-    _keep_config(run)
     if run.test and (reason := _call(run, "test", started)):
         return {"failed": f"test: {reason}"}
     return run.result() or {"failed": f"the run ended before training did, without a record; its output is in {run.path / LOG}"}
-
-
-def _keep_config(run: Run) -> None:
-    """Copy the configuration that LightningCLI saved in a logger's folder beside the checkpoint, where ``report`` looks for it."""
-    files = sorted(run.path.rglob("config.yaml"), key=lambda file: file.stat().st_mtime)
-    if files and not (run.path / "config.yaml").is_file():
-        shutil.copyfile(files[-1], run.path / "config.yaml")
 
 
 def _call(run: Run, verb: str, started: Callable[[Any], None], resumed: Path | None = None) -> str:
