@@ -25,7 +25,7 @@ from lightning_sparse.step import Strength
 from lightning_sparse.structure import Columns, Coupled
 from lightning_sparse.support import Support
 
-FEW = 0.01  # share of zeros below which a run with lam > 0 is warned of
+FEW = 0.05  # share of zeros below which a run with lam > 0 is warned of
 TRIAL = 100  # optimiser steps below which a run may be only a trial
 COLLAPSED = 30  # a parameter left with one weight is reported if the share of all weights that is left is so many weights of it
 EMPTY = 0.0005  # share of the selected weights that are left, below which the network is reported as empty
@@ -169,7 +169,7 @@ def tell_parts(options: Options, support: Support, strength: Strength, before: f
         f"at step {strength.step}: {first}lam (now {strength.lam:.3g}) brought {by_lam:.2%} of the weights to zero, {by_rank:.2%} were "
         f"removed by rank along the ramp ({support.score!r}), {share:.2%} in all"
     )
-    if strength.step < FEWEST:
+    if strength.step < FEWEST and by_lam + by_rank > FEW:
         parts += f". {strength.step} steps are few: a network recovers better from many small cuts in a longer run"
     if short:
         rank_zero_warn(f"{form} does not meet target_sparsity={target.target:g} {parts}. No more can be removed: give a smaller target")

@@ -114,6 +114,8 @@ def begin_search(options: Options, target: TargetSparsity, zeros: float, module:
     target.began = zeros
     if not options.freeze and _roles.is_trained(module):
         target.fine_tuned = FINE_TUNED_AGAIN
+        if zeros >= target.target:  # there is nothing left to ramp to
+            return
         rank_zero_info(
             f"{options.form}: the network was trained before (the biases of a norm are not all equal), so the ramp to target_sparsity="
             f"{target.target:g} takes the first {1 - FINE_TUNED_AGAIN:.0%} of the run and the rest fine-tunes. freeze={FINE_TUNED:g} gives "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -103,7 +105,12 @@ class RecipeCLI(SparseCLI):
     def fit(self, **given: Any) -> None:
         """Call the Trainer's method. Errors that do not come from the user's code become one-line messages."""
         folders.choose(self.trainer, self.recorder.recipe, given.get("ckpt_path"))
-        self._launch(self.trainer.fit, given)
+        try:
+            self._launch(self.trainer.fit, given)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # the Trainer ends so
+                raise KeyboardInterrupt(_way_back(self.trainer)) from error
+            raise
 
     def validate(self, **given: Any) -> None:
         """Call the Trainer's method, like :meth:`fit`."""
@@ -149,6 +156,19 @@ def fit(words: Sequence[str]) -> RecipeCLI:
     Raises UsageError for a mistake in the arguments or the recipe.
     """
     return launch(RecipeCLI, ["fit", *words])
+
+
+def _way_back(trainer: Trainer) -> str:
+    """Say how an interrupted fit goes on: from the newest file that its ModelCheckpoints wrote."""
+    files = [Path(path) for keeper in trainer.checkpoint_callbacks for path in _written(keeper) if path and Path(path).is_file()]
+    if not files:
+        return "before a checkpoint was written"
+    newest = max(files, key=lambda file: file.stat().st_mtime_ns)
+    return f"the same command with --ckpt_path {shlex.quote(str(newest))} goes on"
+
+
+def _written(keeper: Callback) -> list[str]:
+    return [*getattr(keeper, "best_k_models", ()), getattr(keeper, "best_model_path", ""), getattr(keeper, "last_model_path", "")]
 
 
 def launch(front: type[Front], words: Sequence[str]) -> Front:

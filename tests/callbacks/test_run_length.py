@@ -103,11 +103,15 @@ def test_no_warning_if_nothing_is_missing(make):
     assert run(make())[0] == []
 
 
-def few(callback, epochs=25, optimizer=lambda p: torch.optim.SGD(p, 1e-7)):
-    """Return the warnings about too few zeros after a run."""
+def few(callback, epochs=25, optimizer=lambda p: torch.optim.SGD(p, 1e-7), zeros=0.0):
+    """Return the warnings about too few zeros after a run from a network with a share of ``zeros``."""
+    module = Toy(optimizer=optimizer)
+    with torch.no_grad():
+        for w in (p for p in module.parameters() if p.dim() > 1):
+            w.view(-1)[: round(zeros * w.numel())] = 0
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        trainer(callback, epochs=epochs).fit(Toy(optimizer=optimizer), data())
+        trainer(callback, epochs=epochs).fit(module, data())
     return [str(one.message) for one in said if "selected weights to zero" in str(one.message)]
 
 
@@ -124,6 +128,11 @@ def test_a_run_with_hardly_any_zeros_warns_with_reason_and_advice(make, said):
     messages = few(make())
     assert len(messages) == 1
     assert re.search("has set 0.00% .* in 100 optimiser steps .*" + said, messages[0])
+
+
+@pytest.mark.parametrize(("zeros", "said"), [(0.03, 1), (0.1, 0)])
+def test_some_weights_near_zero_are_not_what_lam_is_for(zeros, said):
+    assert len(few(ReweightedPenalty(LOG_SUM, 1e-9), zeros=zeros)) == said
 
 
 @pytest.mark.parametrize("make", [lambda: ReweightedPenalty(LOG_SUM, 1e-3, threshold=0), TARGETS["pruning"]])

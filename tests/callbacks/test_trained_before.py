@@ -113,3 +113,15 @@ def test_norms_that_learned_are_told_from_those_that_did_not():
             (norm.weight if getattr(norm, "bias", None) is None else norm.bias)[1] += 0.1
         assert _roles.is_trained(nn.Sequential(nn.Linear(4, 4), norm))
         assert not _roles.is_trained(norm.requires_grad_(False))  # as in a teacher beside a new network
+
+
+@pytest.mark.parametrize("zero", [0.9, 0.0])
+def test_a_run_that_keeps_its_zeros_is_told_nothing_about_cuts_that_it_does_not_make(zero, caplog):
+    module = normed(trained=True)
+    with torch.no_grad():
+        for w in (module.network[0].weight, module.network[3].weight):
+            w.view(-1)[: int(zero * w.numel()) + 1] = 0
+    with caplog.at_level(logging.INFO):
+        trainer(Sparsify(0.9, keep_zeros=True), epochs=15).fit(module, data())
+    for said in ("takes the first 30% of the run", "steps are few"):
+        assert (said in caplog.text) == (zero == 0.0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 import torch
-from commands import QUIET, write_project
+from commands import PLAIN, QUIET, write_project
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -190,6 +191,42 @@ def test_ctrl_c_is_one_line_with_the_runs_done(project: Path, capsys: pytest.Cap
     assert capsys.readouterr().err == "interrupted: 1 of 2 runs done; the same command goes on\n"
     assert main(["path", *WORDS, "--lams", "1e-3"]) == 130
     assert capsys.readouterr().err == "interrupted: 0 of 1 runs done; the same command goes on\n"
+
+
+STOP = """
+from lightning.pytorch import Callback
+
+class Stop(Callback):
+    def __init__(self, epoch: int):
+        self.epoch = epoch
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == self.epoch:
+            raise KeyboardInterrupt
+"""
+
+
+def test_an_interrupted_fit_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stop.py").write_text(STOP)
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    fit = ["fit", "--config", "digits", *PLAIN, "--trainer.max_epochs", "3"]
+
+    def interrupted(epoch: int) -> str:
+        try:
+            assert main([*fit, "--trainer.callbacks+=stop.Stop", f"--trainer.callbacks.epoch={epoch}"]) == 130
+        finally:
+            signal.signal(signal.SIGINT, before)  # the Trainer ignores further interrupts of a process that it ends
+        return capsys.readouterr().err
+
+    assert interrupted(0) == "interrupted: before a checkpoint was written\n"
+    message = interrupted(1)
+    assert message.startswith("interrupted: the same command with --ckpt_path ")
+    file = message.split()[6]
+    assert torch.load(file, weights_only=True)["epoch"] == 0
+    assert main([*fit, "--ckpt_path", file]) == 0
+    assert max(torch.load(path, weights_only=True)["epoch"] for path in tmp_path.rglob("*.ckpt")) == 2
 
 
 def test_ctrl_c_in_a_fit_of_this_process_has_the_same_exit_code(
