@@ -68,7 +68,7 @@ def total_steps(trainer: Trainer, drift: int, options: Options, strength: Streng
     if not math.isfinite(total) and trains and (strength.frozen_share(options.freeze) or not isinstance(strength.schedule, Constant)):
         has_epochs, has_length = trainer.max_epochs not in (None, -1), math.isfinite(trainer.num_training_batches)
         why = "its training loader has no length" if has_epochs else "neither epochs nor steps are given"
-        ways = "max_epochs, such as max_epochs=20, or max_steps" if has_length else "max_steps, or limit_train_batches beside max_epochs"
+        ways = "max_epochs, such as max_epochs=20, or max_steps" if has_length else "max_steps, or limit_train_batches and max_epochs >= 1"
         raise ValueError(
             f"{options.form} with {_shares(options, strength)} needs the length of the run, but {why}: give the Trainer {ways}"
         )

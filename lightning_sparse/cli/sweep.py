@@ -100,7 +100,12 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
             "nothing to search: each of the given arguments has one value; give two bounds, such as --target 0.8 0.95, or a list with "
             "--search grid"
         )
-    if args.target and not args.lam:
+    if args.target and args.lam:
+        raise UsageError("--lam and --target together: with a target lam only bounds its search; make one sweep for each")
+    written = [*overrides, *(Path(file).read_text(encoding="utf-8") for file in (config, *recipes.files_of(overrides)))]
+    if args.lam and any("target_sparsity" in text for text in written) and "target_sparsity" in _arguments(own):
+        overrides = [*overrides, f"--{names['target_sparsity']}=null"]
+    if args.target:
         overrides = [*overrides, *(f"--{names[name]}=null" for name in _STRENGTHS if name in _arguments(own))]
     samples = _samples(space)
     if script is None:

@@ -26,6 +26,7 @@ _SECONDS = 2.0  # for measuring layers; as much again for the whole network
 _SAMPLES = 64  # on which the shrunk network is compared
 _FEW = 0.01  # share of zeros below which a network is dense
 _SMALLER = 0.95  # a second step, or shrink without rounding, is named if it makes a file or the network at most so large
+_REMEDY = "for speed train with structure=Channels() and shrink, or Linear layers to more zeros"
 _UNROUNDED = "--round_to 1"
 _FASTER = 1.05  # a smaller ratio is no gain worth a command
 _SLOW = 0.1  # seconds of one call; slower batch sizes are left to `export`
@@ -102,10 +103,9 @@ def _lines(saved: Saved, more: list[str] | None) -> list[str]:
     most = max(best, default=None)
     faster = f"for the most speed:     {most.command}  ({most.times_faster:.1f}x at batch {most.batch})" if most else ""
     if inputs is not None and most is None and counts.share(counts.count_zeros(_matrices(saved.module))) >= _FEW:
-        remedy = "for speed train with structure=Channels() and shrink, or Linear layers to more zeros"
-        faster = f"nothing is faster here with these zeros: {remedy}"
+        faster = f"nothing is faster here with these zeros: {_REMEDY}"
         if cuts:
-            longer = f"{cuts[0].command} measures for longer, at larger batches too"
+            longer = f"{cuts[0].command} measures for longer, at larger batches too. If that gains nothing: {_REMEDY}"
             faster = f"no gain is beyond the noise (A/A) of this short measurement: {longer}"
         if unmeasured:
             faster = f"sparse layers are not faster here with these zeros, and shrink was not measured: {unmeasured}"

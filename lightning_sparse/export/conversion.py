@@ -136,7 +136,7 @@ def describe_dense(module: nn.Module, found: Sequence[Choice]) -> str:
     for name, (_, why) in staying_dense(module, found).items():
         reasons.setdefault(why, []).append(name)
     said = [f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)} ({why})" for why, names in reasons.items()]
-    return "; ".join(said[:4]) + f"; {len(said) - 4} more reasons, see export.plan" * (len(said) > 4)
+    return "; ".join(said[:4]) + f"; more reasons ({len(said) - 4}): export.plan" * (len(said) > 4)
 
 
 def to_dense(module: Module) -> Module:

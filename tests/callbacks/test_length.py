@@ -32,7 +32,9 @@ WAYS = {"epochs": {"epochs": 4}, "neither": {"epochs": -1}, "time": {"epochs": -
 def test_an_unknown_length_is_refused_before_training_with_what_to_give(form, options):
     module = Toy()
     before = weights(module)
-    with pytest.raises(ValueError, match=r"needs the length of the run, .*: give the Trainer max_steps, or limit_train_batches beside"):
+    with pytest.raises(
+        ValueError, match=r"needs the length of the run, .*: give the Trainer max_steps, or limit_train_batches and max_epochs >= 1"
+    ):
         trainer(form(), **options).fit(module, stream(), data(seed=1))
     assert all(torch.equal(w, before[name]) for name, w in weights(module).items())
 

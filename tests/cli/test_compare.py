@@ -547,6 +547,18 @@ def test_the_strength_of_the_configuration_is_unset_where_there_is_one(project):
         assert main(["check", *words[2:]]) == 0
 
 
+def test_a_target_of_the_configuration_is_unset_where_lam_is_varied(project, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(project))
+    penalty = "init_args: {penalty: {class_path: LogSum, init_args: {eps: 2.0}}, "
+    Path("my.yaml").write_text(MINE.replace("Sparsify", "AdaptiveProx").replace("init_args: {", penalty))
+    assert main(["sweep", "my.yaml", "--lam", "1e-4", "1e-2", "--metric", "val_acc"]) == 0
+    for words in _commands():
+        assert "--sparsify.init_args.target_sparsity=null" in words
+        assert main(["check", *words[2:]]) == 0
+    assert main(["sweep", "my.yaml", "--lam", "1e-4", "1e-2", "--target", "0.8", "0.9"]) == 2
+    assert "--lam and --target together: with a target lam only bounds its search" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_sweep_of_a_users_script_is_tried_before_it_is_written(project, capsys):
     Path("overlay.yaml").write_text(OVERLAY)
