@@ -28,9 +28,7 @@ _ABOUT = (
     "override the configuration as in fit. Example: lightning-sparse sweep digits --lam 1e-4 1e-2 --eps 0.5 2 --metric val/accuracy"
 )
 _STRENGTHS = ("lam", "kl_weight", "sparsity")  # which a callback takes in the place of target_sparsity
-_ADDED = "{class_path: lightning_sparse.callbacks.Sparsify, init_args: {target_sparsity: 0.9}}"
 _LOGGER = "trainer: {logger: {class_path: WandbLogger, init_args: {project: my}}}"
-_NEEDED = "sparsify: {class_path: Sparsify, init_args: {target_sparsity: 0.9}}"
 
 
 def run(verb: str, words: list[str]) -> int:
@@ -79,14 +77,14 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     tree = recipes.content(config)
     if script is None and not tree.get("sparsify") and not _given(overrides):
         raise UsageError(
-            f"{args.config} has no callback under the key sparsify to vary: the YAML needs `{_NEEDED}`; or give --script for a script of "
-            "your own"
+            f"{args.config} has no callback under the key sparsify to vary: the YAML needs `sparsify: {_callback_for(args)}`; or give "
+            "--script for a script of your own"
         )
     if script is not None and args.callbacks:
         raise UsageError("--callbacks changes the key sparsify of a recipe; with --script make one sweep for each callback")
     own = _own_callback(tree, overrides) if script is None else _last_callback([config, *map(Path, recipes.files_of(overrides))])
     if script is not None:
-        _check_last(own, args.config)
+        _check_last(own, args)
     _check_numbers(args, args.callbacks or [own])
     prefix = "sparsify" if script is None else "trainer.callbacks"
     numbers = {"lam": args.lam, "target_sparsity": args.target, "penalty.init_args.eps": args.eps, "freeze": args.freeze}
@@ -153,14 +151,22 @@ def _last_callback(files: Iterable[Path]) -> str:
     return found
 
 
-def _check_last(name: str, config: str) -> None:
+def _callback_for(args: argparse.Namespace) -> str:
+    """Return YAML of a callback that has the arguments to vary."""
+    if args.lam or args.eps:
+        penalty = "{class_path: lightning_sparse.penalties.LogSum, init_args: {eps: 2.0}}"
+        return f"{{class_path: lightning_sparse.callbacks.ReweightedPenalty, init_args: {{penalty: {penalty}, lam: 1.0e-3}}}}"
+    return "{class_path: lightning_sparse.callbacks.Sparsify, init_args: {target_sparsity: 0.9}}"
+
+
+def _check_last(name: str, args: argparse.Namespace) -> None:
     """Raise UsageError unless the last callback of a script's configuration may be one of this package, which the sweep varies."""
     form = imported(name) if "." in name else getattr(callbacks, name, None) or getattr(pl_callbacks, name, None)
     if not name or (isinstance(form, type) and not issubclass(form, callbacks.Sparsifier)):
         last = f"its last callback is {name}, and the last one is varied" if name else "it has no callback"
         raise UsageError(
-            f"{config}: no sparsity callback at the end of trainer.callbacks ({last}). Add one there, such as "
-            f"`trainer: {{callbacks+: [{_ADDED}]}}`, or give --config FILE with the file that "
+            f"{args.config}: no sparsity callback at the end of trainer.callbacks ({last}). Add one there, such as "
+            f"`trainer: {{callbacks+: [{_callback_for(args)}]}}`, or give --config FILE with the file that "
             "`lightning-sparse recipes overlay/reweighted_penalty` names"
         )
 

@@ -598,9 +598,22 @@ def test_a_script_without_a_sparsity_callback_to_vary_is_refused(project, capsys
     said = capsys.readouterr().err
     assert f"own.yaml: no sparsity callback at the end of trainer.callbacks ({CALLBACKS[overlay]}" in said
     needed = yaml.safe_load(said.partition("`")[2].partition("`")[0])["trainer"]["callbacks+"]
-    assert needed[0]["class_path"] == "lightning_sparse.callbacks.Sparsify"
+    assert needed[0]["class_path"] == "lightning_sparse.callbacks.ReweightedPenalty"  # which has the lam to vary
     for accepted in ("lightning_sparse.callbacks.Sparsify", "Sparsify", "elsewhere.Own"):
-        sweep._check_last(accepted, "own.yaml")
+        sweep._check_last(accepted, argparse.Namespace(config="own.yaml", lam=None, eps=None))
+
+
+@pytest.mark.parametrize(
+    "words", [["--lam", "1e-4", "1e-2"], ["--eps", "0.5", "2"], ["--target", "0.8", "0.9"], ["--freeze", "0.2", "0.5"]]
+)
+def test_the_callback_that_the_message_proposes_has_the_arguments_to_vary(project, monkeypatch, capsys, words):
+    monkeypatch.syspath_prepend(str(project))
+    file = Path("my.yaml")
+    file.write_text(MINE.partition("sparsify")[0])
+    assert main(["sweep", "my.yaml", *words]) == 2
+    proposed = capsys.readouterr().err.partition("`")[2].partition("`")[0]
+    file.write_text(f"{file.read_text()}{proposed}\n")
+    assert main(["sweep", "my.yaml", *words, "--metric", "val_acc"]) == 0
 
 
 def test_a_configuration_without_a_callback_is_told_which_lines_it_needs(project, capsys):
