@@ -196,7 +196,7 @@ def warn_collapsed(options: Options, support: Support, strength: Strength, setti
     left = [name for name, (gone, number) in found.items() if number - gone <= 1 and number * share >= COLLAPSED]
     every = all(kept <= 1 for kept, _ in groups.values())
     many = {axis: number * (1 if every else share) >= FEW_GROUPS for axis, (_, number) in groups.items()}
-    alone = [f"{axis} ({number})" for axis, (kept, number) in groups.items() if kept <= 1 and many[axis]]
+    alone = {axis: number for axis, (kept, number) in groups.items() if kept <= 1 and many[axis]}
     most = 1.0 if target is None else target  # because least_kept is for a target, and at most 1 - target
     dead = "these layers pass on next to nothing. Give "
     if left:
@@ -204,8 +204,10 @@ def warn_collapsed(options: Options, support: Support, strength: Strength, setti
         floor = "" if most > 0.99 else f"least_kept=0.01{score}, which keeps some weights of every layer, or "
         notify(f"{options.form} has left at most one weight of {left[:5]}: {dead}{floor}{less}")
     if alone:
-        floor = "" if most > 0.95 else "least_kept=0.05, which keeps a twentieth of the groups of each, or "
-        notify(f"{options.form} has left one group of each of {', '.join(alone[:5])}: {dead}{floor}{less}")
+        least = max(0.05, math.ceil(200 / min(alone.values())) / 100)  # which keeps two groups
+        floor = "" if least > 1 - most else f"least_kept={least:g}, which keeps two groups of each or more, or "
+        named = ", ".join(f"{axis} ({number})" for axis, number in list(alone.items())[:5])
+        notify(f"{options.form} has left one group of each of {named}: {dead}{floor}{less}")
 
 
 # -- after training --------------------------------------------------------------------------------------------------------

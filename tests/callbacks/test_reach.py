@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from toys import Toy, data, trainer, weights
 
 from lightning_sparse.callbacks import MagnitudePruning, Sparsify
+from lightning_sparse.scores import Magnitude
 from lightning_sparse.structure import Blocks, Channels, Heads, Rows, Structure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has left one group of each of")  # targets at the limit of a toy
@@ -192,6 +194,26 @@ def test_layers_with_one_group_left_are_named() -> None:
     assert callback.share_of_zeros() >= 0.65
 
 
+def test_the_least_kept_that_the_warning_names_keeps_two_groups() -> None:
+    def left(**more: float) -> tuple[int, int]:
+        torch.manual_seed(0)
+        module = Toy(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)))
+        with torch.no_grad():
+            module.network[0].weight.mul_(0.01)
+        form = Sparsify(0.7, structure=Rows(), score=Magnitude(), select=["network.0.weight", "network.2.weight"], **more)
+        trainer(form, epochs=5).fit(module, data())
+        return form.groups_left()["network.0.weight"]
+
+    with pytest.warns(UserWarning, match="has left one group of each of") as said:
+        assert left() == (1, 32)
+    (named,) = {
+        found[1] for one in said if (found := re.search(r"Give least_kept=([\d.]+), which keeps two groups of each", str(one.message)))
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*has left one group of each of")
+        assert left(least_kept=float(named)) == (2, 32)
+
+
 def test_a_network_with_one_group_of_each_axis_is_reported_whatever_the_target() -> None:
-    with pytest.warns(UserWarning, match=r"has left one group of each of network.0.weight \(16\).* Give least_kept=0.05, .* or a smaller"):
+    with pytest.warns(UserWarning, match=r"has left one group of each of network.0.weight \(16\).*next to nothing. Give a smaller target"):
         trainer(Sparsify(0.93, structure=Rows(), select=["network.0.weight"]), epochs=5).fit(Toy(), data())

@@ -82,7 +82,8 @@ def draw(runs: list[Record], folder: Path) -> list[Path]:
             points = [(target, ended(runs, (problem, budget, target), method)) for target in targets]
             known = [(100 * (1 - target), mean(run["test_error"] for run in found)) for target, found in points if found]
             if known:
-                axes.plot(*zip(*known, strict=True), "osv^D<>PX*"[number % 10] + "-", label=method, color=f"C{number % 10}", markersize=5)
+                marker = "osv^D<>PX*"[(number + number // 10) % 10]  # another one where the colours begin again
+                axes.plot(*zip(*known, strict=True), f"{marker}-", label=method, color=f"C{number % 10}", markersize=5)
         if dense := ended(runs, (problem, budget, 0.0), DENSE):
             axes.axhline(mean(run["test_error"] for run in dense), color="grey", linestyle=":", label=DENSE)
         axes.set(xscale="log", xlabel="weights left, %", ylabel="test error, %", title=PROBLEMS[problem].title)
