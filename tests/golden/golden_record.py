@@ -53,12 +53,13 @@ def _feed(found: Any, value: Any) -> None:
 def fingerprint() -> dict[str, str]:
     """Return machine and versions, on which the last bits of results depend."""
     cpu = torch.backends.cpu.get_cpu_capability()
-    model = next((line for line in _cpu_lines() if line.startswith("model name")), platform.processor())
+    lines = dict(map(str.strip, line.split(":", 1)) for line in _cpu_lines() if ":" in line)
+    model = [lines.get(key, "") for key in ("cpu family", "model", "stepping")]  # because one name is given to processors of several kinds
     return {
         "torch": torch.__version__,
         "lightning": lightning.__version__,
         "numpy": numpy.__version__,
-        "cpu": f"{cpu} {model.rpartition(':')[2].strip()}",
+        "cpu": f"{cpu} {lines.get('model name', platform.processor())} {'/'.join(model)}",
     }
 
 
