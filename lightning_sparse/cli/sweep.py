@@ -100,7 +100,7 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
         )
     if args.target and args.lam:
         raise UsageError("--lam and --target together: with a target lam only bounds its search; make one sweep for each")
-    written = [*overrides, *(Path(file).read_text(encoding="utf-8") for file in (config, *recipes.files_of(overrides)))]
+    written = [*overrides, *(file.read_text(encoding="utf-8") for file in (config, *map(Path, recipes.files_of(overrides))))]
     if args.lam and any("target_sparsity" in text for text in written) and "target_sparsity" in _arguments(own):
         overrides = [*overrides, f"--{names['target_sparsity']}=null"]
     if args.target:
