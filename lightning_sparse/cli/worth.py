@@ -238,10 +238,11 @@ def _layers(module: nn.Module, inputs: tuple[Any, ...], batches: Sequence[int], 
         timing = _timings({"sparse": sparse}, module, inputs, (batch,))[batch]
         said.append(f"batch {batch}: {_ratio(timing, 'sparse')} with {taken} of them")
         _compare(timing, "sparse", batch, f"{command} --to auto --batch_size {batch}", best)
-    late = f" ({table.late} layers were not measured in the time)" if table.late else ""
+    late = f"; {table.late} layers were not measured in the time" if table.late else ""
+    longer = f" (each layer measured briefly{late}: `export` measures them for longer and may take others)"
     slow = [batch for batch in formats.BATCHES if batch not in batches]
     more = f"; batch {', '.join(map(str, slow))}: `export` measures it, one call is slow" if slow else ""
-    return [f"sparse layers:  {'; '.join(said)}{more}{late}"]
+    return [f"sparse layers:  {'; '.join(said)}{longer}{more}"]
 
 
 def _quick(module: nn.Module, inputs: tuple[Any, ...]) -> list[int]:
