@@ -152,11 +152,12 @@ def _last_callback(files: Iterable[Path]) -> str:
 
 
 def _callback_for(args: argparse.Namespace) -> str:
-    """Return YAML of a callback that has the arguments to vary."""
+    """Return YAML of a callback that has the arguments to vary; a script of the user's own needs whole paths of classes."""
+    forms, penalties = ("lightning_sparse.callbacks.", "lightning_sparse.penalties.") if args.script else ("", "")
     if args.lam or args.eps:
-        penalty = "{class_path: lightning_sparse.penalties.LogSum, init_args: {eps: 2.0}}"
-        return f"{{class_path: lightning_sparse.callbacks.ReweightedPenalty, init_args: {{penalty: {penalty}, lam: 1.0e-3}}}}"
-    return "{class_path: lightning_sparse.callbacks.Sparsify, init_args: {target_sparsity: 0.9}}"
+        penalty = f"{{class_path: {penalties}LogSum, init_args: {{eps: 2.0}}}}"
+        return f"{{class_path: {forms}ReweightedPenalty, init_args: {{penalty: {penalty}, lam: 1.0e-3}}}}"
+    return f"{{class_path: {forms}Sparsify, init_args: {{target_sparsity: 0.9}}}}"
 
 
 def _check_last(name: str, args: argparse.Namespace) -> None:

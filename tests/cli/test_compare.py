@@ -600,7 +600,7 @@ def test_a_script_without_a_sparsity_callback_to_vary_is_refused(project, capsys
     needed = yaml.safe_load(said.partition("`")[2].partition("`")[0])["trainer"]["callbacks+"]
     assert needed[0]["class_path"] == "lightning_sparse.callbacks.ReweightedPenalty"  # which has the lam to vary
     for accepted in ("lightning_sparse.callbacks.Sparsify", "Sparsify", "elsewhere.Own"):
-        sweep._check_last(accepted, argparse.Namespace(config="own.yaml", lam=None, eps=None))
+        sweep._check_last(accepted, argparse.Namespace(config="own.yaml", script="train.py", lam=None, eps=None))
 
 
 @pytest.mark.parametrize(
