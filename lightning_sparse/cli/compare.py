@@ -54,9 +54,10 @@ def run(verb: str, words: list[str]) -> int:
     settings.check_classes()
     settings.check_runs(runs, parser)
     settings.keep()
-    left = sum(run.result() is None for run in runs)
-    print(f"{len(runs)} runs, {left} to go, files in {settings.out}{settings.told()}", flush=True)
-    if args.metric is not None and left == len(runs) and getattr(args, "engine", "local") == "local":
+    finished = [record for run in runs if (record := run.result()) is not None]
+    results.metric_of(finished, args.metric)  # before any other is trained
+    print(f"{len(runs)} runs, {len(runs) - len(finished)} to go, files in {settings.out}{settings.told()}", flush=True)
+    if args.metric is not None and not finished and getattr(args, "engine", "local") == "local":
         settings.check_metric(runs[0])
     try:
         if verb == "path":  # one after the other, because each starts from the last
@@ -239,9 +240,7 @@ class _Settings:
         own = self._own_with_lam() if args.method is None else None
         method = args.method or (own["class_path"].rpartition(".")[2] if own else _FORM)
         if args.method is None:
-            reason = (
-                "the callback of the configuration" if own else "because the configuration has no callback under sparsify that takes lam"
-            )
+            reason = "the callback of the configuration" if own else "because the configuration has no callback that takes lam"
             print(f"path of {method}, {reason}; --method chooses another")
         for lam in sorted(set(args.lams)):
             start = f"{found[-1].folder}/final.ckpt" if found else None

@@ -59,7 +59,12 @@ def open_checkpoint(path: Path, config: str | None = None, overrides: Sequence[s
         with silence_device_messages():
             cli = launch(Opened, ["fit", *recipes.with_paths(["--config", file]), *_QUIET, *overrides])
         model, data = cli.model, cli.datamodule
-    checkpoints.check(path, content, model)
+    try:
+        checkpoints.check(path, content, model)
+    except UsageError as error:
+        if config is None and file is not None:  # which may be of another run
+            raise UsageError(f"{error}. The model is that of {file}; for another one give --config RECIPE or --script SCRIPT") from error
+        raise
     model.load_state_dict(content["state_dict"])
     return Saved(path, model.eval().cpu(), data, selected(content))
 

@@ -98,6 +98,10 @@ def test_a_users_script_is_compared_and_the_same_command_trains_only_what_is_mis
     assert 'not measured, the network fails for inputs of the shapes [(8, 8)]: Module [Net] is missing the required "forward"' in said
     (folder / "dense-seed0/metrics.json").unlink()
     capsys.readouterr()
+    assert main([*COMPARE, "--test", "--model.width", "8", "--metric", "val_ac"]) == 2
+    said = capsys.readouterr()
+    assert "no run logged 'val_ac'; closest: 'val_acc'" in said.err
+    assert "to go" not in said.out  # nothing was trained
     assert main([*COMPARE, "--test", "--model.width", "8"]) == 0
     assert "2 runs, 1 to go" in capsys.readouterr().out
     again = {path: path.stat().st_mtime_ns for path in folder.rglob("final.ckpt")}

@@ -155,7 +155,9 @@ def test_wrong_checkpoints_are_refused_and_nothing_is_written(trained, capsys, t
     torch.save(content | {"state_dict": dict(MLP(SIZES).state_dict())}, kept / "dense.ckpt")
     assert "no matrix of this MLP is at least half zero" in export_of(kept / "dense.ckpt")
     torch.save(content | {"state_dict": dict(MLP([64, 10]).state_dict())}, kept / "other.ckpt")
-    assert "a checkpoint of another model: it lacks layers.3.bias" in export_of(kept / "other.ckpt")
+    message = export_of(kept / "other.ckpt")
+    assert "a checkpoint of another model: it lacks layers.3.bias" in message
+    assert f"The model is that of {tmp_path / 'config.yaml'}; for another one give --config RECIPE or --script SCRIPT" in message
     (kept / "cut.ckpt").write_bytes(trained.read_bytes()[:5000])
     assert "cut.ckpt" in export_of(kept / "cut.ckpt")
     assert "no checkpoint" in export_of(kept / "absent.ckpt")

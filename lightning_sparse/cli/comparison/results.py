@@ -51,7 +51,7 @@ def metric_of(records: Iterable[Record], given: str | None) -> str:
     names = list(dict.fromkeys(name for record in records for name in record.get("metrics", {})))
     if given is not None:
         if names and given not in names:
-            raise UsageError(f"no run logged {given!r}; the runs logged {', '.join(names)}")
+            raise UsageError(f"no run logged {given!r}{_checks.closest(given, names)}; the runs logged {', '.join(names)}")
         return given
     validation = [name for name in names if name.lower().startswith(_VALIDATION)]
     found = [name for name in validation if rises(name)] or validation
