@@ -132,7 +132,7 @@ def test_a_run_with_hardly_any_zeros_warns_with_reason_and_advice(make, said):
 
 @pytest.mark.parametrize(("zeros", "said"), [(0.03, 1), (0.1, 0)])
 def test_some_weights_near_zero_are_not_what_lam_is_for(zeros, said):
-    assert len(few(ReweightedPenalty(LOG_SUM, 1e-9), zeros=zeros)) == said
+    assert len(few(ReweightedPenalty(LOG_SUM, 1e-9, threshold=1e-4), zeros=zeros)) == said
 
 
 @pytest.mark.parametrize("make", [lambda: ReweightedPenalty(LOG_SUM, 1e-3, threshold=0), TARGETS["pruning"]])

@@ -291,7 +291,7 @@ def test_zeros_that_the_callback_made_at_the_start_are_not_said_to_be_trained_ag
     module = Toy()
     with caplog.at_level("INFO"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer(Sparsify(0.8), epochs=10).fit(module, data(), ckpt_path=tmp_path / "dense.ckpt")
+        trainer(Sparsify(0.8, freeze=0.7), epochs=10, limit_train_batches=1).fit(module, data(), ckpt_path=tmp_path / "dense.ckpt")
     assert sum(int((w == 0).sum()) for w in module.parameters() if w.dim() > 1) > 0
     assert "are zero at the start" not in caplog.text
 
