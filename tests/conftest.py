@@ -27,9 +27,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed_of_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove at the test's end the seed that seed_everything() stores in the environment, because DDP in a later test would use it."""
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+def _environment_of_earlier_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove what libraries store in the environment for the processes that a test starts, so that a later test's do not use it.
+
+    The seed of seed_everything() would be that of DDP, and W&B's service would write relative folders where it was started.
+    """
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "WANDB_SERVICE"):
         monkeypatch.setenv(name, "")  # so that the test's end restores it, whoever changes it
         monkeypatch.delenv(name)
 

@@ -1,4 +1,4 @@
-"""What tests/conftest.py refuses: files left in the root, names of tests that differ between processes."""
+"""What tests/conftest.py refuses: files left in the root, names of tests that differ between processes, variables of an earlier test."""
 
 from __future__ import annotations
 
@@ -25,14 +25,22 @@ def test_leaves(folder):
 def test_after():
     pass
 """
-SEEDS = """
+VARIABLES = """
 import os
+import pytest
+
+@pytest.fixture(scope="module")
+def service():
+    os.environ["WANDB_SERVICE"] = "3-1-tcp"
 
 def test_sets():
     os.environ["PL_GLOBAL_SEED"] = "0"
 
+def test_has_a_service(service):
+    assert "WANDB_SERVICE" not in os.environ
+
 def test_finds_none():
-    assert "PL_GLOBAL_SEED" not in os.environ
+    assert not {"PL_GLOBAL_SEED", "WANDB_SERVICE"} & set(os.environ)
 """
 ADDRESSES = """
 import pytest
@@ -59,8 +67,11 @@ def test_caches_may_be_left(pytester: pytest.Pytester) -> None:
     run(pytester, LEAVES.format(name=".cache")).assert_outcomes(passed=3)
 
 
-def test_a_seed_in_the_environment_does_not_reach_the_next_test(pytester: pytest.Pytester) -> None:
-    run(pytester, SEEDS).assert_outcomes(passed=2)
+def test_a_seed_and_a_service_in_the_environment_do_not_reach_the_next_test(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SERVICE", "")  # so that this test's end restores it
+    run(pytester, VARIABLES).assert_outcomes(passed=3)
 
 
 def test_names_with_an_address_are_refused(pytester: pytest.Pytester) -> None:
