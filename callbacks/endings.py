@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -219,7 +220,7 @@ def say_what_next(trainer: Trainer) -> None:
     found = counts.count_zeros({name: weight for peer in peers for name, weight in peer.parameters.items()})
     zeros, size = counts.share(found), sum(number for _, number in found.values())
     file, holds = _file(trainer, peers, zeros)
-    report = _report(file) if file and not holds else ""
+    report = _report(file, trainer.lightning_module) if file and not holds else ""
     use = _use(peers, zeros, trainer.lightning_module)  # on every rank, because it gathers
     step = f"; next: {report or use}" if report or use else ""
     names = " and ".join(dict.fromkeys(peer.options.form for peer in peers))
@@ -256,23 +257,30 @@ def _share_in_file(file: str, peers: Sequence[SparsityCallback]) -> float | None
         return None
 
 
-def _report(file: str) -> str:
+def _report(file: str, module: nn.Module) -> str:
     """Return the command that reports on a checkpoint; empty where it would not know the module.
 
-    The configuration beside the file names the module's class; a script with a fixed class is named itself.
+    The configuration beside the file, or above its folder, names the module's class; a script with a fixed class is named itself.
     """
-    folder, script = Path(file).parent, sys.argv[0]
-    config = next((place / "config.yaml" for place in (folder, folder.parent) if (place / "config.yaml").is_file()), None)
+    folder, script = Path(file).parent, _script()
+    found = next((place / "config.yaml" for place in (folder, folder.parent) if (place / "config.yaml").is_file()), None)
     try:
-        tree = yaml.safe_load(config.read_text(encoding="utf-8")) if config else None
+        tree = yaml.safe_load(found.read_text(encoding="utf-8")) if found else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):  # a file that is being written by another rank, or not of a run
         return ""
-    if not isinstance(tree, dict):
-        return ""
-    model, command = tree.get("model"), f"lightning-sparse report {file}"
-    if isinstance(model, str) or (isinstance(model, dict) and "class_path" in model):
-        return command
-    return f"{command} --script {script}" if script.endswith(".py") and Path(script).is_file() else ""
+    model = tree.get("model") if isinstance(tree, dict) else None
+    name = model.get("class_path") if isinstance(model, dict) else model
+    if isinstance(name, str):
+        return f"lightning-sparse report {file}" if name.rpartition(".")[2] == type(module).__name__ else ""
+    alone = found is not None or len(sys.argv) == 1  # with arguments, the command would not know which are its own
+    return f"lightning-sparse report {file} --script {shlex.quote(script)}" if script and alone else ""
+
+
+def _script() -> str:
+    """Return the path of the user's script; empty in a notebook, and for a module that was started by its name."""
+    script, main = Path(sys.argv[0]), sys.modules.get("__main__")
+    is_script = script.suffix == ".py" and script.is_file() and getattr(main, "__spec__", None) is None
+    return sys.argv[0] if is_script and not {"site-packages", "dist-packages"} & set(script.parts) else ""
 
 
 def _use(peers: Sequence[SparsityCallback], zeros: float, module: nn.Module) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import logging
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +40,7 @@ def test_the_line_has_the_share_of_the_module_and_the_checkpoint(tmp_path, caplo
 
 
 def test_several_callbacks_have_one_line_and_a_run_with_a_configuration_names_the_command(tmp_path, caplog):
-    (tmp_path / "config.yaml").write_text("model: {class_path: my.Net}")
+    (tmp_path / "config.yaml").write_text("model: {class_path: my.Toy}")
     keeper = ModelCheckpoint(dirpath=tmp_path)
     first, second = [name for name, w in Toy().named_parameters() if w.dim() == 2][:2]
     both = (ReweightedPenalty(LOG_SUM, 0.5, select=[first]), AdaptiveProx(LOG_SUM, 0.5, select=[second]))
@@ -47,16 +51,42 @@ def test_several_callbacks_have_one_line_and_a_run_with_a_configuration_names_th
     assert line.endswith(f"; next: lightning-sparse report {keeper.best_model_path}")
 
 
-def test_a_configuration_without_the_class_names_the_script_or_no_command(tmp_path, caplog, monkeypatch):
-    (tmp_path / "config.yaml").write_text("model: {width: 16}")
-    script = tmp_path / "train.py"
-    script.write_text("")
-    keeper = ModelCheckpoint(dirpath=tmp_path / "checkpoints")
-    for started, expected in ((str(script), f"lightning-sparse report {{}} --script {script}"), ("-c", COMPACT)):
-        monkeypatch.setattr("sys.argv", [started])
-        with caplog.at_level(logging.INFO):
-            trainer(MagnitudePruning(0.5), keeper, epochs=3, enable_checkpointing=True).fit(Toy(), data())
-        assert lines(caplog)[-1].endswith(f"; next: {expected.format(keeper.best_model_path)}")
+SCRIPTS = {  # configuration above the checkpoint's folder, words of the command line, and whether the line names the script
+    "a class that the script fixes": ("model: {width: 16}", ["train.py", "fit", "--config", "own.yaml"], True),
+    "no configuration": ("", ["train.py"], True),
+    "no configuration, and arguments": ("", ["train.py", "--lr", "3"], False),
+    "a configuration of another class": ("model: {class_path: my.Other}", ["train.py"], False),
+    "a notebook": ("", ["site-packages/kernel.py"], False),
+    "typed code": ("model: {width: 16}", ["-c"], False),
+}
+
+
+@pytest.mark.parametrize(("config", "words", "named"), SCRIPTS.values(), ids=SCRIPTS)
+def test_a_script_is_named_where_it_gives_the_module(config, words, named, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+    monkeypatch.setattr("sys.argv", words)
+    Path("site-packages").mkdir()
+    for name in ("train.py", "site-packages/kernel.py"):
+        Path(name).write_text("")
+    if config:
+        Path("config.yaml").write_text(config)
+    keeper = ModelCheckpoint(dirpath="checkpoints")
+    with caplog.at_level(logging.INFO):
+        trainer(MagnitudePruning(0.5), keeper, epochs=3, enable_checkpointing=True).fit(Toy(), data())
+    expected = f"lightning-sparse report {keeper.best_model_path} --script train.py" if named else COMPACT
+    assert lines(caplog)[-1].endswith(f"; next: {expected}")
+
+
+def test_a_module_that_was_started_by_its_name_is_no_script(tmp_path, caplog, monkeypatch):
+    main = types.ModuleType("__main__")
+    main.__spec__ = importlib.machinery.ModuleSpec("train", None)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    (tmp_path / "train.py").write_text("")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "train.py")])
+    with caplog.at_level(logging.INFO):
+        trainer(MagnitudePruning(0.5), ModelCheckpoint(dirpath=tmp_path), epochs=3, enable_checkpointing=True).fit(Toy(), data())
+    assert lines(caplog)[-1].endswith(f"; next: {COMPACT}")
 
 
 SHRINK = "lightning_sparse.shrink(module, x, verbose=True) measures what removing zero rows gains"
@@ -145,7 +175,7 @@ class Worsening(Toy):
 
 @pytest.mark.filterwarnings("ignore:.*before Sparsify reaches its target", "ignore:ModelCheckpoint.*compares all epochs")
 def test_a_best_file_with_fewer_zeros_is_not_paired_with_the_zeros_of_the_network(tmp_path, caplog):
-    (tmp_path / "config.yaml").write_text("model: {class_path: my.Net}")  # the command would report on the file
+    (tmp_path / "config.yaml").write_text("model: {class_path: my.Toy}")  # the command would report on the file
     module, keeper = Worsening(), ModelCheckpoint(tmp_path, monitor="score")
     callbacks = Sparsify(0.8, finish="prune"), EarlyStopping("score", patience=1)
     with caplog.at_level(logging.INFO):
