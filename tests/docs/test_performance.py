@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,21 @@ def test_operators_are_compared_with_the_plain_run() -> None:
     own = {"add": operators.Cost(5.0, 1.0), "mm": operators.Cost(8.0, 2.0)}
     assert list(operators.beyond(own, {"mm": operators.Cost(7.0, 2.0)}).items()) == [("add", 5.0), ("mm", 1.0)]
     assert [operators.is_operator(name) for name in ("aten::add", "autograd::engine", "file.py(3): f")] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("frames", "expected"),
+    [
+        (["penalties/log_sum.py(3): omega", "step.py(320): watched"], "penalties/log_sum.py: omega"),
+        (["examples/mlp.py(3): forward", "step.py(320): watched", "methods/base.py(1): progress"], "methods/base.py: progress"),
+        (["examples/mlp.py(3): forward", "step.py(320): watched"], None),  # the user's own step, which the package only calls
+    ],
+)
+def test_operators_belong_to_the_innermost_function_that_is_no_part_of_the_users_step(frames: list[str], expected: str | None) -> None:
+    event = None
+    for frame in reversed(frames):
+        event = SimpleNamespace(name=f"site-packages/lightning_sparse/{frame}", cpu_parent=event)
+    assert operators.caller(SimpleNamespace(cpu_parent=event)) == expected
 
 
 def test_arguments_say_what_they_accept() -> None:

@@ -18,6 +18,7 @@ WARM_UP = 20  # steps; then every lazily made thing is there
 PREFIX = "aten::"
 _FRAME = re.compile(r"lightning_sparse/(?P<file>[\w/]+\.py)\(\d+\): (?P<function>\S+)")
 _USERS = ("examples/", "conformance/")  # the network and the Trainer are the user's part of a run
+_CALLS_THE_USERS = "step.py: watched"  # around the optimiser's own step, in which Lightning runs forward and backward
 
 
 class Cost(NamedTuple):
@@ -85,8 +86,9 @@ def caller(event: Any) -> str | None:
     above = event.cpu_parent
     while above is not None:
         found = _FRAME.search(str(above.name))
-        if found and not found["file"].startswith(_USERS):
-            return f"{found['file']}: {found['function']}"
+        name = f"{found['file']}: {found['function']}" if found and not found["file"].startswith(_USERS) else _CALLS_THE_USERS
+        if name != _CALLS_THE_USERS:
+            return name
         above = above.cpu_parent
     return None
 

@@ -75,7 +75,7 @@ def _panel(panel: Any, one: dict[str, Any]) -> None:
     rows = [row for row in one["operators"] if row["operator"] != ALL][::-1]
     panel.barh([row["operator"] for row in rows], [row["beyond_plain"] for row in rows], color="#3b6ea5")
     whole = sum(row["beyond_plain"] for row in one["operators"] if row["operator"] == ALL)
-    panel.set_title(f"{one['form']}: +{whole:.0f} µs on {one['step_us'] - whole:.0f}", fontsize=9, loc="left")
+    panel.set_title(f"{one['form']}: +{whole:.0f} µs on {one['step_us'] - whole:.0f}", fontsize=8, loc="left")
     panel.tick_params(labelsize=7)
     panel.set_xlabel("µs a step beyond the plain run", fontsize=7)
 
