@@ -167,12 +167,14 @@ def check_callback(callback: Any, only: Collection[str] | None = None, skip: Col
 
     Args:
         callback: a ``lightning.pytorch.Callback``, copied for each run, or a function without arguments that creates one
-            or a list of them. It should set some, not all, of 176 weights to zero within 16 steps of Adam at rate 0.01.
+            or a list of them. It should set some, not all, of 176 weights to zero within 16 steps of Adam at rate 0.01, better a
+            tenth or more: some checks have fewer steps or other networks, where a weaker lam leaves no zero.
             Checks that start processes need a callback, or a function, that can be pickled.
         only: names of the checks to run; all by default.
         skip: names of checks to leave out.
 
-    Returns the outcome of each check: "pass", or "n/a" with the reason if a check does not apply to this callback.
+    Returns an ``Outcome(check, verdict, reason)`` for each check; the verdict is "pass", or "n/a" with the reason if a check does not
+    apply to this callback.
 
     Raises ContractError listing all failures, ValueError for an unknown name, TypeError if ``callback`` is not a callback.
     """

@@ -23,7 +23,7 @@ _KEYWORDS = ("best", "last", "hpc")  # paths that the Trainer resolves
 _RESUMED = ("optimizer_states", "lr_schedulers", "loops")  # keys that a weights-only file lacks
 
 _PLAIN = (
-    "a plain state_dict, not a checkpoint of a LightningModule, so its module and data are unknown. Load it in Python, "
+    "a plain state_dict, not a checkpoint of a LightningModule, which the commands take. Load it in Python, "
     "module.load_state_dict(torch.load(FILE)): then lightning_sparse.shrink(module, example_inputs, verbose=True) and "
     "export.to_sparse(module) use its zeros, and Trainer.save_checkpoint writes a checkpoint for the commands"
 )
@@ -32,8 +32,10 @@ _PLAIN = (
 def read(path: Any) -> Any:
     """Load a checkpoint with its tensors memory-mapped; None for the Trainer's keywords, folders and URLs.
 
-    Raises UsageError, naming the file, if it is missing or damaged, or contains more than tensors and plain values.
+    Raises UsageError, naming the file, if it is missing or damaged, of another kind, or contains more than tensors and plain values.
     """
+    if path is not None and (way := _use_in_python(Path(path))):
+        raise UsageError(f"{path}: {way}. The commands take the checkpoint of a LightningModule, as the one that it was made from")
     if path is None or str(path) in _KEYWORDS or str(path).startswith("registry") or "://" in str(path) or Path(path).is_dir():
         return None
     if not Path(path).is_file():
@@ -62,6 +64,21 @@ def hyper_parameters(path: Any) -> Mapping[str, Any]:
         return {}
     found = content.get("hyper_parameters") if isinstance(content, dict) else None
     return found if isinstance(found, dict) else {}
+
+
+def _use_in_python(path: Path) -> str:
+    """Say what a file or folder that ``export`` or ``shrink`` has written is, and the call that loads it; empty for others."""
+    for folder in (path, path.parent):
+        if (folder / "shape.json").is_file() and (folder == path or path.name in ("model.pt", "model.safetensors")):
+            shrunk = f"lightning_sparse.load_shrunk({str(folder)!r}, MyModule)"
+            return f"a shrunk network, which {shrunk} loads; lightning_sparse.export.to_onnx and others take the module that this returns"
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        is_compact = path.suffix == ".safetensors" and b'"manifest"' in file.read(2**16)
+    if is_compact:
+        return f"a compact file: module.load_state_dict(lightning_sparse.export.load_compact({str(path)!r}))"
+    return f"a program: torch.export.load({str(path)!r}).module()" if path.suffix == ".pt2" else ""
 
 
 @contextmanager

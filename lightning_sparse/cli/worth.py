@@ -105,7 +105,7 @@ def _lines(saved: Saved, more: list[str] | None) -> list[str]:
     if inputs is not None and most is None and counts.share(counts.count_zeros(_matrices(saved.module))) >= _FEW:
         faster = f"nothing is faster here with these zeros: {_REMEDY}"
         if cuts:
-            longer = f"{cuts[0].command} measures for longer, at larger batches too. If that gains nothing: {_REMEDY}"
+            longer = f"{cuts[0].command} measures for longer. If that gains nothing: {_REMEDY}"
             faster = f"no gain is beyond the noise (A/A) of this short measurement: {longer}"
         if unmeasured:
             faster = f"sparse layers are not faster here with these zeros, and shrink was not measured: {unmeasured}"

@@ -13,7 +13,7 @@ from torch.nn import functional
 from lightning_sparse.conformance import toys
 from lightning_sparse.conformance._lightning import Callback
 from lightning_sparse.conformance._registry import Subject, check, require
-from lightning_sparse.conformance.life_cycle import zeros
+from lightning_sparse.conformance.life_cycle import require_zeros
 from lightning_sparse.conformance.steps import close, matrices
 
 GROUP = "forwards"
@@ -64,7 +64,7 @@ def layers_without_rows(subject: Subject, folder: Path) -> None:
     module = subject.model(_Experts())
     subject.fit(module, epochs=4)
     require(all(bool(torch.isfinite(p).all()) for p in module.parameters()), "a weight is not finite after fit")
-    require(zeros(module) > 0, "no weight is zero after fit")
+    require_zeros(module)
 
 
 class _Heads(toys.Toy):

@@ -24,6 +24,11 @@ def zeros(module: torch.nn.Module) -> int:
     return sum(int((w == 0).sum()) for w in module.parameters() if w.dim() > 1)
 
 
+def require_zeros(module: torch.nn.Module, how: str = "") -> None:
+    """Require a zero in the module's matrices; ``how`` names the run."""
+    require(zeros(module) > 0, f"no weight is zero after fit{how}; a callback that is too weak for these short runs needs a larger lam")
+
+
 @check("after fit some weights are exactly zero, and some are not", GROUP)
 def fit_ends_with_true_zeros(subject: Subject, folder: Path) -> None:
     module = subject.model()

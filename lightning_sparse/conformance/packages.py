@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.conformance import _lightning, toys
 from lightning_sparse.conformance._registry import NotApplicable, Subject, check, require
-from lightning_sparse.conformance.life_cycle import zeros
+from lightning_sparse.conformance.life_cycle import require_zeros
 
 GROUP = "models"
 
@@ -59,7 +59,7 @@ def both_packages_train_alike(subject: Subject, folder: Path) -> None:
         raise NotApplicable("Lightning's other package is not installed")
     own, own_file = _trained(subject, importlib.import_module(_lightning.NAME), folder / "own")
     module, file = _trained(subject, other, folder / "other")
-    require(zeros(module) > 0, f"no weight is zero after fit under {other.__name__}")
+    require_zeros(module, f" under {other.__name__}")
     for name, w in own.named_parameters():
         require(torch.equal(w, module.get_parameter(name)), f"the final {name} differs under {other.__name__}")
     require(file.keys() == own_file.keys(), f"the file's keys under {other.__name__} are {sorted(file)}")

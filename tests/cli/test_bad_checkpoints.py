@@ -11,6 +11,8 @@ import torch
 from commands import PLAIN, QUIET, SHORT, answer, refused
 from lightning.pytorch import Trainer
 
+import lightning_sparse
+from lightning_sparse import export, save_shrunk, shrink
 from lightning_sparse.cli import checkpoints, main
 from lightning_sparse.cli.errors import UsageError
 from lightning_sparse.examples.digits import Digits
@@ -76,6 +78,32 @@ def test_a_plain_state_dict_is_told_what_takes_it(whole: Path, capsys: pytest.Ca
     assert message.startswith("error: dense.pt: a plain state_dict, not a checkpoint of a LightningModule")
     for way in ("module.load_state_dict(torch.load(FILE))", "lightning_sparse.shrink(module,", "Trainer.save_checkpoint"):
         assert way in message
+
+
+def test_files_for_use_in_python_are_named_with_the_call_that_loads_them(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network, x = MLP([64, 300, 100, 10]), torch.zeros(2, 8, 8)
+    network.load_state_dict(torch.load(whole, weights_only=True)["state_dict"])
+    export.save_compact(network, "net.safetensors")
+    with torch.no_grad():
+        network.layers[1].weight[:100] = network.layers[1].bias[:100] = 0
+    save_shrunk(shrink(network, x), "small")
+    torch.export.save(torch.export.export(network, (x,)), "small/model.pt2")
+    for file, call in (
+        ("net.safetensors", "lightning_sparse.export.load_compact('net.safetensors')"),
+        ("small", "lightning_sparse.load_shrunk('small', MyModule)"),
+        ("small/model.pt", "lightning_sparse.load_shrunk('small', MyModule)"),
+        ("small/model.pt2", "torch.export.load('small/model.pt2').module()"),
+    ):
+        message = refused(capsys, "report", file, "--config", "digits")
+        assert message.startswith(f"error: {file}: ")
+        assert call in message
+        loaded = eval(call, {"lightning_sparse": lightning_sparse, "torch": torch, "MyModule": MLP})
+        if file == "net.safetensors":
+            network.load_state_dict(loaded)
+            loaded = network
+        assert loaded(torch.zeros(2, 8, 8)).shape == (2, 10)
+    said = refused(capsys, "test", "--config", "digits", "--ckpt_path", "net.safetensors")
+    assert said.startswith("error: net.safetensors: a compact file")
 
 
 def test_the_report_of_a_cut_file_speaks_of_no_resumed_run(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -280,7 +280,7 @@ def test_shrink_is_named_where_it_gains_more(monkeypatch):
 def test_a_smaller_network_whose_gain_is_within_the_noise_is_left_to_a_longer_measurement(monkeypatch):
     known(monkeypatch, 0.5, [], shrunk=[1.0, 1.04, 0.9])
     (line,) = [line for line in report(_network(0.9)) if "beyond the noise" in line]
-    assert "lightning-sparse shrink 'some folder/net.ckpt' --config digits measures for longer, at larger batches too. If that" in line
+    assert "lightning-sparse shrink 'some folder/net.ckpt' --config digits measures for longer. If that" in line
     assert line.endswith("train with structure=Channels() and shrink, or Linear layers to more zeros")
 
 
