@@ -214,7 +214,7 @@ class _Run:
         """Load the dense network, or train it if the folder has none."""
         file = self.saved.file
         if self.args.ckpt_path or file.is_file():
-            content = checkpoints.read(file)
+            content = checkpoints.read(file, objects=True)  # of which the weights are used
             if content is None:
                 raise UsageError(f"give the path of a checkpoint file, got {file}")
             checkpoints.check(file, content, self.cli.model)

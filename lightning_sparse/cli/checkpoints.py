@@ -22,17 +22,24 @@ from lightning_sparse.cli.failures import in_words
 _KEYWORDS = ("best", "last", "hpc")  # paths that the Trainer resolves
 _RESUMED = ("optimizer_states", "lr_schedulers", "loops")  # keys that a weights-only file lacks
 
+_USES = "lightning_sparse.shrink(module, example_inputs, verbose=True) and export.to_sparse(module) use its zeros"
+_TRUSTED = (
+    "If you trust the file, load it in Python, module = MyModule.load_from_checkpoint(FILE, weights_only=False), or a whole module by "
+    f"torch.load(FILE, weights_only=False): then {_USES}"
+)
 _PLAIN = (
     "a plain state_dict, not a checkpoint of a LightningModule, which the commands take. Load it in Python, "
-    "module.load_state_dict(torch.load(FILE)): then lightning_sparse.shrink(module, example_inputs, verbose=True) and "
-    "export.to_sparse(module) use its zeros, and Trainer.save_checkpoint writes a checkpoint for the commands"
+    f"module.load_state_dict(torch.load(FILE)): then {_USES}, and Trainer.save_checkpoint writes a checkpoint for the commands"
 )
 
 
-def read(path: Any) -> Any:
+def read(path: Any, objects: bool = False) -> Any:
     """Load a checkpoint with its tensors memory-mapped; None for the Trainer's keywords, folders and URLs.
 
-    Raises UsageError, naming the file, if it is missing or damaged, of another kind, or contains more than tensors and plain values.
+    With ``objects`` it may contain more than tensors and plain values, such as a dataclass among the hyper_parameters: each such object is
+    replaced by an empty one, so that no code that the file names is run.
+
+    Raises UsageError, naming the file, if it is missing or damaged, of another kind, or without ``objects`` contains such an object.
     """
     if path is not None and (way := _use_in_python(Path(path))):
         raise UsageError(f"{path}: {way}. The commands take the checkpoint of a LightningModule, as the one that it was made from")
@@ -43,7 +50,9 @@ def read(path: Any) -> Any:
         raise UsageError(f"no checkpoint {str(path)!r}{_checks.closest(str(path), same_folder)}")
     with _naming(path):
         archive.check(path)
-        content = _load(path)
+        content = _load(path, objects)
+        if isinstance(content, _Unknown):
+            raise ValueError(f"an object of {type(content).__name__}, not a checkpoint of a LightningModule. {_TRUSTED}")
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             if isinstance(content, dict) and content and all(isinstance(one, Tensor) for one in content.values()):
                 raise ValueError(_PLAIN)
@@ -59,7 +68,7 @@ def read(path: Any) -> Any:
 def hyper_parameters(path: Any) -> Mapping[str, Any]:
     """Return the hyper_parameters of a checkpoint file; empty without any, and if the file cannot be read."""
     try:
-        content = _load(path) if path is not None and Path(path).is_file() else {}
+        content = _load(path, objects=True) if path is not None and Path(path).is_file() else {}
     except ValueError:
         return {}
     found = content.get("hyper_parameters") if isinstance(content, dict) else None
@@ -90,19 +99,36 @@ def _naming(path: Any) -> Iterator[None]:
         raise UsageError(text if text.startswith(str(path)) else f"{path}: {text}") from error
 
 
-def _load(path: Any) -> Any:
-    archived = zipfile.is_zipfile(path)
+class _Unknown:
+    """Stands for an object of a class or function that a file names; keeps nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Unknown:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _load(path: Any, objects: bool) -> Any:
+    archived, foreign = zipfile.is_zipfile(path), list[str]()
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archived else []
-        content = None if foreign else torch.load(path, map_location="cpu", weights_only=True, mmap=archived)
+        if not foreign or objects:
+            with torch.serialization.safe_globals([(type(name, (_Unknown,), {}), name) for name in foreign]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=archived)
     except Exception as error:  # unpickling arbitrary bytes may raise any error
-        raise ValueError(f"not a checkpoint, or a damaged one: {in_words(error)}") from error
-    if foreign:
-        names = f"{', '.join(foreign[:3])}{_checks.more(foreign, 3)}"
-        raise ValueError(
-            f"it contains {names}, which may run code when loaded; if you trust the file, use Trainer.fit(..., weights_only=False)"
-        )
-    return content
+        if not foreign:
+            raise ValueError(f"not a checkpoint, or a damaged one: {in_words(error)}") from error
+    names = f"it contains {', '.join(foreign[:3])}{_checks.more(foreign, 3)}"
+    if objects:  # such as a whole module, or a subclass of dict
+        raise ValueError(f"{names}, which are not read here. {_TRUSTED}")
+    raise ValueError(
+        f"{names}, which may run code when loaded; if you trust the file, give --weights_only false, or in Python "
+        "Trainer.fit(..., weights_only=False)"
+    )
 
 
 def check(path: Any, content: Any, model: LightningModule, callbacks: Iterable[Sparsifier] = (), resumed: bool = False) -> None:

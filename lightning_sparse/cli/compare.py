@@ -52,6 +52,7 @@ def run(verb: str, words: list[str]) -> int:
     settings = _Settings(args, verb, tuple(overrides))
     runs = settings.path() if verb == "path" else settings.comparison()
     settings.check_classes()
+    settings.check_callbacks()
     settings.check_runs(runs, parser)
     settings.keep()
     finished = [record for run in runs if (record := run.result()) is not None]
@@ -199,6 +200,18 @@ class _Settings:
         """Raise UsageError if no run can be built, because neither the configuration nor a script names the model's class."""
         if self.script is None:
             recipes.check_classes(self.config, self.overrides, "that script, --script SCRIPT")
+
+    def check_callbacks(self) -> None:
+        """Raise UsageError for a sparsity callback in trainer.callbacks, which every run would have beside its own, the dense one too."""
+        files = [self.config, *map(Path, recipes.files_of(self.overrides))]
+        for file, name in recipes.listed_callbacks(files):
+            form = imported(name) if "." in name else getattr(callbacks, name, None)
+            if inspect.isclass(form) and issubclass(form, Sparsifier):
+                moved = "" if self.script else f", or move it to the key sparsify, which {self.verb} replaces"
+                raise UsageError(
+                    f"trainer.callbacks of {file} has {name}, which every run of {self.verb} would have beside its own callback, the dense "
+                    f"run too: take it out{moved}"
+                )
 
     def check_runs(self, runs: Iterable[Run], parser: argparse.ArgumentParser) -> None:
         """Raise UsageError for a callback that cannot be built, and for overrides that ``fit`` does not know; a script's are its own."""

@@ -42,7 +42,7 @@ def open_checkpoint(path: Path, config: str | None = None, overrides: Sequence[s
         script: the user's training script; it is run as ``SCRIPT fit --config CONFIG``, or without a configuration as it is.
     """
     script = check_script(script, "your own training script")
-    content = checkpoints.read(path)
+    content = checkpoints.read(path, objects=True)  # of which the weights are used
     if content is None:
         raise UsageError(f"give the path of a checkpoint file, got {str(path)!r}")
     file = config if config is not None else _config_beside(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,16 @@ def with_absolute(words: Sequence[str]) -> list[str]:
 def files_of(words: Sequence[str]) -> list[str]:
     """Return the files after ``--config`` or ``-c`` on a command line, in order."""
     return [file for file in _files(words) if file]
+
+
+def listed_callbacks(files: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Yield each configuration file and the class path of each callback that it lists under trainer, in order."""
+    for file in files:
+        trainer = content(file).get("trainer")
+        for key in ("callbacks", "callbacks+") if isinstance(trainer, dict) else ():
+            listed = trainer.get(key) or []  # type: ignore[union-attr]
+            for one in listed if isinstance(listed, list) else [listed]:
+                yield file, str(one.get("class_path", "") if isinstance(one, dict) else one)
 
 
 def _files(words: Sequence[str]) -> list[str]:

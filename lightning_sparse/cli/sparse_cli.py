@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -107,6 +108,8 @@ class SparseCLI(LightningCLI):
             super()._parse_ckpt_path()
         except argparse.ArgumentError as error:
             self.refuse(UsageError(f"hyper_parameters of --ckpt_path: {explain(str(error.message))}; is it a file of another model?"))
+        except pickle.UnpicklingError:
+            self.refuse(UsageError("LightningCLI reads no --ckpt_path with such objects; in Python: Trainer.fit(..., weights_only=False)"))
 
     def _ignores_file(self) -> bool:
         """Return True if the configuration names the model's class and the file of --ckpt_path does not, or names another one.

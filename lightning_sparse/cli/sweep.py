@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -82,7 +83,11 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
         )
     if script is not None and args.callbacks:
         raise UsageError("--callbacks changes the key sparsify of a recipe; with --script make one sweep for each callback")
-    own = _own_callback(tree, overrides) if script is None else _last_callback([config, *map(Path, recipes.files_of(overrides))])
+    own = (
+        _own_callback(tree, overrides)
+        if script is None
+        else ([""] + [name for _, name in recipes.listed_callbacks([config, *map(Path, recipes.files_of(overrides))])])[-1]
+    )
     if script is not None:
         _check_last(own, args)
     _check_numbers(args, args.callbacks or [own])
@@ -108,7 +113,7 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     samples = _samples(space)
     if script is None:
         for sample in samples:
-            _check(args.config, [*overrides, *sample])
+            _check(args.config, [*overrides, *sample], several=len(samples) > 1)
     metric = _metric(config, script, [*overrides, *samples[0]], args.metric)
     program = ["lightning-sparse"] if script is None else [sys.executable, script]
     shown = args.config if config.is_relative_to(recipes.folder()) else str(config.resolve())  # because agents run in other folders
@@ -137,18 +142,6 @@ def _own_callback(tree: dict[str, Any], overrides: Sequence[str]) -> str:
     """Return the class path of the callback under the key sparsify."""
     own = tree["sparsify"] if tree.get("sparsify") else ""
     return _given(overrides) or str(own.get("class_path", "") if isinstance(own, dict) else own)
-
-
-def _last_callback(files: Iterable[Path]) -> str:
-    """Return the class path of the last callback that configuration files list; an empty string without one."""
-    found = ""
-    for file in files:
-        trainer = recipes.content(file).get("trainer")
-        for key in ("callbacks", "callbacks+") if isinstance(trainer, dict) else ():
-            listed = trainer.get(key) or []  # type: ignore[union-attr]
-            last = (listed if isinstance(listed, list) else [listed])[-1:]
-            found = str(last[0].get("class_path", "")) if last and isinstance(last[0], dict) else found
-    return found
 
 
 def _callback_for(args: argparse.Namespace) -> str:
@@ -203,13 +196,17 @@ def _samples(space: dict[str, dict[str, Any]]) -> list[list[str]]:
     return [[f"--{name}={value}" for name, value in sorted(one.items())] for one in varied]
 
 
-def _check(name: str, words: list[str]) -> None:
-    """Check one run of the sweep as ``lightning-sparse check`` does; raises UsageError as it does."""
+def _check(name: str, words: list[str], several: bool) -> None:
+    """Check one run of the sweep as ``lightning-sparse check`` does; raises UsageError as it does.
+
+    With ``several`` callbacks no flag is named, because it would be one of every callback.
+    """
     try:
         with contextlib.redirect_stdout(io.StringIO()), silence_device_messages():
             check.run("check", [name, *words])
     except UsageError as error:
-        raise UsageError(f"a run of this sweep would fail, with {' '.join(words)}: {error}") from error
+        text = re.sub(r" in YAML, or --sparsify\..*$", " under sparsify in the YAML", str(error)) if several else str(error)
+        raise UsageError(f"a run of this sweep would fail, with {' '.join(words)}: {text}") from error
 
 
 class _Trial(Run):

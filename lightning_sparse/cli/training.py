@@ -58,7 +58,7 @@ class RecipeCLI(SparseCLI):
         if not _is_seed(chosen.get("seed_everything")):
             raise UsageError(f"seed_everything must be true, false or a whole number from 0 to 2**32 - 1, got {chosen['seed_everything']}")
         if "weights_only" in chosen:  # not in Lightning 2.5, which loads any object
-            self.checkpoint = checkpoints.read(chosen.get("ckpt_path"))
+            self.checkpoint = checkpoints.read(chosen.get("ckpt_path"), objects=chosen["weights_only"] is False)
 
     def read_file(self, path: Any) -> None:
         """Read nothing yet; the whole file is checked after the other arguments."""

@@ -114,6 +114,9 @@ def _clean(state: dict[str, Tensor], before: dict[str, Tensor], where: str) -> N
         require(not noisy.any(), f"{where}: {int(noisy.sum())} of {w.numel()} weights of {name} are neither the live ones nor zero")
 
 
+AT_REST = ", at a learning rate of 0, where no step but the noise of masks changes a weight that is not zero"
+
+
 def _no_noise(subject: Subject, folder: Path, first: bool, fails_at: int = -1) -> None:
     before = toys.weights(toys.Toy())
     count = 0
@@ -123,10 +126,10 @@ def _no_noise(subject: Subject, folder: Path, first: bool, fails_at: int = -1) -
         count += 1
         path = folder / "now.ckpt"
         trainer.save_checkpoint(path)
-        _clean(torch.load(path, weights_only=True)["state_dict"], before, f"the file saved at {moment}")
-        _clean(dict(module.state_dict()), before, f"state_dict() at {moment}")
+        _clean(torch.load(path, weights_only=True)["state_dict"], before, f"the file saved at {moment}{AT_REST}")
+        _clean(dict(module.state_dict()), before, f"state_dict() at {moment}{AT_REST}")
         if moment not in NOISY:
-            _clean(toys.weights(module), before, f"the data at {moment}")
+            _clean(toys.weights(module), before, f"the data at {moment}{AT_REST}")
 
     module = _watch(subject, look, first, fails_at, optimizer=_rate_zero)
     _clean(toys.weights(module), before, "the module after fit")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from toys import Toy, data, trainer, weights
 
-from lightning_sparse import conformance, penalties
+from lightning_sparse import conformance, penalties, testing
 from lightning_sparse.callbacks import Sparsifier, logging
 from lightning_sparse.methods import Method, Step
 
@@ -96,6 +96,14 @@ def test_it_is_described_converted_and_documented_as_the_forms_are() -> None:
 def test_it_passes_the_conformance_checks(check: str) -> None:
     outcome = conformance.outcome(conformance.Subject("own", lambda: [decay()]), check)
     assert outcome.verdict in ("pass", "n/a"), outcome
+
+
+@pytest.mark.slow
+def test_it_passes_every_check_but_the_one_that_trains_at_a_rate_of_zero() -> None:
+    skipped = "no_noise_at_any_moment"
+    assert testing.check_callback(decay(), skip=[skipped], slow=False)
+    with pytest.raises(testing.ContractError, match="at a learning rate of 0, where no step but the noise"):
+        testing.check_callback(decay(), only=[skipped])
 
 
 def test_a_custom_figure_needs_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import errno
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +80,51 @@ def test_a_plain_state_dict_is_told_what_takes_it(whole: Path, capsys: pytest.Ca
     assert message.startswith("error: dense.pt: a plain state_dict, not a checkpoint of a LightningModule")
     for way in ("module.load_state_dict(torch.load(FILE))", "lightning_sparse.shrink(module,", "Trainer.save_checkpoint"):
         assert way in message
+
+
+class Settings(dict):  # type: ignore[type-arg]
+    """Arguments of a user's module, of a class that a command cannot import."""
+
+
+def test_objects_beside_the_weights_are_no_obstacle_where_only_the_weights_are_used(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(whole, weights_only=True)
+    content["hyper_parameters"] |= {"act": torch.nn.ReLU(), "kind": torch.nn.ReLU, "file": Path("x"), "call": partial(max, 3)}
+    torch.save(content, "own.ckpt")
+    assert main(["report", "own.ckpt", "--config", "digits"]) == 0
+    assert "of 50,200 weights in 3 matrices" in capsys.readouterr().out
+    said = refused(capsys, "test", "--config", "digits", "--ckpt_path", "own.ckpt")
+    assert "which may run code when loaded; if you trust the file, give --weights_only false" in said
+    trusted = ["test", "--config", "digits", "--trainer.logger", "false", "--ckpt_path", "own.ckpt", "--weights_only", "false"]
+    assert "in Python: Trainer.fit(..., weights_only=False)" in refused(capsys, *trusted)
+    del content["hyper_parameters"]["_class_path"]  # as a plain Trainer saves them
+    torch.save(content, "own.ckpt")
+    assert main(trusted) == 0
+    content["hyper_parameters"]["own"] = Settings(a=1)
+    torch.save(content, "dict.ckpt")
+    torch.save(torch.nn.Linear(2, 2), "whole.pt")
+    for file in ("dict.ckpt", "whole.pt"):
+        said = refused(capsys, "report", file, "--config", "digits")
+        assert "MyModule.load_from_checkpoint(FILE, weights_only=False)" in said
+
+
+def run_it() -> str:
+    """Leave a trace, called while a file is loaded."""
+    Path("ran").touch()
+    return "ran"
+
+
+def test_a_file_whose_objects_would_run_code_runs_none(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Writes:
+        def __reduce__(self) -> Any:
+            return run_it, ()
+
+    torch.save(torch.load(whole, weights_only=True) | {"extra": Writes()}, "bad.ckpt")
+    assert main(["report", "bad.ckpt", "--config", "digits"]) == 0
+    assert not Path("ran").exists()
+    torch.load("bad.ckpt", weights_only=False)
+    assert Path("ran").exists()
 
 
 def test_files_for_use_in_python_are_named_with_the_call_that_loads_them(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

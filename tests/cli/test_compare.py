@@ -341,6 +341,21 @@ def test_bad_arguments_are_refused_before_anything_is_trained(project, capsys, w
     assert not list(project.rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize("script", [["--script", "train.py"], []])
+@pytest.mark.parametrize("key", ["callbacks", "callbacks+"])
+def test_a_sparsity_callback_beside_those_of_the_runs_is_refused(project, capsys, script, key):
+    sparsify = "{class_path: lightning_sparse.callbacks.Sparsify, init_args: {target_sparsity: 0.9}}"
+    listed = f"{{{key}: [{{class_path: LearningRateMonitor}}, {sparsify}]}}"
+    Path("more.yaml").write_text(f"trainer: {listed}")
+    name = "own.yaml" if script else "digits"
+    for verb in (["compare"], ["path", "--lams", "1e-3"]):
+        assert main([verb[0], name, *verb[1:], *script, "--config", "more.yaml"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: trainer.callbacks of more.yaml has lightning_sparse.callbacks.Sparsify, which every run of")
+        assert said.endswith("take it out\n" if script else f"take it out, or move it to the key sparsify, which {verb[0]} replaces\n")
+    assert not Path("runs").exists()
+
+
 def test_classes_that_only_a_script_fixes_are_asked_for_before_anything_is_trained(project, capsys):
     (project / "own.yaml").write_text(f"{CONFIG}\nmodel: {{width: 8}}\n")
     for words in (["compare", "own.yaml"], ["path", "own.yaml", "--lams", "1"]):
@@ -586,6 +601,12 @@ def test_a_sweep_in_which_a_run_would_fail_is_refused(project, capsys):
     assert "a run of this sweep would fail, with --sparsify=HardConcrte" in said
     assert "'HardConcrete'" in said
     assert not Path("sweep.yaml").exists()
+    Path("sparsify.yaml").write_text("sparsify: {class_path: Sparsify, init_args: {target_sparsity: 0.9}}")
+    varied = ["sweep", "digits", "--config", "sparsify.yaml", "--callbacks", "Sparsify", "AdaptiveProx"]
+    assert main(varied) == 2
+    said = capsys.readouterr().err
+    assert "AdaptiveProx needs 'penalty', such as `{class_path: AdaptiveProx, init_args: {penalty: {class_path: LogSum, " in said
+    assert said.endswith("}}` under sparsify in the YAML\n")  # a flag would be one of Sparsify too
 
 
 CALLBACKS = {
