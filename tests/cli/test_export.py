@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from pathlib import Path
 
@@ -282,6 +283,22 @@ def test_a_smaller_network_whose_gain_is_within_the_noise_is_left_to_a_longer_me
     (line,) = [line for line in report(_network(0.9)) if "beyond the noise" in line]
     assert "lightning-sparse shrink 'some folder/net.ckpt' --config digits measures for longer. If that" in line
     assert line.endswith("train with structure=Channels() and shrink, or Linear layers to more zeros")
+
+
+def test_the_largest_gain_within_the_noise_is_left_to_a_longer_measurement(monkeypatch):
+    known(monkeypatch, 3.0, [1.06, 1.2, 1.1])
+    noisy = worth.latency.measure
+
+    def measure(arms, base, *more):  # no lower quartile is above the upper one of the dense network's own ratio
+        found = noisy(arms, base, *more)
+        return {name: dataclasses.replace(timing, low=0.9, high=1.3) for name, timing in found.items()}
+
+    monkeypatch.setattr(worth.latency, "measure", measure)
+    lines = report(_network(0.9))
+    assert not any("most speed" in line for line in lines)
+    (line,) = [line for line in lines if "beyond the noise" in line]
+    command = "lightning-sparse export 'some folder/net.ckpt' --config digits --to auto --batch_size 32"
+    assert f"its lower quartile above all of A/A: {command} measures for longer" in line
 
 
 def test_no_gain_is_promised_that_was_not_measured(monkeypatch):
