@@ -67,11 +67,8 @@ def _shown(saved: Saved, found: Shrunk[Any], folder: Path, tuned: bool, device: 
     rows = [(label, before, f"{after}, {ratio}", *[_SAME.get(label, "")] * (len(columns) - 2)) for label, before, after, ratio in counted]
     rows += [(label, *cells) for label, cells in measured if not (tuned and label.startswith("largest difference"))]
     if not tuned and not any(times[batch]["shrunk"].gains(times[batch][latency.AGAIN]) for batch in times):
-        batches = ", ".join(map(str, times))
-        notes.append(
-            f"no gain in speed here at batch {batches}: keep the given network, unless the smaller file is worth it. "
-            "Training with structure=Channels() makes whole channels zero"
-        )
+        at = f"here at batch {', '.join(map(str, times))}"
+        notes.append(found.report.no_gain([one["shrunk"] for one in times.values()], at, "the smaller file is worth it"))
     if tuned:
         notes += [*_safetensors(found.module, folder), *_onnx(found.module, inputs, folder)]
     titles = ["", "given", *(one.title for one in columns[1:])]

@@ -21,6 +21,7 @@ from lightning_sparse.cli.saved import Saved
 from lightning_sparse.cli.text import as_flags
 from lightning_sparse.export import conversion, latency, program
 from lightning_sparse.export.gains import Gain, Table
+from lightning_sparse.shrinking.report import FASTER
 
 _SECONDS = 2.0  # for measuring layers; as much again for the whole network
 _SAMPLES = 64  # on which the shrunk network is compared
@@ -28,7 +29,6 @@ _FEW = 0.01  # share of zeros below which a network is dense
 _SMALLER = 0.95  # a second step, or shrink without rounding, is named if it makes a file or the network at most so large
 _REMEDY = "for speed train with structure=Channels() and shrink, or Linear layers to more zeros"
 _UNROUNDED = "--round_to 1"
-_FASTER = 1.05  # a smaller ratio is no gain worth a command
 _SLOW = 0.1  # seconds of one call; slower batch sizes are left to `export`
 
 
@@ -160,7 +160,7 @@ def _shrunk(saved: Saved, inputs: tuple[Any, ...], batches: Sequence[int], words
     for number, cut in enumerate(cuts):
         for batch, timing in times.items():
             # without rounding only where that is clearly faster than with it
-            if not number or timing[cut.command].times_faster >= _FASTER * timing[cuts[0].command].times_faster:
+            if not number or timing[cut.command].times_faster >= FASTER * timing[cuts[0].command].times_faster:
                 _compare(timing, cut.command, batch, cut.command, best)
         speeds = "; ".join(f"batch {batch}: {_ratio(timing, cut.command)}" for batch, timing in times.items())
         option = f" with {_UNROUNDED}" if cut.command.endswith(_UNROUNDED) else ""
@@ -265,7 +265,7 @@ def _quick(module: nn.Module, inputs: tuple[Any, ...]) -> list[int]:
 
 def _compare(timing: dict[str, latency.Timing], name: str, batch: int, command: str, best: list[_Best]) -> None:
     """Add an export to ``best`` if it is at least 5 % faster; by more than two runs of the dense network differ by, it is clear."""
-    if timing[name].times_faster >= _FASTER:
+    if timing[name].times_faster >= FASTER:
         best.append(_Best(timing[name].times_faster, batch, command, timing[name].gains(timing[latency.AGAIN])))
 
 

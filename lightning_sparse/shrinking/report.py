@@ -20,6 +20,9 @@ from lightning_sparse import _checks, surgery
 from lightning_sparse.coupling import Group
 from lightning_sparse.export import latency
 
+FASTER = 1.05  # a smaller ratio of latencies is no gain
+MUCH = 0.8  # a network with more of its parameters left has few whole groups that are zero
+
 
 @dataclass(frozen=True)
 class Report:
@@ -87,18 +90,25 @@ class Report:
         rows = [("", "before", "after", "ratio"), *self.rows()]
         if self.timings:
             base, again, cut = (self.timings[name] for name in ("before", latency.AGAIN, "after"))
-            noise = f"{cut.times_faster:.2f}x ({cut.low:.2f} to {cut.high:.2f}; {latency.MEANING}, {again.times_faster:.2f})"
+            noise = f"{cut.times_faster:.2f}x ({cut.low:.2f} to {cut.high:.2f}; {latency.MEANING}, {again.low:.2f} to {again.high:.2f})"
             rows.append(("latency, ms", f"{1e3 * base.seconds:.3f}", f"{1e3 * cut.seconds:.3f}", noise))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2)), row[3]]).rstrip() for row in rows]
         lines.append(f"largest difference of the outputs on the example inputs: {self.difference:.1e} of the largest output")
         lines += self.notes()
         if self.timings and not self.timings["after"].gains(self.timings[latency.AGAIN]):
-            lines.append(
-                "no gain in speed here: keep the given network, unless fewer parameters are worth it. "
-                "Training with structure=Channels() makes whole channels zero"
-            )
+            lines.append(self.no_gain([self.timings["after"]], "here", "fewer parameters are worth it"))
         return lines
+
+    def no_gain(self, timings: Iterable[latency.Timing], where: str, unless: str) -> str:
+        """Return what to do where no timing of the smaller network is clearly below that of the given one."""
+        if any(timing.times_faster >= FASTER for timing in timings):
+            text = f"no gain in speed {where} is beyond the noise, its lower quartile above A/A: measure again, or at a larger batch; else"
+        else:
+            text = f"no gain in speed {where}:"
+        little = self.parameters[1] > MUCH * self.parameters[0]
+        hint = ". Training with structure=Channels() makes whole channels zero" if little else ""
+        return f"{text} keep the given network, unless {unless}{hint}"
 
 
 def changed_widths(before: Iterable[Group], after: Iterable[Group]) -> dict[str, tuple[int, int, str]]:
