@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from performance import options, page, record, rounds, sections, step_cost, tables, time_to_quality
+from performance import before_after, options, page, record, rounds, sections, step_cost, tables, time_to_quality
 from performance.__main__ import COMMANDS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
@@ -30,11 +30,11 @@ def test_a_page_without_records_names_the_commands(tmp_path: Path) -> None:
     words = [(name, words) for _, _, name, *words in commands if words]
     (moved,) = [given for name, given in words if name == "time_to_quality"]
     assert time_to_quality.options().parse_args(moved).shift == 1
-    parsers = {"step_cost": step_cost.options_of(), "peers": options.parser("", "peers")}
-    alone = {given.out.stem: given.nets for given in (parsers[name].parse_args(given) for name, given in words if name in parsers)}
-    assert alone == {name: [net] for name, (_, net) in page.APART.items()} | {
-        key: ["lenet"] if "lenet" in key else ["resnet18", "transformer"] for key in page.FURTHER
-    }
+    parsers = {"step_cost": step_cost.options_of(), "peers": options.parser("", "peers"), "before_after": before_after.options_of()}
+    chosen = (parsers[name].parse_args(given) for name, given in words if name in parsers and "--nets" in given)
+    assert {given.out.stem: given.nets for given in chosen} == {name: [net] for name, (_, net) in page.APART.items()} | {
+        key: [net for net in ("lenet", "resnet18") if key.endswith(f"_{net}")] or ["resnet18", "transformer"] for key in page.FURTHER
+    } | {"step_cost_lenet_default": ["lenet"]}
     assert "![" not in text
 
 

@@ -24,6 +24,7 @@ FURTHER = {
     "step_cost_noise": "step_cost --nets resnet18 transformer --arms mask 'mask, compiled' 'mask local, a quarter'",
     "step_cost_lenet_default": "step_cost --nets lenet --threads 1 --tries 1 --arms penalty prox mask 'mask local' 'mask local, a quarter' "
     "'mask, default' monitor",
+    "before_after_resnet18": "before_after --before ../old --nets resnet18 --arms penalty prox mask pruning --rounds 4 --threads 1",
     "step_cost_default": "step_cost --nets resnet18 transformer --rounds 5 --threads 1 --tries 1 --arms penalty "
     "'mask local, a quarter' 'mask, default'",
 }
