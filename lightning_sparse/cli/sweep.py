@@ -83,11 +83,8 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
         )
     if script is not None and args.callbacks:
         raise UsageError("--callbacks changes the key sparsify of a recipe; with --script make one sweep for each callback")
-    own = (
-        _own_callback(tree, overrides)
-        if script is None
-        else ([""] + [name for _, name in recipes.listed_callbacks([config, *map(Path, recipes.files_of(overrides))])])[-1]
-    )
+    listed = recipes.listed_callbacks([config, *map(Path, recipes.files_of(overrides))])
+    own = _own_callback(tree, overrides) if script is None else next((name for _, name in reversed([*listed])), "")
     if script is not None:
         _check_last(own, args)
     _check_numbers(args, args.callbacks or [own])
