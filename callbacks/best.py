@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning_sparse import counts
 from lightning_sparse.callbacks import logging
 from lightning_sparse.callbacks.compatibility import those_of
-from lightning_sparse.callbacks.form import SparsityCallback, peers_of
+from lightning_sparse.callbacks.form import SparsityCallback, measured_by, peers_of
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.user_warnings import rank_zero_note, rank_zero_warn
 
@@ -32,7 +32,7 @@ def stoppers(trainer: Trainer) -> list[Any]:
 
 def is_met(peers: list[SparsityCallback], target: float | None) -> bool:
     """Return True if the callbacks' weights, as evaluated and saved, meet a target up to the rounding of each weight's share."""
-    return target is None or logging.total(peers) >= target - rounding(peers)
+    return target is None or logging.total(measured_by(peers)) >= target - rounding(peers)
 
 
 def rounding(peers: list[SparsityCallback]) -> float:
@@ -63,7 +63,7 @@ def warn_early_best(options: Options, trainer: Trainer) -> None:
     _warn_of_stop(options, target, trainer)
     if not others:
         return
-    zeros = logging.total([first])
+    zeros = logging.total([first.measured])
     rank_zero_warn(
         f"{type(others[0]).__name__}(monitor={others[0].monitor!r}) compares all epochs, also those in which {options.form} has "
         f"not yet reached its target of {target:.4g} (now {zeros:.4g} of the weights are zero): its best file may hold "

@@ -11,7 +11,7 @@ from lightning_sparse import _checks
 from lightning_sparse._construction import typed
 from lightning_sparse.callbacks import best, logging
 from lightning_sparse.callbacks.compatibility import AnyCallback, CallbackClass
-from lightning_sparse.callbacks.form import peers_of
+from lightning_sparse.callbacks.form import measured_by, peers_of
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.callbacks.weight_averaging import move_to_front
 
@@ -82,7 +82,7 @@ class BestAfterTarget(AnyCallback, metaclass=CallbackClass):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (self.held or trainer.fast_dev_run):  # type: ignore[attr-defined]
-            zeros = logging.total(peers_of(trainer))
+            zeros = logging.total(measured_by(peers_of(trainer)))
             rank_zero_warn(
                 "the target sparsity was never met at the end of a validation or epoch: the best files are the latest ones, whatever their "
                 f"scores; {zeros:.4g} of the weights are zero now. Train longer, raise lam, or lower the target"

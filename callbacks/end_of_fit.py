@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_sparse import elementwise
 from lightning_sparse.callbacks import endings, logging
 from lightning_sparse.callbacks.evaluation import Swaps
-from lightning_sparse.callbacks.form import peers_of
+from lightning_sparse.callbacks.form import measured_by, peers_of
 from lightning_sparse.callbacks.options import Options
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.callbacks.weight_averaging import Averages, Snapshot, hooks_of, with_modes
@@ -54,10 +54,10 @@ class Ending:
         lost = self.support.lost()
         if swaps.seen or lost <= SMALL:
             self.support.prune()
-        peers = peers_of(trainer)
-        for peer in peers:
-            if peer.support is self.support or peer is peers[-1]:  # the last one logs the totals
-                logging.finish(peer, trainer)
+        run = measured_by(peers_of(trainer))
+        for one in run:
+            if one.support is self.support or one is run[-1]:  # the last one logs the totals
+                logging.finish(one, run, trainer)
         if not swaps.seen and lost > SMALL:
             rank_zero_warn(
                 f"the weights were changed in {hook} ({', '.join(hooks_of(trainer, [hook])) or 'of another callback'}), after "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from lightning_sparse._construction import typed
 from lightning_sparse.callbacks.compatibility import AnyCallback, CallbackClass
+from lightning_sparse.callbacks.logging import Measured
 from lightning_sparse.callbacks.options import (
     Finish,
     Options,
@@ -141,7 +142,7 @@ class SparsityCallback(AnyCallback, metaclass=CallbackClass):
         self.weights, self.engine, self.sizes, self.clipping = WeightStore(), Engine(), StepSizes(), ClipFactor()
         given = self.options.tol, self.options.threshold, self.options.ranking, self.options.least_kept, self.options.structure
         self.support = Support(self.weights, self.method, self.strength, self.engine, self.sizes, self.clipping, *given)
-        self.pictures = Pictures()
+        self.measured = Measured(self.support, self.evaluated, Pictures())
 
     # -- attributes and queries ------------------------------------------------------------------------------------------------
 
@@ -162,6 +163,7 @@ class SparsityCallback(AnyCallback, metaclass=CallbackClass):
     lam: float = forwarded("strength.lam", "The strength in force; before a fit the schedule's final value.")
     step: int = forwarded("strength.step", "The callback's own optimiser steps so far.")
     total: float = forwarded("strength.total", "The run's optimiser steps; inf where unknown.")
+    asked: float | None = forwarded("support.asked", "The share of zeros that the target asks for now; None without a target.")
     frozen: bool = forwarded("support.is_frozen", "Whether the support no longer changes.")
     ascent: TargetSparsity | None = forwarded("strength.target", "The search for lam towards a target; None without a target.")
     attachment: Attachment | None = forwarded("weights.attachment", "The hooks on the module during a fit.")
@@ -174,14 +176,6 @@ class SparsityCallback(AnyCallback, metaclass=CallbackClass):
     def evaluated(self, name: str) -> Tensor:
         """Return the values of a parameter that are evaluated and saved, before the threshold: an average if one replaces it."""
         return self.weights.live(name)
-
-    @property
-    def asked(self) -> float | None:
-        """Return the share of zeros that the target asks for now; None without a target."""
-        target = self.strength.target
-        if target is None:
-            return None
-        return target.asked if not self.frozen else target.target if self.strength.asked is None else self.strength.asked
 
     def eta(self, name: str, w: Tensor) -> Tensor:
         """Return the eta that the method uses for values ``w`` of a parameter."""
@@ -273,3 +267,8 @@ class SparsityCallback(AnyCallback, metaclass=CallbackClass):
 def peers_of(trainer: Any) -> list[SparsityCallback]:
     """Return the run's sparsity callbacks."""
     return [callback for callback in trainer.callbacks if isinstance(callback, SparsityCallback)]
+
+
+def measured_by(peers: Iterable[SparsityCallback]) -> list[Measured]:
+    """Return what measures each callback's weights, for the functions of :mod:`lightning_sparse.callbacks.logging`."""
+    return [peer.measured for peer in peers]

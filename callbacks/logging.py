@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.nn import Parameter
 
 from lightning_sparse import counts, masked_loss
 from lightning_sparse.callbacks import wandb_run
-from lightning_sparse.callbacks.form import SparsityCallback, peers_of
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
 from lightning_sparse.layers import quiet
 from lightning_sparse.methods.mask import Mask
 from lightning_sparse.noise import Gaussian
-from lightning_sparse.step import Strength
 from lightning_sparse.support import Support
 
 TOTAL = "sparsity/total"
@@ -28,73 +27,91 @@ _SMALLEST_KEEP = 1e-3  # bounds the noise of the duality gap for methods that dr
 # -- figures ---------------------------------------------------------------------------------------------------------------
 
 
-FIGURES: dict[str, Callable[[SparsityCallback, dict[str, Tensor]], float | None]] = {
-    # functions of a callback and its weights with true zeros; None if the figure does not exist
-    "sparsity/keep_probability": lambda callback, _: counts.mean(map(callback.support.keep_probability, callback.parameters)),
-    "sparsity/lam": lambda callback, _: callback.strength.lam,
-    "sparsity/penalty": lambda callback, weights: callback.support.penalty_value(weights),
-    "sparsity/target": lambda callback, _: callback.asked,
+FIGURES: dict[str, Callable[[Support, dict[str, Tensor]], float | None]] = {
+    # functions of a callback's support and its weights with true zeros; None if the figure does not exist
+    "sparsity/keep_probability": lambda support, _: counts.mean(map(support.keep_probability, support.weights.parameters)),
+    "sparsity/lam": lambda support, _: support.strength.lam,
+    "sparsity/penalty": lambda support, weights: support.penalty_value(weights),
+    "sparsity/target": lambda support, _: support.asked,
 }
 
 
-@torch.no_grad()
-def figures(callback: SparsityCallback, pruned: bool = False) -> dict[str, float]:
-    """Return ``sparsity/...`` of the evaluated weights: zeros after the threshold, in total and per parameter, and the method's state.
+class Measured:
+    """Measures the evaluated weights of one callback.
 
     Args:
-        callback: the sparsity callback.
-        pruned: the evaluated weights already hold true zeros.
+        support: decides what is zero; its weights and strength.
+        evaluated: returns the values of a parameter that are evaluated and saved, before the threshold.
+        pictures: when histograms and table rows are due.
     """
-    zeros, weights = _with_zeros(callback, pruned)
-    found = {name: figure(callback, weights) for name, figure in FIGURES.items()}
-    known = {name: value for name, value in found.items() if value is not None}
-    groups = counts.group_figures(callback.support.groups_left(weights))
-    return counts.figures(counts.count_zeros(callback.parameters, zeros)) | known | groups
+
+    def __init__(self, support: Support, evaluated: Callable[[str], Tensor], pictures: wandb_run.Pictures) -> None:
+        self.support, self.evaluated, self.pictures = support, evaluated, pictures
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Return the selected parameters, by name."""
+        return self.support.weights.parameters
+
+    @torch.no_grad()
+    def figures(self, pruned: bool = False) -> dict[str, float]:
+        """Return ``sparsity/...``: zeros after the threshold, in total and per parameter, and the method's state.
+
+        Args:
+            pruned: the evaluated weights already hold true zeros.
+        """
+        zeros, weights = self.with_zeros(pruned)
+        found = {name: figure(self.support, weights) for name, figure in FIGURES.items()}
+        known = {name: value for name, value in found.items() if value is not None}
+        groups = counts.group_figures(self.support.groups_left(weights))
+        return counts.figures(counts.count_zeros(self.parameters, zeros)) | known | groups
+
+    def with_zeros(self, pruned: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return which of the evaluated weights are zero, and these weights with true zeros."""
+        shown = {name: self.evaluated(name) for name in self.parameters}
+        zeros = {name: w == 0 for name, w in shown.items()} if pruned else self.support.zeros_of(shown)
+        return zeros, {name: w.masked_fill(zeros[name], 0.0) for name, w in shown.items()}
+
+    def zeros_in_file(self, weights_only: bool, pruned: bool) -> dict[str, Tensor]:
+        """Return which weights are zero in a file; a weights-only file never holds an average."""
+        of_file = {name: self.support.weights.live(name) if weights_only else self.evaluated(name) for name in self.parameters}
+        return {name: w == 0 if pruned else self.support.zeros(name, w) for name, w in of_file.items()}
 
 
-def _with_zeros(callback: SparsityCallback, pruned: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return which of the evaluated weights are zero, and these weights with true zeros."""
-    shown = {name: callback.evaluated(name) for name in callback.parameters}
-    zeros = {name: w == 0 for name, w in shown.items()} if pruned else callback.support.zeros_of(shown)
-    return zeros, {name: w.masked_fill(zeros[name], 0.0) for name, w in shown.items()}
-
-
-def of_run(callback: SparsityCallback, trainer: Trainer, final: bool = False) -> dict[str, float]:
-    """Return the figures that this callback logs: its own parameters' and, in one callback of the run, the totals."""
-    values, peers = figures(callback, pruned=final), peers_of(trainer)
-    if len(peers) < 2:
+def of_run(measured: Measured, run: Sequence[Measured], final: bool = False) -> dict[str, float]:
+    """Return the figures that one of the run's callbacks logs: its own parameters' and, in one callback of the run, the totals."""
+    values = measured.figures(pruned=final)
+    if len(run) < 2:
         return values
-    own = {f"sparsity/{name}" for name in callback.parameters}
+    own = {f"sparsity/{name}" for name in measured.parameters}
     shown = {key: value for key, value in values.items() if key in own or key.startswith(f"{GROUPS}/")}
-    if callback is not peers[-1 if final else 0]:
+    if measured is not run[-1 if final else 0]:
         return shown
-    share = joint_share(peers, [peer.asked for peer in peers])
+    share = joint_share(run, [one.support.asked for one in run])
     asked = {} if share is None else {"sparsity/target": share}
-    return shown | _totals(peers, final) | {"sparsity/lam": peers[0].strength.lam} | asked
+    return shown | _totals(run, final) | {"sparsity/lam": run[0].support.strength.lam} | asked
 
 
-def total(peers: Iterable[SparsityCallback], weights_only: bool = False, pruned: bool = False) -> float:
+def total(run: Sequence[Measured], weights_only: bool = False, pruned: bool = False) -> float:
     """Return the share of zeros of several callbacks' parameters in a file; a weights-only file never holds an average."""
-    peers = list(peers)
-    of_file = {name: peer.weights.live(name) if weights_only else peer.evaluated(name) for peer in peers for name in peer.parameters}
-    zeros = {name: of_file[name] == 0 if pruned else peer.support.zeros(name, of_file[name]) for peer in peers for name in peer.parameters}
-    return counts.share(counts.count_zeros({name: weight for peer in peers for name, weight in peer.parameters.items()}, zeros))
+    zeros = {name: where for one in run for name, where in one.zeros_in_file(weights_only, pruned).items()}
+    return counts.share(counts.count_zeros({name: weight for one in run for name, weight in one.parameters.items()}, zeros))
 
 
-def _totals(peers: list[SparsityCallback], pruned: bool) -> dict[str, float]:
+def _totals(run: Sequence[Measured], pruned: bool) -> dict[str, float]:
     """Return the totals of several callbacks on disjoint parameters."""
-    shown = [(peer.support, _with_zeros(peer, pruned)[1]) for peer in peers]
+    shown = [(one.support, one.with_zeros(pruned)[1]) for one in run]
     groups = counts.group_figures({name: pair for support, w in shown for name, pair in support.groups_left(w).items()})
     return {name: groups[name] for name in groups if name == GROUPS} | {
-        TOTAL: total(peers, pruned=pruned),
-        "sparsity/keep_probability": counts.mean(peer.support.keep_probability(name) for peer in peers for name in peer.parameters),
+        TOTAL: total(run, pruned=pruned),
+        "sparsity/keep_probability": counts.mean(one.support.keep_probability(name) for one in run for name in one.parameters),
         "sparsity/penalty": sum(support.penalty_value(w) for support, w in shown),
     }
 
 
-def joint_share(peers: list[SparsityCallback], shares: list[float | None]) -> float | None:
+def joint_share(run: Sequence[Measured], shares: list[float | None]) -> float | None:
     """Return the share of all weights of several callbacks that ``shares`` of each one's are; None if one is None, or without weights."""
-    sizes = [sum(weight.numel() for weight in counts.distinct(peer.parameters).values()) for peer in peers]
+    sizes = [sum(weight.numel() for weight in counts.distinct(one.parameters).values()) for one in run]
     if None in shares or not sum(sizes):
         return None
     return sum((share or 0.0) * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
@@ -119,35 +136,34 @@ def duality_gap(support: Support, module: LightningModule, batch: tuple[Any, int
 # -- when ------------------------------------------------------------------------------------------------------------------
 
 
-def start(trainer: Trainer, pictures: wandb_run.Pictures) -> None:
+def start(trainer: Trainer, pictures: wandb_run.Pictures, recipes: list[dict[str, Any]]) -> None:
     """Write the recipe, or a list of several callbacks' recipes, to the W&B run's config; pictures are wanted if there is a W&B logger."""
-    recipes = [peer.recipe() for peer in peers_of(trainer)]
     wandb_run.log_recipe(trainer.loggers, recipes if len(recipes) > 1 else recipes[0])
     pictures.wanted = bool(wandb_run.wandb_loggers(trainer.loggers))
 
 
-def epoch(callback: SparsityCallback, trainer: Trainer, module: LightningModule, batch: tuple[Any, int] | None) -> None:
-    """Log, at a training epoch's end, the figures to every logger and the total to the progress bar."""
-    values = of_run(callback, trainer)
-    if callback.options.gap_samples:
-        values["sparsity/duality_gap"] = duality_gap(callback.support, module, batch, callback.options.gap_samples)
-    log(trainer, module, values, {f"sparsity/{name}" for name in callback.parameters})
-    if callback.pictures.due_at_epoch_end(callback.strength.step, callback.strength.total):
-        _log_pictures(callback.pictures, trainer)
+def epoch(measured: Measured, run: Sequence[Measured], trainer: Trainer, module: LightningModule, gap: float | None) -> None:
+    """Log, at a training epoch's end, the figures and the duality gap to every logger and the total to the progress bar."""
+    values = of_run(measured, run) | ({} if gap is None else {"sparsity/duality_gap": gap})
+    log(trainer, module, values, {f"sparsity/{name}" for name in measured.parameters})
+    strength = measured.support.strength
+    if measured.pictures.due_at_epoch_end(strength.step, strength.total):
+        _log_pictures(measured, run, trainer)
 
 
-def batch(pictures: wandb_run.Pictures, strength: Strength, trainer: Trainer, index: int) -> None:
+def batch(measured: Measured, run: Sequence[Measured], trainer: Trainer, index: int) -> None:
     """Log, after a training batch, histograms in the middle of a long epoch."""
     left = (trainer.num_training_batches - index - 1) / trainer.accumulate_grad_batches
-    if pictures.due_in_epoch(strength.step, strength.total, left):
-        _log_pictures(pictures, trainer)
+    strength = measured.support.strength
+    if measured.pictures.due_in_epoch(strength.step, strength.total, left):
+        _log_pictures(measured, run, trainer)
 
 
-def finish(callback: SparsityCallback, trainer: Trainer) -> None:
+def finish(measured: Measured, run: Sequence[Measured], trainer: Trainer) -> None:
     """Log, after training, the figures of the true zeros to every logger and to the W&B run's summary."""
-    values = of_run(callback, trainer, final=True)
+    values = of_run(measured, run, final=True)
     log_now(trainer, values)
-    _log_pictures(callback.pictures, trainer, final=True)
+    _log_pictures(measured, run, trainer, final=True)
     wandb_run.log_summary(trainer.loggers, values)
 
 
@@ -159,26 +175,25 @@ def interrupted(pictures: wandb_run.Pictures, trainer: Trainer) -> None:
         rank_zero_warn(f"the table {wandb_run.LAYERS} could not be logged: {type(error).__name__}: {error}")
 
 
-def _log_pictures(pictures: wandb_run.Pictures, trainer: Trainer, final: bool = False) -> None:
+def _log_pictures(measured: Measured, run: Sequence[Measured], trainer: Trainer, final: bool = False) -> None:
     """Log the histograms and table rows of all sparsity callbacks: the first one logs, at the end the last one."""
-    peers = peers_of(trainer)
-    if not wandb_run.wandb_loggers(trainer.loggers) or pictures is not peers[-1 if final else 0].pictures:
+    if not wandb_run.wandb_loggers(trainer.loggers) or measured is not run[-1 if final else 0]:
         return
-    keep = {name: peer.support.keep_probability(name) for peer in peers for name in peer.parameters}
-    weights = {name: w for peer in peers for name, w in _with_zeros(peer, pruned=False)[1].items()}
+    keep = {name: one.support.keep_probability(name) for one in run for name in one.parameters}
+    weights = {name: w for one in run for name, w in one.with_zeros()[1].items()}
     wandb_run.log_histograms(trainer.loggers, trainer.global_step, keep, weights)
-    tables = peers[0].pictures.tables
-    if final or pictures.adds_rows:
-        tables[wandb_run.LAYERS].add(trainer.global_step, wandb_run.layer_rows(trainer.global_step, keep, weights))
-        tables[wandb_run.GROUPS].add(trainer.global_step, _group_rows(trainer.global_step, peers, weights))
+    pictures = run[0].pictures
+    if final or measured.pictures.adds_rows:
+        pictures.tables[wandb_run.LAYERS].add(trainer.global_step, wandb_run.layer_rows(trainer.global_step, keep, weights))
+        pictures.tables[wandb_run.GROUPS].add(trainer.global_step, _group_rows(trainer.global_step, run, weights))
     if final:
-        wandb_run.log_tables(trainer.loggers, trainer.global_step, tables)
+        wandb_run.log_tables(trainer.loggers, trainer.global_step, pictures.tables)
 
 
-def _group_rows(step: int, peers: list[SparsityCallback], weights: dict[str, Tensor]) -> list[list[Any]]:
+def _group_rows(step: int, run: Sequence[Measured], weights: dict[str, Tensor]) -> list[list[Any]]:
     """Return the rows of all callbacks' groups, given the weights with true zeros."""
     rows = []
-    for support in (peer.support for peer in peers):
+    for support in (one.support for one in run):
         left = support.groups_left(weights)
         rows += wandb_run.group_rows(step, left, {leader: support.group_members(leader) for leader in left})
     return rows

@@ -18,7 +18,7 @@ from lightning_sparse.duality import Penalty
 from lightning_sparse.mask_rules.ranked import TopK
 from lightning_sparse.schedules import FINE_TUNED_AGAIN, Cubic
 from lightning_sparse.scores import Magnitude, Score
-from lightning_sparse.step import Strength
+from lightning_sparse.step import ShareOfZeros, Strength
 from lightning_sparse.structure import Element, Structure
 
 Scope = Literal["global", "layer"]
@@ -97,8 +97,7 @@ class MagnitudePruning(Sparsifier):
             )
 
     def _make_strength(self, penalty: Penalty, lam: Any, target: float | None) -> Strength:
-        """Return the ramp as the strength, because it is the share of zeros asked for."""
-        return Strength(lam)
+        return ShareOfZeros(lam)
 
     def _make_method(self, penalty: Penalty) -> methods.MagnitudePruning:
         return methods.MagnitudePruning(penalty, self.sparsity, self.begin, self.every, self.scope)
@@ -132,11 +131,6 @@ class MagnitudePruning(Sparsifier):
         raise ValueError(f"{_NO_SLOPE} or a fixed threshold, such as AdaptiveProx(penalties.HardThreshold(tau=0.5), lam=1.0, exact=True)")
 
     # -- goals ---------------------------------------------------------------------------------------------------------------
-
-    @property
-    def asked(self) -> float:
-        """Return the share of zeros that the ramp asks for at this step, or the one at which the support was frozen."""
-        return self.lam if not self.frozen else self.sparsity if self.strength.asked is None else self.strength.asked
 
     @property
     def planned_end(self) -> float:

@@ -13,7 +13,7 @@ from lightning_sparse import _checks, counts
 from lightning_sparse._construction import typed
 from lightning_sparse.callbacks import best, logging
 from lightning_sparse.callbacks.compatibility import AnyModelCheckpoint, CallbackClass
-from lightning_sparse.callbacks.form import peers_of
+from lightning_sparse.callbacks.form import measured_by, peers_of
 from lightning_sparse.callbacks.options import only_one
 from lightning_sparse.callbacks.sparsity_monitor import SparsityMonitor
 from lightning_sparse.callbacks.user_warnings import rank_zero_warn
@@ -63,7 +63,7 @@ class SparseCheckpoint(AnyModelCheckpoint, metaclass=CallbackClass):
     def sparsity(self, trainer: Trainer, module: LightningModule) -> float:
         """Return the share of zeros that a file written now would have, in [0, 1], the same on every rank."""
         peers = peers_of(trainer)
-        share = logging.total(peers, self.save_weights_only) if peers else self._exact_zeros(trainer, module)
+        share = logging.total(measured_by(peers), self.save_weights_only) if peers else self._exact_zeros(trainer, module)
         return float(trainer.strategy.broadcast(share))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,7 +76,7 @@ class SparseCheckpoint(AnyModelCheckpoint, metaclass=CallbackClass):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         peers = peers_of(trainer)
-        whole = logging.joint_share(peers, [peer.target_sparsity for peer in peers])
+        whole = logging.joint_share(measured_by(peers), [peer.target_sparsity for peer in peers])
         if whole is None or whole >= self.target - best.rounding(peers) or not self.save_top_k or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         names = " and ".join(dict.fromkeys(type(peer).__name__ for peer in peers))

@@ -40,7 +40,7 @@ from lightning_sparse import archive, elementwise
 from lightning_sparse.callbacks import best, checks, consistency, end_of_fit, endings, evaluation, logging, progress, weight_averaging
 from lightning_sparse.callbacks.checkpointing import CheckpointState, callbacks_of, own_state
 from lightning_sparse.callbacks.connections import Connections
-from lightning_sparse.callbacks.form import SparsityCallback, forwarded
+from lightning_sparse.callbacks.form import SparsityCallback, forwarded, measured_by, peers_of
 from lightning_sparse.callbacks.user_warnings import rank_zero_note, rank_zero_warn
 from lightning_sparse.methods.base import Run
 from lightning_sparse.step import Clock, Steps, is_idle, is_skipped
@@ -76,7 +76,7 @@ class Sparsifier(SparsityCallback):
 
     def figures(self) -> dict[str, float]:
         """Return the logged values, with shares in [0, 1]."""
-        return logging.figures(self)
+        return self.measured.figures()
 
     def unreached(self) -> list[str]:
         """Describe the goals that the run has not met."""
@@ -111,7 +111,7 @@ class Sparsifier(SparsityCallback):
         if self.saved.restored is not None:
             self.saved.restore(self.recipe(), self.averages)
         checks.check_reach(self.options, self.support, trainer, pl_module)
-        logging.start(trainer, self.pictures)
+        logging.start(trainer, self.measured.pictures, [peer.recipe() for peer in peers_of(trainer)])
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the module, its averages and its optimisers; called again when parameters become trainable."""
@@ -268,8 +268,8 @@ class Sparsifier(SparsityCallback):
             self.method.after_batch()
         for _ in range(progress.missing_batches(trainer, self.clock) if self.run.manual else self.clock.missing(trainer.global_step)):
             self._count_step()
-        if self.pictures.wanted:
-            logging.batch(self.pictures, self.strength, trainer, batch_idx)
+        if self.measured.pictures.wanted:
+            logging.batch(self.measured, measured_by(peers_of(trainer)), trainer, batch_idx)
 
     # -- validation and epochs -------------------------------------------------------------------------------------------------
 
@@ -291,14 +291,16 @@ class Sparsifier(SparsityCallback):
         self.weights.restore()
         self.watch.check_weights()  # before a file is written
         consistency.check_same_weights(trainer, self.weights, self.support, self.strength.step)
-        logging.epoch(self, trainer, pl_module, self._batch)
+        samples = self.options.gap_samples
+        gap = logging.duality_gap(self.support, pl_module, self._batch, samples) if samples else None
+        logging.epoch(self.measured, measured_by(peers_of(trainer)), trainer, pl_module, gap)
 
     # -- a fit ends ------------------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.end_of_fit.end_training(trainer, self.averages, self.clock.idle, self.planned_end)
         self.began_at_zero.check_end(pl_module)
-        logging.finish(self, trainer)
+        logging.finish(self.measured, measured_by(peers_of(trainer)), trainer)
         self.end_of_fit.record()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -319,7 +321,7 @@ class Sparsifier(SparsityCallback):
         (self.connections.release if checks.saves_on_exception(trainer) else self.connections.detach)()
         self._batch = None
         self.end_of_fit.record_failure()
-        logging.interrupted(self.pictures, trainer)
+        logging.interrupted(self.measured.pictures, trainer)
 
     # -- files -----------------------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,12 @@ class Strength:
         lam = self.schedule.lam if isinstance(self.schedule, Constant) else self.schedule(self.step, self.total)
         return max(lam, self.least) * self.factor
 
+    def share_asked(self, frozen: bool) -> float | None:
+        """Return the share of zeros that the target asks for now, or asked for where the support is ``frozen``; None without a target."""
+        if self.target is None:
+            return None
+        return self.target.asked if not frozen else self.target.target if self.asked is None else self.asked
+
     def frozen_share(self, freeze: float) -> float:
         """Return the last share of the run whose support is frozen: ``freeze``, or, where that is 0, the default with a target."""
         return freeze or (0.0 if self.target is None else self.target.fine_tuned)
@@ -60,6 +66,13 @@ class Strength:
     def is_constant(self) -> bool:
         """Return True if lam is one number throughout."""
         return self.target is None and isinstance(self.schedule, Constant)
+
+
+class ShareOfZeros(Strength):
+    """Gives a share of zeros in the place of lam: the one asked for at the run's position."""
+
+    def share_asked(self, frozen: bool) -> float:
+        return self.lam if not frozen else self.schedule.lam if self.asked is None else self.asked
 
 
 @dataclass

@@ -91,6 +91,11 @@ class Support:
         return self.frozen is not None
 
     @property
+    def asked(self) -> float | None:
+        """Return the share of zeros that the target asks for now; None without a target."""
+        return self.strength.share_asked(self.is_frozen)
+
+    @property
     def needs_step_sizes(self) -> bool:
         """Return True if the zero test depends on the optimiser's step size."""
         return self.method.oscillates and self.method.penalty.separable

@@ -107,7 +107,7 @@ def test_it_passes_every_check_but_the_one_that_trains_at_a_rate_of_zero() -> No
 
 
 def test_a_custom_figure_needs_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(logging.FIGURES, "sparsity/largest", lambda callback, shown: max(float(w.abs().max()) for w in shown.values()))
+    monkeypatch.setitem(logging.FIGURES, "sparsity/largest", lambda support, shown: max(float(w.abs().max()) for w in shown.values()))
     callback = decay()
     run = trainer(callback, epochs=1)
     run.fit(Toy(), data())
