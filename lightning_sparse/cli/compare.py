@@ -31,6 +31,7 @@ from lightning_sparse.cli.errors import UsageError, imported
 
 _LOG_SUM = {"class_path": "lightning_sparse.penalties.LogSum", "init_args": {"eps": 2.0}}
 _CARRIED = ("select", "structure", "keep_zeros", "least_kept")  # arguments that say which weights may become zero, by any method
+_STRENGTHS = ("lam", "target_sparsity", "sparsity")  # arguments that a comparison or path sets
 _FORM = "ReweightedPenalty"  # of a path, if the configuration has no callback with a lam
 _COMPARE = (
     "Train a LightningCLI configuration once without sparsity (dense) and with each callback, target share of zeros and seed, in "
@@ -57,7 +58,7 @@ def run(verb: str, words: list[str]) -> int:
     settings.keep()
     finished = [record for run in runs if (record := run.result()) is not None]
     results.metric_of(finished, args.metric)  # before any other is trained
-    print(f"{len(runs)} runs, {len(runs) - len(finished)} to go, files in {settings.out}{settings.told()}", flush=True)
+    print(f"{len(runs)} runs, {len(runs) - len(finished)} to go, files in {settings.out}{settings.told(runs)}", flush=True)
     if args.metric is not None and not finished and getattr(args, "engine", "local") == "local":
         settings.check_metric(runs[0])
     try:
@@ -205,7 +206,7 @@ class _Settings:
         """Raise UsageError for a sparsity callback in trainer.callbacks, which every run would have beside its own, the dense one too."""
         files = [self.config, *map(Path, recipes.files_of(self.overrides))]
         for file, name in recipes.listed_callbacks(files):
-            form = imported(name) if "." in name else getattr(callbacks, name, None)
+            form = _class_of(name)
             if inspect.isclass(form) and issubclass(form, Sparsifier):
                 moved = "" if self.script else f", or move it to the key sparsify, which {self.verb} replaces"
                 raise UsageError(
@@ -240,7 +241,7 @@ class _Settings:
         args = self.args
         dense = [] if args.no_dense else [self._run("dense", None, seed, None) for seed in dict.fromkeys(args.seeds)]
         sparse = [
-            self._run(label, target, seed, described(method, self._penalty(), {"target_sparsity": target}, self._carried()))
+            self._run(label, target, seed, described(method, self._penalty(), {"target_sparsity": target}, self._configured()))
             for (label, method), target, seed in itertools.product(
                 _labelled(args.methods), dict.fromkeys(args.targets), dict.fromkeys(args.seeds)
             )
@@ -257,38 +258,39 @@ class _Settings:
             print(f"path of {method}, {reason}; --method chooses another")
         for lam in sorted(set(args.lams)):
             start = f"{found[-1].folder}/final.ckpt" if found else None
-            callback = described(method, self._penalty(), {"lam": lam}, self._carried()) if own is None else _with_lam(own, lam)
+            callback = described(method, self._penalty(), {"lam": lam}, self._configured()) if own is None else _with_lam(own, lam)
             found.append(self._run(next(iter(_labelled([method])))[0], lam, args.seed, callback, start))
         return found
 
+    def _configured(self) -> dict[str, Any]:
+        """Return class_path and init_args of the configuration's own callback."""
+        own = self.tree.get("sparsify")
+        return {"class_path": own} if isinstance(own, str) else dict(own or {})
+
     def _own_with_lam(self) -> dict[str, Any] | None:
         """Return class_path and init_args of the configuration's own callback; None without one, and if it takes no lam."""
-        own = self.tree.get("sparsify")
-        tree = {"class_path": own} if isinstance(own, str) else dict(own or {})
-        name = str(tree.get("class_path", ""))
-        form = imported(name) if "." in name else getattr(callbacks, name, None)
+        tree = self._configured()
+        form = _class_of(tree.get("class_path"))
         return tree if inspect.isclass(form) and issubclass(form, Sparsifier) and "lam" in arguments_of(form) else None
-
-    def _own(self) -> dict[str, Any]:
-        """Return the arguments of the configuration's own callback."""
-        own = self.tree.get("sparsify")
-        return dict(own.get("init_args") or {}) if isinstance(own, dict) else {}
 
     def _penalty(self) -> Any:
         """Return the penalty of the configuration's own callback, else LogSum(2)."""
-        return self._own().get("penalty") or _LOG_SUM
+        return (self._configured().get("init_args") or {}).get("penalty") or _LOG_SUM
 
-    def _carried(self) -> dict[str, Any]:
-        """Return the arguments of the configuration's own callback that every method takes over."""
-        return {name: value for name, value in self._own().items() if name in _CARRIED}
-
-    def told(self) -> str:
+    def told(self, runs: Iterable[Run]) -> str:
         """Say which arguments of the configuration's callback the methods take over, and which they do not."""
-        kept, left = [*self._carried()], [one for one in self._own() if one not in (*_CARRIED, "penalty", "lam", "target_sparsity")]
-        if not kept + left or (self.verb == "path" and self.args.method is None and self._own_with_lam()):
+        tree = self._configured()
+        form, every = _class_of(tree.get("class_path")), [one for one in tree.get("init_args") or {} if one not in _STRENGTHS]
+        if not every or (self.verb == "path" and self.args.method is None and self._own_with_lam()):
             return ""
+        keeps = _is_set_by(tree, "lam" if self.verb == "path" else "target_sparsity")
+        same = {keeps and _class_of(run.callback["class_path"]) is form for run in runs if run.callback is not None}
+        kept, left = [one for one in every if one in _CARRIED], [one for one in every if one not in (*_CARRIED, "penalty")]
         rest = f"; not {', '.join(left)}: give what a method needs as --methods 'Name: {{{left[0]}: ...}}'" if left else ""
-        return f"\nevery method takes over from sparsify in the configuration: {', '.join(kept) or 'nothing'}{rest}"
+        of_others = f"takes over from sparsify in the configuration: {', '.join(kept) or 'nothing'}{rest}"
+        of_own = f"{getattr(form, '__name__', '')} takes over from sparsify in the configuration: {', '.join(every)}"
+        said = [of_own if True in same else "", f"every {'other ' if True in same else ''}method {of_others}" if False in same else ""]
+        return "".join(f"\n{line}" for line in said if line)
 
     def _run(self, method: str, setting: float | None, seed: int, callback: Any, start_from: str | None = None) -> Run:
         name = "-".join(re.sub(r"[^\w.=]+", "_", str(part)) for part in (method, setting, f"seed{seed}") if part is not None)
@@ -320,11 +322,17 @@ def _labelled(methods: Iterable[str]) -> list[tuple[str, str]]:
     return [(" ".join(method.split()), method) for method in dict.fromkeys(methods)]
 
 
-def described(method: str, penalty: Any, strength: dict[str, float], carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _class_of(name: Any) -> Any:
+    """Return a callback's class by its name here or its import path; None if there is none."""
+    return imported(str(name)) if "." in str(name) else getattr(callbacks, str(name), None)
+
+
+def described(method: str, penalty: Any, strength: dict[str, float], configured: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return class_path and init_args of a callback, given as ``Name`` or ``'Name: {argument: value}'``.
 
-    A callback that needs a penalty and has none gets ``penalty``, and those of ``carried`` that it takes. Raises UsageError, with the
-    closest names, for an unknown class, one that does not take the strength, and an unknown argument.
+    A callback that needs a penalty and has none gets ``penalty``. ``configured`` is the configuration's own callback: one of the same
+    class takes its arguments if a target (lam) is among both, others those that say which weights may become zero. Raises UsageError,
+    with the closest names, for an unknown class, one that does not take the strength, and an unknown argument.
     """
     try:
         tree = yaml.safe_load(method)
@@ -334,7 +342,7 @@ def described(method: str, penalty: Any, strength: dict[str, float], carried: Ma
     name, given = next(iter(tree.items())) if isinstance(tree, dict) and len(tree) == 1 else ("", None)
     if not name or not isinstance(given, (dict, type(None))):
         raise UsageError(f"a method is a class name, alone or as 'Name: {{argument: value}}', got {method!r}{_brackets(method)}")
-    form = imported(name) if "." in name else getattr(callbacks, name, None)
+    form = _class_of(name)
     forms = [one for one in callbacks.__all__ if issubclass(getattr(callbacks, one), Sparsifier) and one != "Sparsifier"]
     if not (inspect.isclass(form) and issubclass(form, Sparsifier)):
         raise UsageError(
@@ -345,9 +353,22 @@ def described(method: str, penalty: Any, strength: dict[str, float], carried: Ma
         if argument not in known:
             raise UsageError(f"{name} takes no {argument!r}{_checks.closest(argument, known)}")
     needs_penalty = "penalty" in known and known["penalty"].default is inspect.Parameter.empty
-    own = {name: value for name, value in (carried or {}).items() if name in known} | ({"penalty": penalty} if needs_penalty else {})
+    own = _taken_over(form, configured or {}, *strength) | ({"penalty": penalty} if needs_penalty else {})
     place = "lightning_sparse.callbacks" if name in forms else form.__module__
     return {"class_path": f"{place}.{form.__name__}", "init_args": own | (given or {}) | strength}
+
+
+def _is_set_by(configured: Mapping[str, Any], strength: str) -> bool:
+    """Return True if a callback has this kind of strength: its other arguments, such as freeze, may not suit the other kind."""
+    given = configured.get("init_args") or {}
+    return any(given.get(name) is not None for name in ((strength,) if strength == "lam" else (strength, "sparsity")))
+
+
+def _taken_over(form: type[Any], configured: Mapping[str, Any], strength: str) -> dict[str, Any]:
+    """Return the arguments of the configuration's own callback that a method of class ``form`` takes over."""
+    known, same = arguments_of(form), _class_of(configured.get("class_path")) is form and _is_set_by(configured, strength)
+    every = (configured.get("init_args") or {}).items()
+    return {name: value for name, value in every if name in known and (name in _CARRIED or (same and name not in _STRENGTHS))}
 
 
 def _brackets(word: str) -> str:

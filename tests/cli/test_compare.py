@@ -402,7 +402,7 @@ def test_a_method_gets_the_recipes_penalty_unless_it_names_its_own():
     assert "target_sparsity" in compare.arguments_of(MagnitudePruning)
 
 
-def test_which_weights_may_become_zero_is_the_configurations_choice_for_every_method(project, capsys, monkeypatch):
+def test_the_configurations_callback_keeps_its_arguments_and_others_take_which_weights_may_become_zero(project, capsys, monkeypatch):
     sparsify = "{class_path: Sparsify, init_args: {target_sparsity: 0.5, structure: Rows, select: ['*.3.weight'], freeze: 0.4}}"
     model = "{class_path: lightning_sparse.examples.mlp.MLP, init_args: {sizes: [64, 20, 10]}}"
     data = "{class_path: lightning_sparse.examples.digits.Digits}"
@@ -414,11 +414,26 @@ def test_which_weights_may_become_zero_is_the_configurations_choice_for_every_me
         raise UsageError("stopped")
 
     monkeypatch.setattr(engines, "run_all", stop)
-    methods = ["Sparsify", "VariationalDropout", "MagnitudePruning: {structure: Columns}"]
+    methods = ["Sparsify", "Sparsify: {freeze: 0.2}", "VariationalDropout", "MagnitudePruning: {structure: Columns}"]
     assert main(["compare", "own.yaml", "--targets", "0.8", "--methods", *methods]) == 2
     of_all = {"target_sparsity": 0.8, "select": ["*.3.weight"]}
-    assert listed == [of_all | {"structure": structure} for structure in ("Rows", "Rows", "Columns")]
-    assert "every method takes over from sparsify in the configuration: structure, select; not freeze: give" in capsys.readouterr().out
+    own = [of_all | {"structure": "Rows", "freeze": freeze} for freeze in (0.4, 0.2)]
+    assert listed == [*own, *(of_all | {"structure": structure} for structure in ("Rows", "Columns"))]
+    said = capsys.readouterr().out
+    assert "\nSparsify takes over from sparsify in the configuration: structure, select, freeze\n" in said
+    assert "every other method takes over from sparsify in the configuration: structure, select; not freeze: give" in said
+    (project / "own.yaml").write_text((project / "own.yaml").read_text().replace("target_sparsity: 0.5", "target_sparsity: null"))
+    listed.clear()
+    assert main(["compare", "own.yaml", "--targets", "0.8", "--methods", *methods[:1]]) == 2
+    assert listed == [of_all | {"structure": "Rows"}]  # freeze was chosen for another kind of strength
+    assert "every method takes over" in capsys.readouterr().out
+    (project / "own.yaml").write_text((project / "own.yaml").read_text().replace("target_sparsity: null", "target_sparsity: 0.5"))
+    for methods, absent in ((["Sparsify"], "method takes over"), (["VariationalDropout"], "Sparsify takes over")):
+        listed.clear()
+        assert main(["compare", "own.yaml", "--targets", "0.8", "--methods", *methods]) == 2
+        said = capsys.readouterr().out
+        assert "takes over" in said
+        assert absent not in said
 
 
 def _cell(method: str, setting: float | None, *values: float) -> results.Cell:
