@@ -60,14 +60,10 @@ class Classifier(LightningModule):
         return scores
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        loss = self._loss(self(batch[0]), *batch)
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
         if self._is_logged():
             self.log("train/loss", loss)
         return loss
-
-    def _loss(self, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Return the loss of training."""
-        return nn.functional.cross_entropy(scores, y)
 
     def _is_logged(self) -> bool:
         """Return True at the steps that loggers record and at the end of an epoch."""

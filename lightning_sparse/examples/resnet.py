@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from torch.nn import functional
 
 from lightning_sparse import _checks
 from lightning_sparse.examples.classifier import OPTIMIZERS, Classifier, sgd_or_adamw
-
-TEMPERATURE = 4.0  # of the class probabilities that are compared with a teacher's
 
 
 class ResNet(Classifier):
@@ -34,12 +31,9 @@ class ResNet(Classifier):
         optimizer: "sgd" or "adamw".
         momentum: of SGD.
         weight_decay: of either optimiser.
-        teacher: a file as ``weights``, with the weights of a trained network of the same depth and width, from which ``distill`` learns.
-        distill: share of the loss, in [0, 1], that is the distance to the teacher: T^2 KL(teacher || own) of the class probabilities at
-            the temperature T = 4; the rest is the cross-entropy with the labels. Source: Hinton et al., arXiv 1503.02531, section 2.
 
-    Raises ValueError for a depth that is not 6 n + 2, for an unknown optimiser, for weights that do not fit and for a ``teacher`` without
-    ``distill``, and FileNotFoundError for a missing file; a fit with ``distill`` and no teacher raises ValueError.
+    Raises ValueError for a depth that is not 6 n + 2, for an unknown optimiser and for weights that do not fit, and
+    FileNotFoundError for a missing file.
     """
 
     def __init__(
@@ -55,13 +49,9 @@ class ResNet(Classifier):
         decay: str = "cosine",
         fused: bool = False,
         restart: float | None = None,
-        teacher: str | None = None,
-        distill: float = 0.0,
     ) -> None:
         super().__init__(lr, decay, fused, restart)
-        self.save_hyperparameters(
-            ignore=["weights", "teacher"]
-        )  # because a checkpoint brings its own weights, and is used without a teacher
+        self.save_hyperparameters(ignore=["weights"])  # because a checkpoint brings its own weights
         blocks, rest = divmod(_checks.whole("depth", depth, 8) - 2, 6)
         if rest:
             raise ValueError(f"depth must be 6 n + 2 (8, 14, 20, 32, 44, 56, 110), got {depth!r}")
@@ -78,28 +68,6 @@ class ResNet(Classifier):
         self.layers = nn.Sequential(parts).to(memory_format=torch.channels_last)  # because convolutions are then faster on a CPU
         if weights is not None:
             load_weights(self.layers, weights)
-        self.distill = _checks.between("distill", distill, 0, 1, closed="lr")
-        self._teacher: list[nn.Module] = []  # a list, because its weights are no part of this module
-        if teacher is not None:
-            if not self.distill:
-                raise ValueError("a teacher changes nothing with distill=0: give distill a share of the loss, such as 0.9, or no teacher")
-            self._teacher = [copy.deepcopy(self.layers).eval().requires_grad_(False)]
-            load_weights(self._teacher[0], teacher, option="teacher")
-
-    def on_fit_start(self) -> None:
-        if self.distill and not self._teacher:
-            raise ValueError(f"distill={self.distill:g} needs a teacher: give --model.teacher the file of a trained network, or distill=0")
-        self._teacher = [network.to(self.device) for network in self._teacher]
-
-    def _loss(self, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        loss = super()._loss(scores, x, y)
-        if not self._teacher:
-            return loss
-        with torch.no_grad():
-            taught = functional.log_softmax(self._teacher[0](x).float() / TEMPERATURE, 1)
-        own = functional.log_softmax(scores.float() / TEMPERATURE, 1)
-        distance = TEMPERATURE**2 * functional.kl_div(own, taught, reduction="batchmean", log_target=True)
-        return (1 - self.distill) * loss + self.distill * distance
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return sgd_or_adamw(self.parameters(), self.optimizer_name, self.lr, self.momentum, self.weight_decay, self.fused)
@@ -124,7 +92,7 @@ class Block(nn.Module):
         return functional.relu(x + y)
 
 
-def load_weights(module: nn.Module, path: str | Path, option: str = "weights") -> None:
+def load_weights(module: nn.Module, path: str | Path) -> None:
     """Load a state_dict into ``module``, without the prefixes "module." and "layers."; a Lightning checkpoint serves too.
 
     Reads tensors only (``weights_only=True``). Raises FileNotFoundError for a missing file and ValueError, naming the first keys,
@@ -132,7 +100,7 @@ def load_weights(module: nn.Module, path: str | Path, option: str = "weights") -
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"no weights in {file.resolve()}; give --model.{option} the path of a state_dict, or null for none")
+        raise FileNotFoundError(f"no weights in {file.resolve()}; give --model.weights the path of a state_dict, or null to start anew")
     found: Any = torch.load(file, map_location="cpu", weights_only=True)
     state = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(state, dict):

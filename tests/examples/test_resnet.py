@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
-from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import shrink
 from lightning_sparse.callbacks import Sparsify
@@ -87,8 +84,6 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
         ({"optimizer": "sdg"}, "optimizer must be 'sgd' or 'adamw', got 'sdg'"),
         ({"momentum": 1.0}, "momentum must lie in"),
         ({"weight_decay": -1.0}, "weight_decay must lie in"),
-        ({"distill": 1.5}, "distill must lie in"),
-        ({"teacher": "any.th"}, "a teacher changes nothing with distill=0"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], said: str) -> None:
@@ -114,42 +109,6 @@ def test_a_fit_uses_the_optimiser_and_a_checkpoint_opens_without_the_weights_fil
     (tmp_path / "w.th").unlink()
     again = ResNet.load_from_checkpoint(tmp_path / "net.ckpt", weights_only=True)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values(), strict=True))
-
-
-def test_distillation_compares_class_probabilities_at_the_temperature(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    teacher = ResNet(8, width=4).eval()
-    torch.save(teacher.layers.state_dict(), tmp_path / "teacher.th")
-    net = ResNet(8, width=4, teacher=str(tmp_path / "teacher.th"), distill=0.75)
-    x, y = torch.randn(5, 3, 32, 32), torch.arange(5)
-    own = copy.deepcopy(net).train()(x)
-    with torch.no_grad():
-        p, q = torch.softmax(teacher(x) / 4, 1), torch.softmax(own / 4, 1)
-        expected = 0.25 * functional.cross_entropy(own, y) + 0.75 * 16 * (p * (p / q).log()).sum(1).mean()
-    trainer = Trainer(enable_model_summary=False, log_every_n_steps=1, **(FEW | {"max_epochs": 1}))
-    trainer.fit(net, DataLoader(TensorDataset(x, y), batch_size=5))
-    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(float(expected), rel=1e-5)
-    assert [*net.state_dict()] == [*teacher.state_dict()]  # so nothing of the teacher is selected, trained or saved
-    assert [*dict(net.named_parameters())] == [*dict(teacher.named_parameters())]
-
-
-@pytest.mark.slow
-def test_a_distilled_network_learns_its_teachers_outputs_and_opens_without_it(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    teacher = ResNet(8, width=4).eval()
-    torch.save(teacher.layers.state_dict(), tmp_path / "teacher.th")
-    x = torch.randn(64, 3, 32, 32)
-    net = ResNet(8, width=4, teacher=str(tmp_path / "teacher.th"), distill=1.0, lr=0.05)
-    wrong = (teacher(x).argmax(1) + 1) % 10  # labels that no one learns from
-    trainer = Trainer(enable_model_summary=False, log_every_n_steps=1, **(FEW | {"max_epochs": 20}))
-    trainer.fit(net, ShuffledBatches(x, wrong, 16, seed=0))
-    assert (net.eval()(x).argmax(1) == teacher(x).argmax(1)).float().mean() > 0.6
-    trainer.save_checkpoint(tmp_path / "net.ckpt")
-    (tmp_path / "teacher.th").unlink()
-    again = ResNet.load_from_checkpoint(tmp_path / "net.ckpt", weights_only=True)
-    assert torch.equal(again.eval()(x), net(x))
-    with pytest.raises(ValueError, match=r"distill=1 needs a teacher: give --model\.teacher"):
-        Trainer(enable_model_summary=False, **FEW).fit(again, ShuffledBatches(x, wrong, 16, seed=0))
 
 
 @pytest.mark.slow

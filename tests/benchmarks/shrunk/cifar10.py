@@ -6,9 +6,8 @@ blocks. ``dense`` is the same training without a cut. ``scores`` cuts once, by F
 target is the recipe's, or for other networks and shares the weights of the groups that ``scores`` would cut.
 ``groups`` trains with Sparsify for half of the epochs, cuts and trains the smaller network for the other half. ``tp magnitude`` cuts once
 by torch-pruning's norm of a group; ``tp group norm`` runs its GroupNormPruner: its regulariser for half of the epochs, then the cut, then
-the other half. With ``--teacher`` every arm, dense too, learns from a trained network's outputs beside the labels. The validation split
-has 5,000 images; the 10,000 test images are used once at the end of a run. A run that ``--record`` holds is not repeated, unless epochs,
-precision or the share of the distillation differ. Weights of another network than ResNet-20 come from a run of its own:
+the other half. The validation split has 5,000 images; the 10,000 test images are used once at the end of a run. A run that ``--record``
+holds is not repeated, unless epochs or precision differ. Weights of another network than ResNet-20 come from a run of its own:
 
     python tests/benchmarks/shrunk cifar10 --arms dense --depth 8 --width 64 --rate 0.1 --record runs/wide
     python tests/benchmarks/shrunk cifar10 --depth 8 --width 64 --weights runs/wide/dense-1-0-10-32-true/weights.pt --record runs/cut
@@ -60,10 +59,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=16, help="channels of its first stage (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=0.02, help="of SGD, at the start of each fit (default: %(default)s)")
     parser.add_argument("--weights", help="a state_dict of the network; without it the weights are random")
-    parser.add_argument("--teacher", help="a state_dict of a trained network, from whose outputs every arm learns too")
-    parser.add_argument(
-        "--distill", type=float, default=0.9, help="share of the loss that is the distance to the teacher (default: %(default)s)"
-    )
     parser.add_argument("--record", type=Path, default=Path("runs/channels"), help="folder of what has been run (default: %(default)s)")
 
 
@@ -82,8 +77,7 @@ class Study:
     def given(self) -> ResNet:
         seed_everything(self.seed, verbose=False)
         shape = {"depth": self.args.depth, "width": self.args.width, "weights": self.args.weights}
-        taught = {"teacher": self.args.teacher, "distill": self.args.distill if self.args.teacher else 0.0}
-        return ResNet(**shape, **taught, lr=self.args.rate, optimizer="sgd", momentum=0.9, weight_decay=1e-4)
+        return ResNet(**shape, lr=self.args.rate, optimizer="sgd", momentum=0.9, weight_decay=1e-4)
 
     def trainer(self, epochs: int, *callbacks: Callback) -> Trainer:
         return Trainer(
@@ -207,7 +201,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
                 _run(study, arm, share if arm != "dense" else 1.0)
     yield "| arm | share asked | seed | multiply-adds | parameters | channels inside of the blocks | validation | test | minutes |"
     yield "|---|--:|--:|--:|--:|---|--:|--:|--:|"
-    found = sorted(args.record.glob(f"*-{_settings(args)}/figures.json"))
+    found = sorted(args.record.glob(f"*-{args.epochs}-{args.precision}/figures.json"))
     figures = [json.loads(path.read_text(encoding="utf-8")) for path in found]
     for one in figures:
         shown = f"{one['multiply_adds']:.3f} | {one['parameters']:,} | {' '.join(map(str, one['widths']))}"
@@ -224,12 +218,8 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
             yield f"| {one['arm']} | {one['share']} | {' | '.join(_latencies(given, small, x))} |"
 
 
-def _settings(args: argparse.Namespace) -> str:
-    return f"{args.epochs}-{args.precision}" + (f"-distilled-{args.distill:g}" if args.teacher else "")
-
-
 def _run(study: Study, arm: str, share: float) -> None:
-    folder = study.args.record / f"{arm}-{share:g}-{study.seed}-{_settings(study.args)}".replace(" ", "-")
+    folder = study.args.record / f"{arm}-{share:g}-{study.seed}-{study.args.epochs}-{study.args.precision}".replace(" ", "-")
     if (folder / "figures.json").is_file():
         return
     began, model = time.perf_counter(), study.given()
