@@ -42,7 +42,7 @@ def forwarded(path: str, doc: str) -> Any:
 
 
 def _option(name: str, doc: str) -> Any:
-    """Return a property for a shared argument; setting it checks the value. In a running fit only ``tol`` and ``threshold`` act at once."""
+    """Return a property for a shared argument; setting it checks the value, before a fit: a running one may keep the old one."""
 
     def set_option(callback: SparsityCallback, value: Any) -> None:
         callback.options = callback.options.changed(name, value)

@@ -28,12 +28,14 @@ _SMALLEST_KEEP = 1e-3  # bounds the noise of the duality gap for methods that dr
 
 
 FIGURES: dict[str, Callable[[Support, dict[str, Tensor]], float | None]] = {
-    # functions of a callback's support and its weights with true zeros; None if the figure does not exist
+    # functions of a callback's support and its evaluated weights by name, with true zeros; None if the figure does not exist
     "sparsity/keep_probability": lambda support, _: counts.mean(map(support.keep_probability, support.weights.parameters)),
     "sparsity/lam": lambda support, _: support.strength.lam,
     "sparsity/penalty": lambda support, weights: support.penalty_value(weights),
     "sparsity/target": lambda support, _: support.asked,
 }
+
+_COMBINED = frozenset(FIGURES)  # those that several callbacks log together, in _totals or by the strength of the first
 
 
 class Measured:
@@ -85,6 +87,8 @@ def of_run(measured: Measured, run: Sequence[Measured], final: bool = False) -> 
         return values
     own = {f"sparsity/{name}" for name in measured.parameters}
     shown = {key: value for key, value in values.items() if key in own or key.startswith(f"{GROUPS}/")}
+    place = 1 + [*map(id, run)].index(id(measured))
+    shown |= {f"{key}/{place}": values[key] for key in FIGURES if key in values and key not in _COMBINED}
     if measured is not run[-1 if final else 0]:
         return shown
     share = joint_share(run, [one.support.asked for one in run])
@@ -110,7 +114,7 @@ def _totals(run: Sequence[Measured], pruned: bool) -> dict[str, float]:
 
 
 def joint_share(run: Sequence[Measured], shares: list[float | None]) -> float | None:
-    """Return the share of all weights of several callbacks that ``shares`` of each one's are; None if one is None, or without weights."""
+    """Return the mean of the callbacks' ``shares``, weighted by their numbers of weights; None if one is None, or without weights."""
     sizes = [sum(weight.numel() for weight in counts.distinct(one.parameters).values()) for one in run]
     if None in shares or not sum(sizes):
         return None
@@ -180,7 +184,7 @@ def _log_pictures(measured: Measured, run: Sequence[Measured], trainer: Trainer,
     if not wandb_run.wandb_loggers(trainer.loggers) or measured is not run[-1 if final else 0]:
         return
     keep = {name: one.support.keep_probability(name) for one in run for name in one.parameters}
-    weights = {name: w for one in run for name, w in one.with_zeros()[1].items()}
+    weights = {name: w for one in run for name, w in one.with_zeros(pruned=final)[1].items()}
     wandb_run.log_histograms(trainer.loggers, trainer.global_step, keep, weights)
     pictures = run[0].pictures
     if final or measured.pictures.adds_rows:

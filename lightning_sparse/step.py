@@ -69,7 +69,7 @@ class Strength:
 
 
 class ShareOfZeros(Strength):
-    """Gives a share of zeros in the place of lam: the one asked for at the run's position."""
+    """Gives a share of zeros in the place of lam, which is also what ``sparsity/lam`` logs: the one asked for at the run's position."""
 
     def share_asked(self, frozen: bool) -> float:
         return self.lam if not frozen else self.schedule.lam if self.asked is None else self.asked

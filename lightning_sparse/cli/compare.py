@@ -55,7 +55,7 @@ def run(verb: str, words: list[str]) -> int:
     settings.check_classes()
     settings.check_callbacks()
     settings.check_runs(runs, parser)
-    settings.keep()
+    settings.keep(runs)
     finished = [record for run in runs if (record := run.result()) is not None]
     results.metric_of(finished, args.metric)  # before any other is trained
     print(f"{len(runs)} runs, {len(runs) - len(finished)} to go, files in {settings.out}{settings.told(runs)}", flush=True)
@@ -178,7 +178,7 @@ class _Settings:
         self.tree = recipes.content(self.config)
         self.out = (args.out or Path("runs", verb, re.sub(r"[^\w.-]+", "_", args.config.removesuffix(".yaml")).lstrip("._"))).resolve()
 
-    def keep(self) -> None:
+    def keep(self, runs: Iterable[Run] = ()) -> None:
         """Write what all runs of the folder share. Raises UsageError if the folder holds runs of other settings."""
         shared = {"config": self.tree, "script": self.script, "overrides": list(self.overrides), "threads": self.args.threads}
         file = self.out / "settings.json"
@@ -189,6 +189,11 @@ class _Settings:
         ):
             changed = [other for name, other in _OTHERS.items() if known.get(name) != json.loads(json.dumps(shared[name], default=str))]
             raise UsageError(f"{self.out} holds runs with {' and '.join(changed)}; choose another folder with --out, or delete it")
+        for run in runs:
+            if run.is_of_other_arguments():
+                raise UsageError(
+                    f"{run.path} holds a finished run of {run.method} with other arguments; choose another folder with --out, or delete it"
+                )
         self.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(shared, indent=1, default=str), encoding="utf-8")
 
@@ -204,6 +209,14 @@ class _Settings:
 
     def check_callbacks(self) -> None:
         """Raise UsageError for a sparsity callback in trainer.callbacks, which every run would have beside its own, the dense one too."""
+        for word in self.overrides if self.script is None else ():
+            option = word.partition("=")[0]
+            if option == "--sparsify" or option.startswith("--sparsify."):
+                example = f"{{{option.removeprefix('--sparsify.').split('.')[0]}: ...}}" if "." in option else "{...}"
+                raise UsageError(
+                    f"{option} would set the callback that {self.verb} replaces: give it as {self._flag} 'Name: {example}', or in the "
+                    "configuration"
+                )
         files = [self.config, *map(Path, recipes.files_of(self.overrides))]
         for file, name in recipes.listed_callbacks(files):
             form = _class_of(name)
@@ -216,12 +229,11 @@ class _Settings:
 
     def check_runs(self, runs: Iterable[Run], parser: argparse.ArgumentParser) -> None:
         """Raise UsageError for a callback that cannot be built, and for overrides that ``fit`` does not know; a script's are its own."""
-        for label, callback in {run.method: run.callback for run in runs if run.callback is not None}.items():
-            before.check_method(label, callback)
+        for label, text in dict.fromkeys((run.method, json.dumps(run.callback, default=str)) for run in runs if run.callback is not None):
+            before.check_method(label, json.loads(text))
         if self.script is None:
-            removed = ["--sparsify", "null"] if "sparsify" in self.tree else []
             with before.naming_flags(parser):
-                before.check_words(["--config", str(self.config), *self.overrides, *removed])
+                before.check_words(["--config", str(self.config), *self.overrides, "--sparsify", "null"])
 
     def check_metric(self, run: Run) -> None:
         """Raise UsageError, naming what is logged, if a trial of two batches logs no such metric. A trial that fails tells nothing."""
@@ -252,20 +264,27 @@ class _Settings:
         """Return the runs of rising lam; each starts from the last one's weights."""
         args, found = self.args, list[Run]()
         own = self._own_with_lam() if args.method is None else None
-        method = args.method or (own["class_path"].rpartition(".")[2] if own else _FORM)
+        method = args.method or (own["class_path"] if own else _FORM)
+        label = next(iter(_labelled([method if args.method else method.rpartition(".")[2]])))[0]
         if args.method is None:
             reason = "the callback of the configuration" if own else "because the configuration has no callback that takes lam"
-            print(f"path of {method}, {reason}; --method chooses another")
+            print(f"path of {label}, {reason}; --method chooses another")
         for lam in sorted(set(args.lams)):
             start = f"{found[-1].folder}/final.ckpt" if found else None
-            callback = described(method, self._penalty(), {"lam": lam}, self._configured()) if own is None else _with_lam(own, lam)
-            found.append(self._run(next(iter(_labelled([method])))[0], lam, args.seed, callback, start))
+            callback = described(method, self._penalty(), {"lam": lam}, self._configured())
+            found.append(self._run(label, lam, args.seed, callback, start))
         return found
 
     def _configured(self) -> dict[str, Any]:
         """Return class_path and init_args of the configuration's own callback."""
         own = self.tree.get("sparsify")
         return {"class_path": own} if isinstance(own, str) else dict(own or {})
+
+    @property
+    def _removes(self) -> bool:
+        """Return True if the runs have an option ``sparsify``: those of this command, and of a script whose configuration sets it."""
+        files = [self.config, *map(Path, recipes.files_of(self.overrides))]
+        return self.script is None or any(key.split(".")[0] == "sparsify" for file in files for key in recipes.content(file))
 
     def _own_with_lam(self) -> dict[str, Any] | None:
         """Return class_path and init_args of the configuration's own callback; None without one, and if it takes no lam."""
@@ -279,18 +298,25 @@ class _Settings:
 
     def told(self, runs: Iterable[Run]) -> str:
         """Say which arguments of the configuration's callback the methods take over, and which they do not."""
-        tree = self._configured()
-        form, every = _class_of(tree.get("class_path")), [one for one in tree.get("init_args") or {} if one not in _STRENGTHS]
-        if not every or (self.verb == "path" and self.args.method is None and self._own_with_lam()):
-            return ""
-        keeps = _is_set_by(tree, "lam" if self.verb == "path" else "target_sparsity")
-        same = {keeps and _class_of(run.callback["class_path"]) is form for run in runs if run.callback is not None}
-        kept, left = [one for one in every if one in _CARRIED], [one for one in every if one not in (*_CARRIED, "penalty")]
-        rest = f"; not {', '.join(left)}: give what a method needs as --methods 'Name: {{{left[0]}: ...}}'" if left else ""
-        of_others = f"takes over from sparsify in the configuration: {', '.join(kept) or 'nothing'}{rest}"
-        of_own = f"{getattr(form, '__name__', '')} takes over from sparsify in the configuration: {', '.join(every)}"
-        said = [of_own if True in same else "", f"every {'other ' if True in same else ''}method {of_others}" if False in same else ""]
-        return "".join(f"\n{line}" for line in said if line)
+        given = self._configured().get("init_args") or {}
+        every = [name for name in given if name not in _STRENGTHS]
+        found: dict[tuple[str, ...], list[str]] = {}  # the methods by what they take over and what they leave
+        for method, init_args in {run.method: run.callback["init_args"] for run in runs if run.callback is not None}.items():
+            kept = [name for name in every if name in init_args and init_args[name] == given[name]]
+            left = [name for name in every if name not in init_args and name != "penalty"]
+            rest = f"; not {', '.join(left)}: give what a method needs as {self._flag} 'Name: {{{left[0]}: ...}}'" if left else ""
+            found.setdefault((", ".join(kept) or "nothing", rest), []).append(method)
+        lines = []
+        for (kept_names, rest), methods in found.items() if every else ():
+            who = (
+                "every method takes" if len(found) == 1 and len(methods) > 1 else f"{' and '.join(methods)} take{'s' * (len(methods) == 1)}"
+            )
+            lines.append(f"\n{who} over from sparsify in the configuration: {kept_names}{rest}")
+        return "".join(lines)
+
+    @property
+    def _flag(self) -> str:
+        return "--method" if self.verb == "path" else "--methods"
 
     def _run(self, method: str, setting: float | None, seed: int, callback: Any, start_from: str | None = None) -> Run:
         name = "-".join(re.sub(r"[^\w.=]+", "_", str(part)) for part in (method, setting, f"seed{seed}") if part is not None)
@@ -303,18 +329,12 @@ class _Settings:
             callback,
             self.script,
             self.overrides,
-            removes=self.script is None and "sparsify" in self.tree,
+            removes=self._removes,
             start_from=start_from,
             test=getattr(self.args, "test", False),
             group=f"{self.verb}-{self.out.name}",
             threads=self.args.threads,
         )
-
-
-def _with_lam(own: dict[str, Any], lam: float) -> dict[str, Any]:
-    """Return a callback's class_path and init_args with this strength in the place of its own."""
-    kept = {name: value for name, value in (own.get("init_args") or {}).items() if name not in ("lam", "target_sparsity")}
-    return {"class_path": own["class_path"], "init_args": {**kept, "lam": lam}}
 
 
 def _labelled(methods: Iterable[str]) -> list[tuple[str, str]]:
@@ -340,11 +360,11 @@ def described(method: str, penalty: Any, strength: dict[str, float], configured:
         tree = None
     tree = {tree: {}} if isinstance(tree, str) else tree
     name, given = next(iter(tree.items())) if isinstance(tree, dict) and len(tree) == 1 else ("", None)
-    if not name or not isinstance(given, (dict, type(None))):
+    if not name or not isinstance(name, str) or not isinstance(given, (dict, type(None))):
         raise UsageError(f"a method is a class name, alone or as 'Name: {{argument: value}}', got {method!r}{_brackets(method)}")
     form = _class_of(name)
     forms = [one for one in callbacks.__all__ if issubclass(getattr(callbacks, one), Sparsifier) and one != "Sparsifier"]
-    if not (inspect.isclass(form) and issubclass(form, Sparsifier)):
+    if not (inspect.isclass(form) and issubclass(form, Sparsifier)) or form is Sparsifier:
         raise UsageError(
             f"no sparsity callback {name!r}{_checks.closest(name, forms)}; one of {', '.join(forms)}, or your own by its import path"
         )
@@ -352,16 +372,19 @@ def described(method: str, penalty: Any, strength: dict[str, float], configured:
     for argument in [*(given or {}), *strength]:
         if argument not in known:
             raise UsageError(f"{name} takes no {argument!r}{_checks.closest(argument, known)}")
+    for argument in (one for one in given or {} if one in _STRENGTHS):
+        set_by = "--lams" if "lam" in strength else "--targets"
+        raise UsageError(f"{argument} of {name} cannot be given here: {set_by} sets the strength of every method")
     needs_penalty = "penalty" in known and known["penalty"].default is inspect.Parameter.empty
     own = _taken_over(form, configured or {}, *strength) | ({"penalty": penalty} if needs_penalty else {})
-    place = "lightning_sparse.callbacks" if name in forms else form.__module__
-    return {"class_path": f"{place}.{form.__name__}", "init_args": own | (given or {}) | strength}
+    return {"class_path": name if "." in name else f"lightning_sparse.callbacks.{name}", "init_args": own | (given or {}) | strength}
 
 
 def _is_set_by(configured: Mapping[str, Any], strength: str) -> bool:
     """Return True if a callback has this kind of strength: its other arguments, such as freeze, may not suit the other kind."""
-    given = configured.get("init_args") or {}
-    return any(given.get(name) is not None for name in ((strength,) if strength == "lam" else (strength, "sparsity")))
+    given = {name for name, value in (configured.get("init_args") or {}).items() if value is not None}
+    to_target = bool(given & {"target_sparsity", "sparsity"})  # beside a target lam only starts the search for it
+    return to_target if strength == "target_sparsity" else "lam" in given and not to_target
 
 
 def _taken_over(form: type[Any], configured: Mapping[str, Any], strength: str) -> dict[str, Any]:

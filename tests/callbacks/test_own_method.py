@@ -115,6 +115,19 @@ def test_a_custom_figure_needs_one_entry(monkeypatch: pytest.MonkeyPatch) -> Non
     assert float(run.callback_metrics["sparsity/largest"]) == pytest.approx(largest)
 
 
+def test_several_callbacks_log_a_custom_figure_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(logging.FIGURES, "sparsity/largest", lambda support, shown: max(float(w.abs().max()) for w in shown.values()))
+    net = Toy()
+    names = [name for name, parameter in net.named_parameters() if parameter.dim() > 1]
+    callbacks = [decay(select=[name]) for name in names]
+    run = trainer(*callbacks, epochs=1)
+    run.fit(net, data())
+    for place, callback in enumerate(callbacks, start=1):
+        (w,) = callback.parameters.values()
+        assert float(run.callback_metrics[f"sparsity/largest/{place}"]) == pytest.approx(float(w.detach().abs().max()))
+    assert "sparsity/largest" not in run.callback_metrics
+
+
 class Misspelt(Method):
     """Acts at no moment, because its name has another spelling."""
 

@@ -421,19 +421,90 @@ def test_the_configurations_callback_keeps_its_arguments_and_others_take_which_w
     assert listed == [*own, *(of_all | {"structure": structure} for structure in ("Rows", "Columns"))]
     said = capsys.readouterr().out
     assert "\nSparsify takes over from sparsify in the configuration: structure, select, freeze\n" in said
-    assert "every other method takes over from sparsify in the configuration: structure, select; not freeze: give" in said
+    assert "\nSparsify: {freeze: 0.2} takes over from sparsify in the configuration: structure, select\n" in said
+    assert "\nVariationalDropout takes over from sparsify in the configuration: structure, select; not freeze: give" in said
+    assert "\nMagnitudePruning: {structure: Columns} takes over from sparsify in the configuration: select; not freeze" in said
     (project / "own.yaml").write_text((project / "own.yaml").read_text().replace("target_sparsity: 0.5", "target_sparsity: null"))
     listed.clear()
-    assert main(["compare", "own.yaml", "--targets", "0.8", "--methods", *methods[:1]]) == 2
-    assert listed == [of_all | {"structure": "Rows"}]  # freeze was chosen for another kind of strength
-    assert "every method takes over" in capsys.readouterr().out
+    assert main(["compare", "own.yaml", "--targets", "0.8", "--methods", "Sparsify", "VariationalDropout"]) == 2
+    assert listed == 2 * [of_all | {"structure": "Rows"}]  # freeze was chosen for another kind of strength
+    assert "every method takes over from sparsify in the configuration: structure, select; not freeze" in capsys.readouterr().out
     (project / "own.yaml").write_text((project / "own.yaml").read_text().replace("target_sparsity: null", "target_sparsity: 0.5"))
-    for methods, absent in ((["Sparsify"], "method takes over"), (["VariationalDropout"], "Sparsify takes over")):
-        listed.clear()
-        assert main(["compare", "own.yaml", "--targets", "0.8", "--methods", *methods]) == 2
-        said = capsys.readouterr().out
-        assert "takes over" in said
-        assert absent not in said
+
+
+MLP_ON_DIGITS = (
+    "{model: {class_path: lightning_sparse.examples.mlp.MLP, init_args: {sizes: [64, 20, 10]}}, "
+    "data: {class_path: lightning_sparse.examples.digits.Digits}}"
+)
+
+
+@pytest.mark.parametrize("place", ["a second file", "a script's configuration"])
+def test_the_dense_run_has_no_callback_wherever_the_configuration_sets_it(place, project, monkeypatch):
+    listed = []
+
+    def stop(found, *_):
+        listed.extend(found)
+        raise UsageError("stopped")
+
+    monkeypatch.setattr(engines, "run_all", stop)
+    own = "sparsify: {class_path: Sparsify, init_args: {target_sparsity: 0.5}}"
+    words = ["compare", "own.yaml", "--targets", "0.8", "--methods", "Sparsify"]
+    if place == "a second file":
+        (project / "own.yaml").write_text(MLP_ON_DIGITS)
+        (project / "over.yaml").write_text(own)
+        words += ["--config", "over.yaml"]
+    else:
+        (project / "own.yaml").write_text(f"{MLP_ON_DIGITS[:-1]}, {own}}}")
+        (project / "mine.py").write_text("from lightning_sparse.cli import SparseCLI\nSparseCLI()\n")
+        words += ["--script", "mine.py"]
+    assert main(words) == 2
+    assert [run.method for run in listed] == ["dense", "Sparsify"]
+    assert all(run.words()[-2:] == ["--sparsify", "null"] for run in listed)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--sparsify.freeze", "0.25"],
+            "--sparsify.freeze would set the callback that compare replaces: give it as --methods 'Name: {freeze: ...}'",
+        ),
+        (["--sparsify", "Sparsify"], "--sparsify would set the callback that compare replaces"),
+        (["--methods", "Sparsifier"], "no sparsity callback 'Sparsifier'"),
+        (["--methods", "{1: {}}"], "a method is a class name"),
+        (
+            ["--methods", "Sparsify: {target_sparsity: 0.5}"],
+            "target_sparsity of Sparsify cannot be given here: --targets sets the strength",
+        ),
+        (["--methods", "Sparsify: {least_kept: 0.1}", "--targets", "0.95", "0.8"], "least_kept"),
+    ],
+)
+def test_words_that_would_be_dropped_or_fail_later_are_refused_first(words, said, project, capsys):
+    (project / "own.yaml").write_text(MLP_ON_DIGITS)
+    assert main(["compare", "own.yaml", "--targets", "0.8", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_path_gives_its_own_callback_the_arguments_of_a_lam_alone(project, capsys, monkeypatch):
+    listed = []
+
+    def stop(found, *_):
+        listed.extend(run.callback for run in found)
+        raise UsageError("stopped")
+
+    monkeypatch.setattr(engines, "run_all", stop)
+    for strength, kept in (("lam: 0.001", {"freeze": 0.4}), ("target_sparsity: 0.9", {})):
+        init_args = f"{{penalty: {{class_path: L1}}, {strength}, freeze: 0.4, select: ['*.0.weight']}}"
+        own = f"sparsify: {{class_path: AdaptiveProx, init_args: {init_args}}}"
+        (project / "own.yaml").write_text(f"{MLP_ON_DIGITS[:-1]}, {own}}}")
+        for words in ([], ["--method", "AdaptiveProx"]):
+            listed.clear()
+            assert main(["path", "own.yaml", "--lams", "0.1", *words]) == 2
+            assert listed[0]["init_args"] == {"penalty": {"class_path": "L1"}, "lam": 0.1, "select": ["*.0.weight"]} | kept
+            assert ("not freeze: give what a method needs as --method 'Name: {freeze: ...}'" in capsys.readouterr().out) is not bool(kept)
+    (project / "own.yaml").write_text(f"{MLP_ON_DIGITS[:-1]}, sparsify: AdaptiveProx}}")
+    assert main(["path", "own.yaml", "--lams", "0.1"]) == 2
+    assert listed[-1]["init_args"]["penalty"]["class_path"].endswith("LogSum")
 
 
 def _cell(method: str, setting: float | None, *values: float) -> results.Cell:
@@ -661,3 +732,26 @@ def test_a_configuration_without_a_callback_is_told_which_lines_it_needs(project
     (said,) = capsys.readouterr().err.splitlines()
     needed = said.partition("`")[2].partition("`")[0]
     assert yaml.safe_load(needed) == {"sparsify": {"class_path": "Sparsify", "init_args": {"target_sparsity": 0.9}}}
+
+
+def test_a_finished_run_of_other_arguments_is_not_taken_for_this_one(project, capsys, monkeypatch):
+    listed = []
+
+    def stop(found, *_):
+        listed.extend(found)
+        raise UsageError("stopped")
+
+    monkeypatch.setattr(engines, "run_all", stop)
+    (project / "own.yaml").write_text(MLP_ON_DIGITS)
+    words = ["compare", "own.yaml", "--targets", "0.8", "--methods", "Sparsify"]
+    assert main(words) == 2
+    dense, sparse = listed
+    for run in (dense, sparse):
+        run.begin()
+        (run.path / "metrics.json").write_text("{}")
+    assert main(words) == 2
+    assert "stopped" in capsys.readouterr().err
+    overlay = sparse.path / "overlay.yaml"
+    overlay.write_text(overlay.read_text().replace("target_sparsity: 0.8", "target_sparsity: 0.75"))
+    assert main(words) == 2
+    assert f"{sparse.path} holds a finished run of Sparsify with other arguments; choose another folder" in capsys.readouterr().err

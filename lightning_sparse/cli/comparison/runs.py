@@ -76,6 +76,14 @@ class Run:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return record if "test" in record or not self.test else None
 
+    def is_of_other_arguments(self) -> bool:
+        """Return True if the folder holds a finished run whose callback had other arguments."""
+        file = self.path / OVERLAY
+        if self.result() is None or not file.is_file():
+            return False
+        known = yaml.safe_load(file.read_text(encoding="utf-8"))["trainer"]["callbacks+"][:-1]  # the last is the recorder
+        return bool(known != json.loads(json.dumps(self.overlay()["trainer"]["callbacks+"][:-1])))
+
     def done(self) -> float:
         """Return the share of the epochs that have been trained, in [0, 1]."""
         if (self.path / recorder.METRICS).is_file():
