@@ -308,9 +308,9 @@ class _Settings:
             found.setdefault((", ".join(kept) or "nothing", rest), []).append(method)
         lines = []
         for (kept_names, rest), methods in found.items() if every else ():
-            who = (
-                "every method takes" if len(found) == 1 and len(methods) > 1 else f"{' and '.join(methods)} take{'s' * (len(methods) == 1)}"
-            )
+            who = f"{' and '.join(methods)} take{'s' if len(methods) == 1 else ''}"
+            if len(found) == 1 and len(methods) > 1:
+                who = "every method takes"
             lines.append(f"\n{who} over from sparsify in the configuration: {kept_names}{rest}")
         return "".join(lines)
 

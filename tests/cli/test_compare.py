@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,29 @@ trainer: {accelerator: cpu, devices: 1, max_epochs: 4, logger: false, enable_pro
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_project(tmp_path, monkeypatch, SCRIPT, CONFIG)
+
+
+MLP_ON_DIGITS = (
+    "{model: {class_path: lightning_sparse.examples.mlp.MLP, init_args: {sizes: [64, 20, 10]}}, "
+    "data: {class_path: lightning_sparse.examples.digits.Digits}}"
+)
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[runs.Run]:
+    """Return the runs that the last command has planned; nothing is trained."""
+    found: list[runs.Run] = []
+
+    def stop(every, *_):
+        found[:] = every
+        raise UsageError("stopped")
+
+    monkeypatch.setattr(engines, "run_all", stop)
+    return found
+
+
+def arguments(planned: list[runs.Run]) -> list[dict[str, Any]]:
+    return [run.callback["init_args"] for run in planned if run.callback is not None]
 
 
 def _lines(folder: Path) -> list[dict[str, str]]:
@@ -402,51 +426,27 @@ def test_a_method_gets_the_recipes_penalty_unless_it_names_its_own():
     assert "target_sparsity" in compare.arguments_of(MagnitudePruning)
 
 
-def test_the_configurations_callback_keeps_its_arguments_and_others_take_which_weights_may_become_zero(project, capsys, monkeypatch):
+def test_the_configurations_callback_keeps_its_arguments_and_others_take_which_weights_may_become_zero(project, capsys, planned):
     sparsify = "{class_path: Sparsify, init_args: {target_sparsity: 0.5, structure: Rows, select: ['*.3.weight'], freeze: 0.4}}"
-    model = "{class_path: lightning_sparse.examples.mlp.MLP, init_args: {sizes: [64, 20, 10]}}"
-    data = "{class_path: lightning_sparse.examples.digits.Digits}"
-    (project / "own.yaml").write_text(f"{{model: {model}, data: {data}, sparsify: {sparsify}}}")
-    listed = []
-
-    def stop(found, *_):
-        listed.extend(run.callback["init_args"] for run in found if run.callback is not None)
-        raise UsageError("stopped")
-
-    monkeypatch.setattr(engines, "run_all", stop)
+    (project / "own.yaml").write_text(f"{MLP_ON_DIGITS[:-1]}, sparsify: {sparsify}}}")
     methods = ["Sparsify", "Sparsify: {freeze: 0.2}", "VariationalDropout", "MagnitudePruning: {structure: Columns}"]
     assert main(["compare", "own.yaml", "--targets", "0.8", "--methods", *methods]) == 2
     of_all = {"target_sparsity": 0.8, "select": ["*.3.weight"]}
     own = [of_all | {"structure": "Rows", "freeze": freeze} for freeze in (0.4, 0.2)]
-    assert listed == [*own, *(of_all | {"structure": structure} for structure in ("Rows", "Columns"))]
+    assert arguments(planned) == [*own, *(of_all | {"structure": structure} for structure in ("Rows", "Columns"))]
     said = capsys.readouterr().out
     assert "\nSparsify takes over from sparsify in the configuration: structure, select, freeze\n" in said
     assert "\nSparsify: {freeze: 0.2} takes over from sparsify in the configuration: structure, select\n" in said
     assert "\nVariationalDropout takes over from sparsify in the configuration: structure, select; not freeze: give" in said
     assert "\nMagnitudePruning: {structure: Columns} takes over from sparsify in the configuration: select; not freeze" in said
     (project / "own.yaml").write_text((project / "own.yaml").read_text().replace("target_sparsity: 0.5", "target_sparsity: null"))
-    listed.clear()
     assert main(["compare", "own.yaml", "--targets", "0.8", "--methods", "Sparsify", "VariationalDropout"]) == 2
-    assert listed == 2 * [of_all | {"structure": "Rows"}]  # freeze was chosen for another kind of strength
+    assert arguments(planned) == 2 * [of_all | {"structure": "Rows"}]  # freeze was chosen for another kind of strength
     assert "every method takes over from sparsify in the configuration: structure, select; not freeze" in capsys.readouterr().out
-    (project / "own.yaml").write_text((project / "own.yaml").read_text().replace("target_sparsity: null", "target_sparsity: 0.5"))
-
-
-MLP_ON_DIGITS = (
-    "{model: {class_path: lightning_sparse.examples.mlp.MLP, init_args: {sizes: [64, 20, 10]}}, "
-    "data: {class_path: lightning_sparse.examples.digits.Digits}}"
-)
 
 
 @pytest.mark.parametrize("place", ["a second file", "a script's configuration"])
-def test_the_dense_run_has_no_callback_wherever_the_configuration_sets_it(place, project, monkeypatch):
-    listed = []
-
-    def stop(found, *_):
-        listed.extend(found)
-        raise UsageError("stopped")
-
-    monkeypatch.setattr(engines, "run_all", stop)
+def test_the_dense_run_has_no_callback_wherever_the_configuration_sets_it(place, project, planned):
     own = "sparsify: {class_path: Sparsify, init_args: {target_sparsity: 0.5}}"
     words = ["compare", "own.yaml", "--targets", "0.8", "--methods", "Sparsify"]
     if place == "a second file":
@@ -458,8 +458,8 @@ def test_the_dense_run_has_no_callback_wherever_the_configuration_sets_it(place,
         (project / "mine.py").write_text("from lightning_sparse.cli import SparseCLI\nSparseCLI()\n")
         words += ["--script", "mine.py"]
     assert main(words) == 2
-    assert [run.method for run in listed] == ["dense", "Sparsify"]
-    assert all(run.words()[-2:] == ["--sparsify", "null"] for run in listed)
+    assert [run.method for run in planned] == ["dense", "Sparsify"]
+    assert all(run.words()[-2:] == ["--sparsify", "null"] for run in planned)
 
 
 @pytest.mark.parametrize(
@@ -485,26 +485,18 @@ def test_words_that_would_be_dropped_or_fail_later_are_refused_first(words, said
     assert said in capsys.readouterr().err
 
 
-def test_path_gives_its_own_callback_the_arguments_of_a_lam_alone(project, capsys, monkeypatch):
-    listed = []
-
-    def stop(found, *_):
-        listed.extend(run.callback for run in found)
-        raise UsageError("stopped")
-
-    monkeypatch.setattr(engines, "run_all", stop)
+def test_path_gives_its_own_callback_the_arguments_of_a_lam_alone(project, capsys, planned):
     for strength, kept in (("lam: 0.001", {"freeze": 0.4}), ("target_sparsity: 0.9", {})):
         init_args = f"{{penalty: {{class_path: L1}}, {strength}, freeze: 0.4, select: ['*.0.weight']}}"
         own = f"sparsify: {{class_path: AdaptiveProx, init_args: {init_args}}}"
         (project / "own.yaml").write_text(f"{MLP_ON_DIGITS[:-1]}, {own}}}")
         for words in ([], ["--method", "AdaptiveProx"]):
-            listed.clear()
             assert main(["path", "own.yaml", "--lams", "0.1", *words]) == 2
-            assert listed[0]["init_args"] == {"penalty": {"class_path": "L1"}, "lam": 0.1, "select": ["*.0.weight"]} | kept
+            assert arguments(planned)[0] == {"penalty": {"class_path": "L1"}, "lam": 0.1, "select": ["*.0.weight"]} | kept
             assert ("not freeze: give what a method needs as --method 'Name: {freeze: ...}'" in capsys.readouterr().out) is not bool(kept)
     (project / "own.yaml").write_text(f"{MLP_ON_DIGITS[:-1]}, sparsify: AdaptiveProx}}")
     assert main(["path", "own.yaml", "--lams", "0.1"]) == 2
-    assert listed[-1]["init_args"]["penalty"]["class_path"].endswith("LogSum")
+    assert arguments(planned)[-1]["penalty"]["class_path"].endswith("LogSum")
 
 
 def _cell(method: str, setting: float | None, *values: float) -> results.Cell:
@@ -734,18 +726,11 @@ def test_a_configuration_without_a_callback_is_told_which_lines_it_needs(project
     assert yaml.safe_load(needed) == {"sparsify": {"class_path": "Sparsify", "init_args": {"target_sparsity": 0.9}}}
 
 
-def test_a_finished_run_of_other_arguments_is_not_taken_for_this_one(project, capsys, monkeypatch):
-    listed = []
-
-    def stop(found, *_):
-        listed.extend(found)
-        raise UsageError("stopped")
-
-    monkeypatch.setattr(engines, "run_all", stop)
+def test_a_finished_run_of_other_arguments_is_not_taken_for_this_one(project, capsys, planned):
     (project / "own.yaml").write_text(MLP_ON_DIGITS)
     words = ["compare", "own.yaml", "--targets", "0.8", "--methods", "Sparsify"]
     assert main(words) == 2
-    dense, sparse = listed
+    dense, sparse = planned
     for run in (dense, sparse):
         run.begin()
         (run.path / "metrics.json").write_text("{}")
