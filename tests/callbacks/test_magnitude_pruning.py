@@ -392,3 +392,19 @@ def test_among_equal_weights_the_last_go_first_and_pruned_ones_never_return():
     assert all(torch.equal(kept, later[name]) for name, kept in prune_smallest(grown, later, 0.1).items())
     assert sum(int(kept.sum()) for kept in prune_smallest(w, everything, 0.99).values()) == 1
     assert prune_smallest({}, {}, 0.5) == {}
+
+
+def test_what_is_asked_for_follows_the_ramp_and_stays_after_the_freeze():
+    seen = []
+
+    class Asked(Callback):
+        def on_train_batch_end(self, *_):
+            seen.append((callback.step, callback.total, callback.frozen, callback.asked))
+
+    callback = MagnitudePruning(0.8, end=0.5, every=1, freeze=0.25)
+    trainer(callback, Asked(), epochs=8).fit(Toy(), data())
+    ramp = schedules.Cubic(0.8, 0.0, 0.5)
+    assert [asked for *_, asked in seen] == pytest.approx([ramp(step, total) for step, total, *_ in seen])
+    assert seen[0][3] < 0.5
+    assert [frozen for *_, frozen, _ in seen][-1]
+    assert seen[-1][3] == 0.8
