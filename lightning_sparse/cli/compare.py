@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,14 @@ import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
-from lightning_sparse import _checks, _docstrings, callbacks, plots
+from lightning_sparse import _checks, callbacks, plots
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.cli import recipes
-from lightning_sparse.cli.comparison import before, engines, results
+from lightning_sparse.cli.comparison import before, engines, methods, results
 from lightning_sparse.cli.comparison.runs import Run, check_script, execute
-from lightning_sparse.cli.errors import UsageError, imported
+from lightning_sparse.cli.errors import UsageError
 
 _LOG_SUM = {"class_path": "lightning_sparse.penalties.LogSum", "init_args": {"eps": 2.0}}
-_CARRIED = ("select", "structure", "keep_zeros", "least_kept")  # arguments that say which weights may become zero, by any method
-_STRENGTHS = ("lam", "target_sparsity", "sparsity")  # arguments that a comparison or path sets
 _FORM = "ReweightedPenalty"  # of a path, if the configuration has no callback with a lam
 _COMPARE = (
     "Train a LightningCLI configuration once without sparsity (dense) and with each callback, target share of zeros and seed, in "
@@ -219,7 +217,7 @@ class _Settings:
                 )
         files = [self.config, *map(Path, recipes.files_of(self.overrides))]
         for file, name in recipes.listed_callbacks(files):
-            form = _class_of(name)
+            form = methods.class_of(name)
             if inspect.isclass(form) and issubclass(form, Sparsifier):
                 moved = "" if self.script else f", or move it to the key sparsify, which {self.verb} replaces"
                 raise UsageError(
@@ -253,7 +251,7 @@ class _Settings:
         args = self.args
         dense = [] if args.no_dense else [self._run("dense", None, seed, None) for seed in dict.fromkeys(args.seeds)]
         sparse = [
-            self._run(label, target, seed, described(method, self._penalty(), {"target_sparsity": target}, self._configured()))
+            self._run(label, target, seed, methods.described(method, self._penalty(), {"target_sparsity": target}, self._configured()))
             for (label, method), target, seed in itertools.product(
                 _labelled(args.methods), dict.fromkeys(args.targets), dict.fromkeys(args.seeds)
             )
@@ -271,7 +269,7 @@ class _Settings:
             print(f"path of {label}, {reason}; --method chooses another")
         for lam in sorted(set(args.lams)):
             start = f"{found[-1].folder}/final.ckpt" if found else None
-            callback = described(method, self._penalty(), {"lam": lam}, self._configured())
+            callback = methods.described(method, self._penalty(), {"lam": lam}, self._configured())
             found.append(self._run(label, lam, args.seed, callback, start))
         return found
 
@@ -289,8 +287,8 @@ class _Settings:
     def _own_with_lam(self) -> dict[str, Any] | None:
         """Return class_path and init_args of the configuration's own callback; None without one, and if it takes no lam."""
         tree = self._configured()
-        form = _class_of(tree.get("class_path"))
-        return tree if inspect.isclass(form) and issubclass(form, Sparsifier) and "lam" in arguments_of(form) else None
+        form = methods.class_of(tree.get("class_path"))
+        return tree if inspect.isclass(form) and issubclass(form, Sparsifier) and "lam" in methods.arguments_of(form) else None
 
     def _penalty(self) -> Any:
         """Return the penalty of the configuration's own callback, else LogSum(2)."""
@@ -298,21 +296,9 @@ class _Settings:
 
     def told(self, runs: Iterable[Run]) -> str:
         """Say which arguments of the configuration's callback the methods take over, and which they do not."""
-        given = self._configured().get("init_args") or {}
-        every = [name for name in given if name not in _STRENGTHS]
-        found: dict[tuple[str, ...], list[str]] = {}  # the methods by what they take over and what they leave
-        for method, init_args in {run.method: run.callback["init_args"] for run in runs if run.callback is not None}.items():
-            kept = [name for name in every if name in init_args and init_args[name] == given[name]]
-            left = [name for name in every if name not in init_args and name != "penalty"]
-            rest = f"; not {', '.join(left)}: give what a method needs as {self._flag} 'Name: {{{left[0]}: ...}}'" if left else ""
-            found.setdefault((", ".join(kept) or "nothing", rest), []).append(method)
-        lines = []
-        for (kept_names, rest), methods in found.items() if every else ():
-            who = f"{' and '.join(methods)} take{'s' if len(methods) == 1 else ''}"
-            if len(found) == 1 and len(methods) > 1:
-                who = "every method takes"
-            lines.append(f"\n{who} over from sparsify in the configuration: {kept_names}{rest}")
-        return "".join(lines)
+        return methods.told(
+            self._configured(), {run.method: run.callback["init_args"] for run in runs if run.callback is not None}, self._flag
+        )
 
     @property
     def _flag(self) -> str:
@@ -340,67 +326,3 @@ class _Settings:
 def _labelled(methods: Iterable[str]) -> list[tuple[str, str]]:
     """Return each method with its label, without repetitions."""
     return [(" ".join(method.split()), method) for method in dict.fromkeys(methods)]
-
-
-def _class_of(name: Any) -> Any:
-    """Return a callback's class by its name here or its import path; None if there is none."""
-    return imported(str(name)) if "." in str(name) else getattr(callbacks, str(name), None)
-
-
-def described(method: str, penalty: Any, strength: dict[str, float], configured: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return class_path and init_args of a callback, given as ``Name`` or ``'Name: {argument: value}'``.
-
-    A callback that needs a penalty and has none gets ``penalty``. ``configured`` is the configuration's own callback: one of the same
-    class takes its arguments if a target (lam) is among both, others those that say which weights may become zero. Raises UsageError,
-    with the closest names, for an unknown class, one that does not take the strength, and an unknown argument.
-    """
-    try:
-        tree = yaml.safe_load(method)
-    except yaml.YAMLError:
-        tree = None
-    tree = {tree: {}} if isinstance(tree, str) else tree
-    name, given = next(iter(tree.items())) if isinstance(tree, dict) and len(tree) == 1 else ("", None)
-    if not name or not isinstance(name, str) or not isinstance(given, (dict, type(None))):
-        raise UsageError(f"a method is a class name, alone or as 'Name: {{argument: value}}', got {method!r}{_brackets(method)}")
-    form = _class_of(name)
-    forms = [one for one in callbacks.__all__ if issubclass(getattr(callbacks, one), Sparsifier) and one != "Sparsifier"]
-    if not (inspect.isclass(form) and issubclass(form, Sparsifier)) or form is Sparsifier:
-        raise UsageError(
-            f"no sparsity callback {name!r}{_checks.closest(name, forms)}; one of {', '.join(forms)}, or your own by its import path"
-        )
-    known = arguments_of(form)
-    for argument in [*(given or {}), *strength]:
-        if argument not in known:
-            raise UsageError(f"{name} takes no {argument!r}{_checks.closest(argument, known)}")
-    for argument in (one for one in given or {} if one in _STRENGTHS):
-        set_by = "--lams" if "lam" in strength else "--targets"
-        raise UsageError(f"{argument} of {name} cannot be given here: {set_by} sets the strength of every method")
-    needs_penalty = "penalty" in known and known["penalty"].default is inspect.Parameter.empty
-    own = _taken_over(form, configured or {}, *strength) | ({"penalty": penalty} if needs_penalty else {})
-    return {"class_path": name if "." in name else f"lightning_sparse.callbacks.{name}", "init_args": own | (given or {}) | strength}
-
-
-def _is_set_by(configured: Mapping[str, Any], strength: str) -> bool:
-    """Return True if a callback has this kind of strength: its other arguments, such as freeze, may not suit the other kind."""
-    given = {name for name, value in (configured.get("init_args") or {}).items() if value is not None}
-    to_target = bool(given & {"target_sparsity", "sparsity"})  # beside a target lam only starts the search for it
-    return to_target if strength == "target_sparsity" else "lam" in given and not to_target
-
-
-def _taken_over(form: type[Any], configured: Mapping[str, Any], strength: str) -> dict[str, Any]:
-    """Return the arguments of the configuration's own callback that a method of class ``form`` takes over."""
-    known, same = arguments_of(form), _class_of(configured.get("class_path")) is form and _is_set_by(configured, strength)
-    every = (configured.get("init_args") or {}).items()
-    return {name: value for name, value in every if name in known and (name in _CARRIED or (same and name not in _STRENGTHS))}
-
-
-def _brackets(word: str) -> str:
-    """Return a hint if a word has more opening brackets than closing ones, or fewer."""
-    counted = [(word.count(opens), opens, word.count(closes), closes) for opens, closes in ("{}", "[]")]
-    wrong = [f"{some} {opens} and {others} {closes}" for some, opens, others, closes in counted if some != others]
-    return f"; it has {', '.join(wrong)}" if wrong else ""
-
-
-def arguments_of(form: type[Any]) -> dict[str, inspect.Parameter]:
-    """Return the arguments of a callback's constructor: those passed on to its bases included, those that it sets itself left out."""
-    return _docstrings.parameters(form)

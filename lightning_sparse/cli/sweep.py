@@ -17,8 +17,8 @@ from lightning.pytorch import callbacks as pl_callbacks
 
 from lightning_sparse import _checks, callbacks
 from lightning_sparse.cli import check, recipes
-from lightning_sparse.cli.compare import arguments_of
 from lightning_sparse.cli.comparison import results
+from lightning_sparse.cli.comparison.methods import arguments_of
 from lightning_sparse.cli.comparison.runs import Run, check_script, execute
 from lightning_sparse.cli.errors import UsageError, imported
 from lightning_sparse.cli.saved import silence_device_messages

@@ -21,7 +21,7 @@ from commands import write_project
 from lightning_sparse import counts
 from lightning_sparse.callbacks import AdaptiveProx, MagnitudePruning
 from lightning_sparse.cli import compare, main, recipes, sweep
-from lightning_sparse.cli.comparison import engines, results, runs
+from lightning_sparse.cli.comparison import engines, methods, results, runs
 from lightning_sparse.cli.errors import UsageError
 
 SCRIPT = """
@@ -414,16 +414,16 @@ def test_an_engine_that_is_not_installed_is_named(project, capsys, monkeypatch):
 
 def test_a_method_gets_the_recipes_penalty_unless_it_names_its_own():
     own = {"class_path": "MCP", "init_args": {"c": 0.5}}
-    assert compare.described("AdaptiveProx", own, {"lam": 1e-3}) == {
+    assert methods.described("AdaptiveProx", own, {"lam": 1e-3}) == {
         "class_path": "lightning_sparse.callbacks.AdaptiveProx",
         "init_args": {"penalty": own, "lam": 1e-3},
     }
-    other = compare.described("AdaptiveProx: {penalty: {class_path: L1}, metric: plain}", own, {"lam": 1e-3})
+    other = methods.described("AdaptiveProx: {penalty: {class_path: L1}, metric: plain}", own, {"lam": 1e-3})
     assert other["init_args"] == {"penalty": {"class_path": "L1"}, "metric": "plain", "lam": 1e-3}
     for sets_none in ("MagnitudePruning", "Sparsify"):
-        assert compare.described(sets_none, own, {"target_sparsity": 0.9})["init_args"] == {"target_sparsity": 0.9}
-    assert {"metric", "exact", "select", "target_sparsity"} <= compare.arguments_of(AdaptiveProx).keys()
-    assert "target_sparsity" in compare.arguments_of(MagnitudePruning)
+        assert methods.described(sets_none, own, {"target_sparsity": 0.9})["init_args"] == {"target_sparsity": 0.9}
+    assert {"metric", "exact", "select", "target_sparsity"} <= methods.arguments_of(AdaptiveProx).keys()
+    assert "target_sparsity" in methods.arguments_of(MagnitudePruning)
 
 
 def test_the_configurations_callback_keeps_its_arguments_and_others_take_which_weights_may_become_zero(project, capsys, planned):

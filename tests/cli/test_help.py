@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_sparse.cli import _VERBS, compare, main, plot
+from lightning_sparse.cli import _VERBS, main, plot
+from lightning_sparse.cli.comparison import methods
 
 HELPS = [[verb] for verb in _VERBS if verb not in ("fit", "validate", "test", "predict")] + [["shrink", "--max_drop", "0"]]
 WITH_EXAMPLES = {"export", "compare", "path", "sweep"}
@@ -76,7 +77,7 @@ def test_quoted_yaml_is_yaml(words, capsys, monkeypatch):
         if words[0] == "plot":
             plot.read(word)
         elif word[0] != "{":
-            assert compare.described(word, None, {"target_sparsity": 0.9})["init_args"]["target_sparsity"] == 0.9
+            assert methods.described(word, None, {"target_sparsity": 0.9})["init_args"]["target_sparsity"] == 0.9
 
 
 def test_the_help_of_shrink_shows_the_arguments_with_a_goal_too(capsys, monkeypatch):
