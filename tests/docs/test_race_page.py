@@ -57,7 +57,23 @@ def test_the_best_is_found_by_validation_on_the_same_seeds() -> None:
     row = table.verdicts(RUNS).splitlines()[-1]
     assert row == "| lenet | short | 90% | Sparsify (3.50) | MagnitudePruning (3.70) | Sparsify (3.50) | 0.00 | 2 |"
     worse = [*RUNS, made_up("pruning, LAMP", 2.0), made_up("pruning, LAMP", 2.0, seed=1)]
-    assert "| pruning, LAMP (2.00) | pruning, LAMP (2.00) | Sparsify (3.50) | 1.50 | 2 |" in table.verdicts(worse)
+    assert "| pruning, LAMP (2.00) | pruning, LAMP (2.00) | Sparsify (3.50) | 1.50 ± 0.50 | 2 |" in table.verdicts(worse)
+
+
+def test_the_goals_name_the_cells_that_miss_them() -> None:
+    won, masks, own = table.goals([*RUNS, made_up("ReweightedPenalty", 0.1, seed=1)]).splitlines()
+    assert won.startswith("- 1 of 1 cells: the best dual form")
+    assert "0.20 points better" in won
+    assert masks.startswith("- 0 of 1 cells (not lenet short 90% (0.40)): AdaptiveMask")
+    assert own.startswith("- 1 of 1 cells: Sparsify")
+    worse = [*RUNS, made_up("pruning, LAMP", 2.0), made_up("pruning, LAMP", 2.0, seed=1)]
+    won, masks, own = table.goals(worse).splitlines()
+    assert won.startswith("- 0 of 1 cells (not lenet short 90% (1.50 ± 0.50))")
+    assert "-1.50 points better" in won
+    assert masks.startswith("- 0 of 0 cells: ")
+    assert own.startswith("- 0 of 1 cells (not lenet short 90% (1.50 ± 0.50)): Sparsify")
+    easier = [run | {"target": 0.8} for run in RUNS]  # below the goals' range
+    assert table.goals(easier).startswith("- 0 of 0 cells")
 
 
 def test_failures_and_missing_cells_are_on_the_page() -> None:

@@ -11,7 +11,7 @@ from race import again, records
 from race.problems import BUDGETS, PROBLEMS
 from race.records import Record
 from race.run import TARGETS
-from race.table import cells, ended, table, verdicts
+from race.table import cells, ended, goals, table, verdicts
 from race.ways import DENSE, WAYS
 
 TEXT = Path(__file__).with_name("page.md")
@@ -30,6 +30,7 @@ def page(runs: list[Record]) -> str:
     filled = {
         "tables": "\n\n".join(parts),
         "verdicts": verdicts(runs),
+        "goals": goals(runs),
         "again": again.table(again.read()),
         "missing": missing(runs),
         "failed": failed(runs),
