@@ -163,7 +163,7 @@ def check_callback(callback: Any, only: Collection[str] | None = None, skip: Col
 
     Each check fits small models on the CPU: resumed against uninterrupted runs, files and weights in every hook, logged figures
     against counts, precision, other callbacks, models of other libraries, faults. With ``slow`` the checks that start processes or
-    compile are run too, about two minutes in all.
+    compile are run too, about two minutes in all. A terminal shows the progress.
 
     Args:
         callback: a ``lightning.pytorch.Callback``, copied for each run, or a function without arguments that creates one
@@ -178,9 +178,20 @@ def check_callback(callback: Any, only: Collection[str] | None = None, skip: Col
 
     Raises ContractError listing all failures, ValueError for an unknown name, TypeError if ``callback`` is not a callback.
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
     from lightning_sparse import conformance
 
-    outcomes = [conformance.outcome(conformance.subject(callback), name) for name in conformance.chosen(only, skip, slow)]
+    console, names = Console(stderr=True), conformance.chosen(only, skip, slow)
+    # without a thread and with streams left alone, because checks start processes and read what is printed
+    shown = Progress(
+        console=console, transient=True, disable=not console.is_terminal, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+    )
+    with shown as progress:
+        outcomes = [
+            conformance.outcome(conformance.subject(callback), name) for name in progress.track(names, description="check_callback")
+        ]
     failed = [f"{result.check}: {result.reason}" for result in outcomes if result.verdict == "fail"]
     if failed:
         raise ContractError(f"{callback!r} fails {len(failed)} of {len(outcomes)} checks:\n  " + "\n  ".join(failed))

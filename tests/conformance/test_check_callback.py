@@ -114,6 +114,13 @@ def test_the_check_detects_the_broken_callback(mutant):
         testing.check_callback(mutant(), only=[MUTANTS[mutant]])
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_the_progress(terminal, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1") if terminal else monkeypatch.delenv("FORCE_COLOR", raising=False)
+    testing.check_callback(Magnitude(), only=["the_module_is_its_own_again"])
+    assert ("check_callback" in capsys.readouterr().err) is terminal
+
+
 def test_an_unknown_check_suggests_the_closest():
     with pytest.raises(ValueError, match="no check 'resume_at_an_epoch_end'; closest: 'resume_at_an_epochs_end'"):
         testing.check_callback(Magnitude(), only=["resume_at_an_epoch_end"])
