@@ -134,14 +134,14 @@ def _others(weights: WeightStore, trainer: Trainer) -> list[SparsityCallback]:
     return [peer for peer in peers_of(trainer) if peer.weights is not weights]
 
 
-def check_target(options: Options, support: Support, strength: Strength, trainer: Trainer) -> None:
+def check_target(options: Options, support: Support, trainer: Trainer) -> None:
     """Refuse a target below the share of zeros that keep_zeros=True keeps."""
-    search = strength.target
-    if search is None or not options.keep_zeros or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    target = options.target_sparsity
+    if target is None or not options.keep_zeros or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    if (zeros := support.share_of_zeros()) > search.target + NEAR:
+    if (zeros := support.share_of_zeros()) > target + NEAR:
         raise ValueError(
-            f"target_sparsity={search.target:g} is out of reach: {zeros:.2%} of the selected weights are zero already and "
+            f"target_sparsity={target:g} is out of reach: {zeros:.2%} of the selected weights are zero already and "
             "keep_zeros=True keeps them at zero; raise the target, or set keep_zeros=False"
         )
 

@@ -205,7 +205,7 @@ def warn_collapsed(options: Options, support: Support, strength: Strength, setti
         floor = "" if most > 0.99 else f"least_kept=0.01{score}, which keeps some weights of every layer, or "
         notify(f"{options.form} has left at most one weight of {left[:5]}: {dead}{floor}{less}")
     if alone:
-        least = max(0.05, math.ceil(200 / min(alone.values())) / 100)  # which keeps two groups
+        least = max(0.05, math.floor(200 / min(alone.values())) / 100)  # which keeps two groups, rounded up
         floor = "" if least > 1 - most else f"least_kept={least:g}, which keeps two groups of each or more, or "
         named = ", ".join(f"{axis} ({number})" for axis, number in list(alone.items())[:5])
         notify(f"{options.form} has left one group of each of {named}: {dead}{floor}{less}")

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse import elementwise
 from lightning_sparse._parts import Part, check_whole, part_of
+from lightning_sparse.scores import fewest
 from lightning_sparse.step_sizes import Rate, StepSizes
 from lightning_sparse.structure import Coupled, Structure, check_groups
 from lightning_sparse.weights import Attachment, Member, Place, WeightStore
@@ -113,7 +114,7 @@ class Groups:
     @staticmethod
     def staying(count: int, least: float) -> int:
         """Return how many of the ``count`` groups of a leader ranking never removes."""
-        return min(max(1, round(least * count)), count)
+        return min(max(1, fewest(least, count)), count)
 
     def keep_highest(
         self, scores: Tensors, values: Tensors, zeros: float, least: float = 0.0, held: Tensors | None = None

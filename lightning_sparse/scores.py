@@ -6,6 +6,7 @@ A score of your own is one class: a subclass of :class:`Score` with ``of``. In a
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,7 +85,10 @@ def check(score: Score, given: Ranked, found: object) -> None:
 
 
 def missing_squares(given: Ranked, error: Exception) -> str:
-    """Return the cure for an ``error`` of a score that uses squares without ``needs_squares``; empty for another error."""
+    """Return the cure for an ``error`` of a score that uses squares without ``needs_squares``; empty for another error.
+
+    Squares are not None here where the class sets it: weights are ranked by their magnitude until gradients have been measured.
+    """
     if given.squares is not None or "None" not in str(error):
         return ""
     return "given.squares is None unless the class sets needs_squares = True"
@@ -175,29 +179,55 @@ class KeepProbability(Score):
         return given.w.abs() if bool((given.alpha == 1).all()) else given.alpha
 
 
-def keep_highest(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], zeros: float, least: float = 0.0) -> dict[str, Tensor]:
+def check_weights(score: Score, values: Mapping[str, Tensor]) -> None:
+    """Raise TypeError or ValueError, before training, unless a score of one's own fits these weights or sizes of groups; squares are 1."""
+    if type(score).__module__ == Score.__module__:
+        return
+    for name, w in values.items():
+        ones = torch.ones_like(w)
+        checked(score, Ranked(name, w, w != 0, ones, ones if score.needs_squares else None), set())
+
+
+def keep_highest(
+    scores: Mapping[str, Tensor],
+    alive: Mapping[str, Tensor],
+    zeros: float,
+    least: float = 0.0,
+    left: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Return the boolean masks that leave round(zeros * n) of all n weights zero.
 
-    Weights that are not ``alive`` go first, then those of the lowest score; of equal ones the last. In each tensor at least the share
-    ``least`` of its weights, and one, remains, as far as they are alive and the number of zeros allows it.
+    Weights that are not ``alive`` go first, then those of the lowest score; of equal ones the last. In each tensor at least one weight
+    remains that is alive, and at least the share ``least`` of its weights, as far as they are ``left`` and the number of zeros allows
+    it; without ``left`` those are the weights that are alive.
     """
     everywhere = {name: torch.ones_like(where) for name, where in alive.items()}
     counted = {name: where.float() for name, where in alive.items()}  # those alive rank above the others
     if sum(where.numel() for where in alive.values()) == 0:
         return everywhere
     kept = prune_smallest(counted, everywhere, zeros, {name: scores[name].float() for name in alive})
-    floors = {name: min(max(1, round(least * where.numel())), int(where.sum())) for name, where in alive.items()}
+    left = alive if left is None else left
+    floors = {
+        name: max(min(1, int(where.sum())), min(fewest(least, where.numel()), int(left[name].sum()))) for name, where in alive.items()
+    }
     short = [name for name, floor in floors.items() if int(kept[name].sum()) < floor]
     while short:
         for name in short:
-            counted[name] = counted[name] + _highest(scores[name], alive[name], floors[name])
+            counted[name] = counted[name] + 2 * _highest(scores[name], alive[name], left[name], floors[name])
         kept = prune_smallest(counted, everywhere, zeros, {name: scores[name].float() for name in alive})
         again = [name for name, floor in floors.items() if int(kept[name].sum()) < floor and name not in short]
         short = again if sum(floors.values()) <= sum(int(where.sum()) for where in kept.values()) else []
     return kept
 
 
-def _highest(score: Tensor, alive: Tensor, count: int) -> Tensor:
-    """Return 1 at the ``count`` highest scores of the weights that are alive, 0 elsewhere."""
-    order = score.float().masked_fill(~alive, -1.0).reshape(-1).argsort(descending=True, stable=True)[:count]
+def fewest(least: float, count: int) -> int:
+    """Return the smallest number of ``count`` weights that is at least the share ``least`` of them."""
+    return math.ceil(least * count - 1e-9)
+
+
+def _highest(score: Tensor, alive: Tensor, left: Tensor, count: int) -> Tensor:
+    """Return 1 at the ``count`` highest scores, of the weights that are alive first and then of those that are left, 0 elsewhere."""
+    order = score.float().reshape(-1).argsort(descending=True, stable=True)
+    tier = (left.float() + 2 * alive.float()).reshape(-1)[order]
+    order = order[tier.argsort(descending=True, stable=True)[:count]]
     return torch.zeros(score.numel(), device=score.device).index_fill_(0, order, 1.0).reshape(score.shape)

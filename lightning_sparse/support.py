@@ -17,7 +17,7 @@ from lightning_sparse.elementwise import Engine
 from lightning_sparse.gradient_squares import GradientSquares
 from lightning_sparse.grouped import Groups, mean_rate
 from lightning_sparse.optimizer import ClipFactor
-from lightning_sparse.scores import LAMP, Ranked, Score, checked, keep_highest
+from lightning_sparse.scores import LAMP, Magnitude, Ranked, Score, check_weights, checked, keep_highest
 from lightning_sparse.step import Strength
 from lightning_sparse.step_sizes import StepSizes
 from lightning_sparse.structure import Element, Structure
@@ -326,11 +326,31 @@ class Support:
         if self.groups is not None:
             held = {name: elementwise.full_tensor(self.held[name]).to(alive[name].device) for name in alive if name in self.held}
             return self.groups.keep_highest(self._scores_of_groups(self.groups, alive), alive, zeros, self.least, held)
-        scores = {name: checked(self.score, self._ranked(name, where), self._scored) for name, where in alive.items()}
+        scores = {name: self._score(self._ranked(name, where)) for name, where in alive.items()}
         if self.structure.ranks_within:  # what the structure keeps ranks above all that it does not
             gone = {name: self.structure.project(torch.zeros_like(alive[name]), score) for name, score in scores.items()}
             scores = {name: score.float().masked_fill(~gone[name], torch.inf) for name, score in scores.items()}
-        return keep_highest(scores, alive, zeros, self.least)
+        return keep_highest(scores, alive, zeros, self.least, self._left(alive) if self.least else None)
+
+    def _left(self, alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return where these whole parameters have weights that are not zero and have not been removed, at rest or not."""
+        left = {name: elementwise.full_tensor(self.weights.live(name)) != 0 for name in alive}
+        for masks in (self.cut, self.held):
+            for name in left.keys() & masks.keys():
+                left[name] &= elementwise.full_tensor(masks[name]).to(left[name].device)
+        return {name: where.to(alive[name].device) for name, where in left.items()}
+
+    @torch.no_grad()
+    def check_score(self) -> None:
+        """Raise TypeError or ValueError before training if a score of one's own does not fit the weights."""
+        known = self.weights.live
+        live = self.weights.all_live() if self.groups is None else {leader: self.groups.size(leader, known) for leader in self.groups.parts}
+        check_weights(self.score, {name: elementwise.full_tensor(w) for name, w in live.items()})
+
+    def _score(self, given: Ranked) -> Tensor:
+        """Return the scores of a parameter or of groups; by magnitude where the score needs gradients and none has been measured."""
+        known = given.squares is not None or not self.score.needs_squares
+        return checked(self.score if known else Magnitude(), given, self._scored)
 
     @torch.no_grad()
     def _scores_of_groups(self, groups: Groups, alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -344,7 +364,7 @@ class Support:
             size = elementwise.full_tensor(groups.size(leader, self.weights.live))
             alpha = self._of_terms(leader, size, self._alpha, 1.0) if self.method.takes_groups else torch.ones_like(size)
             share = groups.mean(leader, left)
-            score = checked(self.score, Ranked(leader, alpha * size, share > 0, alpha, self.squares.of(leader)), self._scored)
+            score = self._score(Ranked(leader, alpha * size, share > 0, alpha, self.squares.of(leader)))
             if self.score.is_loss:
                 score = score / groups.cost(leader, left).clamp(min=1.0)
             scores[leader] = score.masked_fill(share == 0, -1.0)

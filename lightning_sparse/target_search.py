@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse import elementwise
 from lightning_sparse.grouped import Groups
-from lightning_sparse.schedules import rounds
+from lightning_sparse.schedules import TargetSparsity, rounds
 from lightning_sparse.support import Support
 
 # largest gradient of the penalty in a search for a target, as a share of the loss's gradient. Where the scale of a tensor does not
@@ -61,7 +61,7 @@ class TargetSearch:
         target, support = self.strength.target, self.support
         if target is None or not self.is_due(freeze):
             return False
-        zeros = support.share_of_zeros()
+        zeros = support.share_of_zeros() if target.ramp or target.is_given else self._zeros_without_lam(target)
         wanted = target.advance(zeros, self.strength.step / (self.strength.total * (1 - self.strength.frozen_share(freeze))))
         if support.method.solvable:
             target.solve(support.share_of_zeros, self.largest_lam())
@@ -70,6 +70,13 @@ class TargetSearch:
             support.prune_to(wanted)
             target.ranked += support.share_of_zeros() - zeros
         return target.target_reached()
+
+    def _zeros_without_lam(self, target: TargetSparsity) -> float:
+        """Return the share of zeros at lam = 0, where the ramp begins: the lam of the first steps has not been solved for."""
+        lam, target.log_lam = target.log_lam, -math.inf
+        zeros = self.support.share_of_zeros()
+        target.log_lam = lam
+        return zeros
 
     @torch.no_grad()
     def measure_gradients(self, optimizer: Optimizer, scale: float = 1.0) -> None:

@@ -116,6 +116,19 @@ def test_exactly_the_share_is_left_and_every_tensor_keeps_its_floor(zeros: float
         assert not len(left) or not len(gone) or left.min() >= gone.max()  # by score within each tensor
 
 
+def test_a_floor_is_met_with_weights_at_rest_but_not_with_removed_ones() -> None:
+    score = {"rests": torch.arange(10.0), "lives": torch.arange(10.0) + 100}
+    alive = {"rests": torch.zeros(10, dtype=torch.bool), "lives": torch.ones(10, dtype=torch.bool)}
+    alive["rests"][0] = True
+    left = {"rests": torch.arange(10) < 4, "lives": alive["lives"]}
+    kept = keep_highest(score, alive, 0.7, 0.21, left)  # three of ten, rounded up
+    assert kept["rests"].nonzero().flatten().tolist() == [0, 2, 3]
+    assert kept["lives"].nonzero().flatten().tolist() == [7, 8, 9]
+    kept = keep_highest(score, alive, 0.7, 0.5, left)
+    assert int(kept["rests"].sum()) == 4  # all that are left
+    assert int(keep_highest(score, alive, 0.7, 0.21)["rests"].sum()) == 1
+
+
 def test_weights_that_are_not_alive_go_first_and_return_only_where_the_share_needs_them() -> None:
     alive = {"w": torch.tensor([True, False, True, False])}
     kept = {share: keep_highest({"w": torch.tensor([1.0, 9.0, 2.0, 8.0])}, alive, share)["w"].tolist() for share in (0.75, 0.5, 0.25)}
@@ -193,14 +206,38 @@ WRONG = {
 
 @pytest.mark.parametrize("make", [MagnitudePruning, Sparsify])
 @pytest.mark.parametrize(("of", "said"), WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_score_is_refused_at_its_first_use(of: Any, said: str, make: Any) -> None:
+def test_a_wrong_score_is_refused_before_the_first_step(of: Any, said: str, make: Any) -> None:
+    loop = trainer(make(0.5, score=Scored(of)), epochs=2)
     with pytest.raises(ValueError, match=said):
-        trainer(make(0.5, score=Scored(of)), epochs=2).fit(Toy(), data())
+        loop.fit(Toy(), data())
+    assert loop.global_step == 0
 
 
-def test_a_wrong_score_of_groups_is_refused_at_its_first_use() -> None:
+def test_a_wrong_score_of_groups_is_refused_before_the_first_step() -> None:
+    loop = trainer(Sparsify(0.5, score=Scored(lambda given: given.w / 0), structure=Rows()), epochs=2)
     with pytest.raises(ValueError, match=r"of 'network.0.weight' is NaN or infinite at 16 of 16 weights"):
-        trainer(Sparsify(0.5, score=Scored(lambda given: given.w / 0), structure=Rows()), epochs=2).fit(Toy(), data())
+        loop.fit(Toy(), data())
+    assert loop.global_step == 0
+
+
+@dataclass(frozen=True)
+class Slopes(scores.Score):
+    """A user's own score that needs the squares of gradients."""
+
+    needs_squares = True
+
+    def of(self, given: Ranked) -> Tensor:
+        assert given.squares is not None
+        return given.squares.sqrt() * given.w.abs()
+
+
+@pytest.mark.parametrize("make", [MagnitudePruning, Sparsify])
+def test_a_score_of_ones_own_is_given_the_squares_of_gradients(make: Any) -> None:
+    module = Toy()
+    callback = make(0.75, score=Slopes())
+    trainer(callback, epochs=3).fit(module, data())
+    assert callback.share_of_zeros() == 0.75
+    assert all(mean.max() > 0 for mean in callback.support.squares.means.values())
 
 
 def test_a_score_is_checked_once_for_each_parameter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,10 +67,12 @@ class LearnedParameters:
             compare = f"Compare learned_lr values (now {self.rate})"
             if self.rate is not None and any(finds_scale(group) for _, _, group in members):
                 compare = f"{name} multiplies lr by a scale that it finds itself, and learned_lr={self.rate:g}, too: omit learned_lr"
+            fewer, target = ": at the same lam it may find fewer zeros than with Adam", ", give target_sparsity instead of lam"
+            if self.run.strength.target is not None:
+                fewer = target = ""
             return (
-                f"{form} trains parameters of its own, too, and the step size of {name} for those is not known: at the same lam it may find"
-                f" fewer zeros than with Adam. {compare}, give target_sparsity instead of lam, or use "
-                "ReweightedPenalty, which has no parameters of its own"
+                f"{form} trains parameters of its own, too, and the step size of {name} for those is not known{fewer}. {compare}{target}, "
+                "or use ReweightedPenalty, which has no parameters of its own"
             )
         return ""
 

@@ -293,10 +293,16 @@ def test_accumulated_batches_are_one_step():
 def test_zeros_that_are_kept_count_among_the_pruned():
     sparse = Toy()
     sparse.network[0].weight.data[:, :4] = 0  # 64 of 176 weights, no complete unit
-    kept, free = copy.deepcopy(sparse), copy.deepcopy(sparse)
-    pruning = {"sparsity": 0.2, "begin": 0.5, "every": 2}
-    assert run(MagnitudePruning(**pruning, keep_zeros=True), module=kept, epochs=3).zeros == [64] * 13
-    assert run(MagnitudePruning(**pruning), module=free, epochs=3).zeros[-1] == round(0.2 * SIZE)
+    kept, free, beyond = (copy.deepcopy(sparse) for _ in range(3))
+    pruning = {"sparsity": 0.4, "begin": 0.5, "every": 2}
+    zeros = run(MagnitudePruning(**pruning, keep_zeros=True), module=kept, epochs=3).zeros
+    assert zeros[:7] == [64] * 7
+    assert zeros[-1] == round(0.4 * SIZE)
+    assert not kept.network[0].weight[:, :4].any()
+    assert run(MagnitudePruning(**pruning), module=free, epochs=3).zeros[-1] == round(0.4 * SIZE)
+    assert free.network[0].weight[:, :4].any()
+    with pytest.raises(ValueError, match=r"^target_sparsity=0.2 is out of reach: 36.36% of the selected weights are zero already"):
+        run(MagnitudePruning(0.2, keep_zeros=True), module=beyond, epochs=3)
 
 
 def test_a_run_stopped_on_the_ramp_gives_a_warning():

@@ -218,6 +218,22 @@ def test_weights_that_lam_cannot_move_are_removed_along_a_ramp():
     assert all((w != 0).any() for w in weights(module).values() if w.dim() > 1)
 
 
+@pytest.mark.parametrize("form", ["penalty", "mask"])
+def test_the_first_cut_of_a_short_run_is_as_small_as_the_ramp_says(form):
+    module = wide()
+    module.make = lambda p: torch.optim.Adam(p, 1e-2)
+    with torch.no_grad():  # so small that the lam of the first step, which is not solved for yet, would hold most at zero
+        for w in module.parameters():
+            w.mul_(0.05)
+    callback = FORMS[form](target_sparsity=0.95)
+    watch = Watch(callback)
+    trainer(callback, watch, epochs=-1, max_steps=20).fit(module, data())
+    ramp = Cubic(0.95, 0.0, 1.0)
+    for step, (share, *_) in enumerate(watch.seen[:15], start=1):
+        assert share <= ramp(step, 15) + 0.02
+    assert zeros(module) == pytest.approx(0.95, abs=0.002)
+
+
 @pytest.mark.parametrize("form", several(FORMS, "penalty", "mask", "L0"))
 @pytest.mark.parametrize("steps", several({"1": 1, "3": 3, "20": 20}, "1", "20"))
 def test_every_form_meets_its_target_in_a_run_of_a_few_steps(form, steps):
