@@ -197,6 +197,18 @@ def test_least_kept_holds_in_each_layer_and_an_impossible_one_is_refused() -> No
         MagnitudePruning(0.8, score="LAMP")  # type: ignore[arg-type]
 
 
+def test_least_kept_holds_where_the_penalty_has_the_layer_at_rest() -> None:
+    module = Toy()
+    module.make = lambda p: torch.optim.SGD(p, 1e-6)
+    first = next(w for w in module.parameters() if w.dim() > 1)
+    with torch.no_grad():
+        first.mul_(1e-6)  # within the zero region of the penalty below
+    form = ReweightedPenalty(penalties.LogSum(eps=2.0), 1e3, target_sparsity=0.8, least_kept=0.1)
+    trainer(form, epochs=3).fit(module, data())
+    assert int((first != 0).sum()) == math.ceil(0.1 * first.numel())
+    assert form.share_of_zeros() == pytest.approx(0.8, abs=0.004)
+
+
 WRONG = {
     "negative": (lambda given: given.w, r"the score Scored\(\) of 'network.0.weight' is negative at \d+ of 128 weights, down to -0"),
     "not finite": (lambda given: given.w / 0, r"of 'network.0.weight' is NaN or infinite at 128 of 128 weights"),
