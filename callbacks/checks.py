@@ -134,10 +134,12 @@ def _others(weights: WeightStore, trainer: Trainer) -> list[SparsityCallback]:
     return [peer for peer in peers_of(trainer) if peer.weights is not weights]
 
 
-def check_target(options: Options, support: Support, trainer: Trainer) -> None:
-    """Refuse a target below the share of zeros that keep_zeros=True keeps."""
+def check_target(options: Options, support: Support, strength: Strength, trainer: Trainer) -> None:
+    """Refuse a target below the share of zeros that keep_zeros=True keeps; pruning's only where it begins, later they are its own."""
     target = options.target_sparsity
     if target is None or not options.keep_zeros or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if strength.target is None and strength.step:
         return
     if (zeros := support.share_of_zeros()) > target + NEAR:
         raise ValueError(

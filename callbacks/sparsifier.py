@@ -140,7 +140,7 @@ class Sparsifier(SparsityCallback):
         self.watch.check_start()
         self._measure(trainer)
         first = self.clock.begin(progress.steps_done(trainer, self.run.manual))
-        if first:
+        if first and self.options.target_sparsity is not None:
             self.support.check_score()
         self.method.begin()
         endings.warn_new_length(self.options, self.support, self.strength, self.saved.planned)
@@ -154,7 +154,7 @@ class Sparsifier(SparsityCallback):
     def _measure(self, trainer: Trainer) -> None:
         self.clock.measure(progress.total_steps(trainer, self.clock.drift, self.options, self.strength))
         self.run.batches = progress.batches_of_epoch(trainer, self.clock.whole)
-        checks.check_target(self.options, self.support, trainer)
+        checks.check_target(self.options, self.support, self.strength, trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.averages is not None and self.averages.copy_before_batch_norm(trainer):  # because this epoch only updates batch norm

@@ -180,12 +180,16 @@ class KeepProbability(Score):
 
 
 def check_weights(score: Score, values: Mapping[str, Tensor]) -> None:
-    """Raise TypeError or ValueError, before training, unless a score of one's own fits these weights or sizes of groups; squares are 1."""
+    """Raise TypeError or ValueError, before training, unless a score of one's own fits these weights or sizes of groups.
+
+    Squares of gradients, which are unknown then, are 1 + w^2. Tensors of zeros are left out, because they are not ranked so.
+    """
     if type(score).__module__ == Score.__module__:
         return
     for name, w in values.items():
-        ones = torch.ones_like(w)
-        checked(score, Ranked(name, w, w != 0, ones, ones if score.needs_squares else None), set())
+        if bool((w != 0).any()):
+            squares = 1 + w.square() if score.needs_squares else None
+            checked(score, Ranked(name, w, w != 0, torch.ones_like(w), squares), set())
 
 
 def keep_highest(

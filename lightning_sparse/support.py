@@ -348,9 +348,11 @@ class Support:
         check_weights(self.score, {name: elementwise.full_tensor(w) for name, w in live.items()})
 
     def _score(self, given: Ranked) -> Tensor:
-        """Return the scores of a parameter or of groups; by magnitude where the score needs gradients and none has been measured."""
-        known = given.squares is not None or not self.score.needs_squares
-        return checked(self.score if known else Magnitude(), given, self._scored)
+        """Return the scores of a parameter or of groups: |w| where the score needs its gradients and none has been measured."""
+        return checked(self.score, given, self._scored) if self._knows(given) else Magnitude().of(given)
+
+    def _knows(self, given: Ranked) -> bool:
+        return given.squares is not None or not self.score.needs_squares
 
     @torch.no_grad()
     def _scores_of_groups(self, groups: Groups, alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -364,8 +366,9 @@ class Support:
             size = elementwise.full_tensor(groups.size(leader, self.weights.live))
             alpha = self._of_terms(leader, size, self._alpha, 1.0) if self.method.takes_groups else torch.ones_like(size)
             share = groups.mean(leader, left)
-            score = self._score(Ranked(leader, alpha * size, share > 0, alpha, self.squares.of(leader)))
-            if self.score.is_loss:
+            given = Ranked(leader, alpha * size, share > 0, alpha, self.squares.of(leader))
+            score = self._score(given)
+            if self.score.is_loss and self._knows(given):
                 score = score / groups.cost(leader, left).clamp(min=1.0)
             scores[leader] = score.masked_fill(share == 0, -1.0)
         return scores

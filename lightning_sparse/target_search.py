@@ -74,9 +74,10 @@ class TargetSearch:
     def _zeros_without_lam(self, target: TargetSparsity) -> float:
         """Return the share of zeros at lam = 0, where the ramp begins: the lam of the first steps has not been solved for."""
         lam, target.log_lam = target.log_lam, -math.inf
-        zeros = self.support.share_of_zeros()
-        target.log_lam = lam
-        return zeros
+        try:
+            return self.support.share_of_zeros()
+        finally:
+            target.log_lam = lam
 
     @torch.no_grad()
     def measure_gradients(self, optimizer: Optimizer, scale: float = 1.0) -> None:
