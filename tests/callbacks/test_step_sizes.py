@@ -93,6 +93,15 @@ def test_forms_that_learn_warn_of_optimizers_that_are_not_known(form: str) -> No
     assert len([one for one in said if "step size" in str(one.message)]) == 1
 
 
+def test_the_warning_proposes_a_target_only_where_none_is_given() -> None:
+    for form, proposed in ((FORMS["L0"](), True), (HardConcrete(target_sparsity=0.5), False)):
+        with pytest.warns(UserWarning, match="step size of Signs for those is not known") as said:
+            fitted(form, Signs, epochs=1)
+        (text,) = (str(one.message) for one in said if "step size of Signs" in str(one.message))
+        assert ("give target_sparsity instead of lam" in text) is proposed
+        assert ("fewer zeros than with Adam" in text) is proposed
+
+
 class Modes(GroupStep):
     """An optimiser with modes, like schedule-free ones."""
 
