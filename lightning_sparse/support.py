@@ -349,10 +349,8 @@ class Support:
 
     def _score(self, given: Ranked) -> Tensor:
         """Return the scores of a parameter or of groups: |w| where the score needs its gradients and none has been measured."""
-        return checked(self.score, given, self._scored) if self._knows(given) else Magnitude().of(given)
-
-    def _knows(self, given: Ranked) -> bool:
-        return given.squares is not None or not self.score.needs_squares
+        known = given.squares is not None or not self.score.needs_squares
+        return checked(self.score, given, self._scored) if known else Magnitude().of(given)
 
     @torch.no_grad()
     def _scores_of_groups(self, groups: Groups, alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -366,9 +364,8 @@ class Support:
             size = elementwise.full_tensor(groups.size(leader, self.weights.live))
             alpha = self._of_terms(leader, size, self._alpha, 1.0) if self.method.takes_groups else torch.ones_like(size)
             share = groups.mean(leader, left)
-            given = Ranked(leader, alpha * size, share > 0, alpha, self.squares.of(leader))
-            score = self._score(given)
-            if self.score.is_loss and self._knows(given):
+            score = self._score(Ranked(leader, alpha * size, share > 0, alpha, self.squares.of(leader)))
+            if self.score.is_loss:
                 score = score / groups.cost(leader, left).clamp(min=1.0)
             scores[leader] = score.masked_fill(share == 0, -1.0)
         return scores

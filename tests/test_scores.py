@@ -243,6 +243,16 @@ class Slopes(scores.Score):
         return given.squares.sqrt() * given.w.abs()
 
 
+def test_a_resumed_run_keeps_the_zeros_that_pruning_made_beyond_its_target(tmp_path: str) -> None:
+    make = lambda: MagnitudePruning(0.33, every=2, keep_zeros=True, structure=Rows())  # noqa: E731
+    loop = trainer(make(), epochs=3)
+    loop.fit(Toy(), data())
+    loop.save_checkpoint(f"{tmp_path}/last.ckpt")
+    again = make()
+    trainer(again, epochs=4).fit(Toy(seed=1), data(), ckpt_path=f"{tmp_path}/last.ckpt")
+    assert again.share_of_zeros() > 0.335  # a whole row more than asked for
+
+
 @pytest.mark.parametrize("make", [MagnitudePruning, Sparsify])
 def test_a_score_of_ones_own_is_given_the_squares_of_gradients(make: Any) -> None:
     module = Toy()
